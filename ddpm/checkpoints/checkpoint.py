@@ -202,7 +202,8 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 def _differences(saved: Config, now: Config, what: Affects) -> str:
     """The first differences in keys that affect `what`, of those that both have: different nets have different keys."""
-    before, keys = flatten(saved), keys_that_affect(now, what)
+    before = flatten(saved)
+    keys = keys_that_affect(now, what)
     after = {key: value for key, value in flatten(now).items() if key in keys and key in before}
     return differences({key: before[key] for key in after}, after)
 
@@ -217,7 +218,8 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 def load_weights(net: nn.Module, path: Path, optional: str = "") -> None:
     """Put the weights in the file at `path` into `net`; the weight `optional` may be in one of the two alone."""
-    tensors, own = read_tensors(path, next(net.parameters()).device), net.state_dict()
+    tensors = read_tensors(path, next(net.parameters()).device)
+    own = net.state_dict()
     if optional in own:
         tensors.setdefault(optional, own[optional])
     else:

@@ -146,7 +146,8 @@ def _files(run: Location) -> list[Part]:
 
 def _missing(parts: list[Part], first: int) -> list[str]:
     """The numbers of rows from `first` on that no part has: a file was removed."""
-    missing, end = list[str](), 0
+    missing = list[str]()
+    end = 0
     for part in parts:
         if part.first > max(end, first):
             missing.append(f"{end}-{part.first - 1}")

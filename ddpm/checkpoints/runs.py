@@ -139,7 +139,8 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> Run:
     with as_user_error(f"cannot write to run.storage {uri}"):
         if location.child(CARD).exists():
             return Run(name, location, read_card(location).run_key)
-        key, now_ms = uuid.uuid4().hex, int(time.time() * 1000)
+        key = uuid.uuid4().hex
+        now_ms = int(time.time() * 1000)
         given = {} if facts is None else vars(facts)
         card = Card(**given, name=name, run_key=key, created_ms=now_ms)
         location.child(CARD).write((json.dumps(asdict(card), indent=2) + "\n").encode(), durable=True)

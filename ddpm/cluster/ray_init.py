@@ -40,7 +40,8 @@ SETTINGS = {
 """Variables of Ray and the C library for faster recovery from a crash and faster steps; values in the environment take
 precedence."""
 
-API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+NO_API_SERVER = "http://127.0.0.1:9"
 """A cluster started here has no dashboard. Ray Train would find that of another cluster on this machine, which does not
 know our controller, take the controller for dead, and remove its workers (Ray 2.60)."""
 
@@ -146,7 +147,8 @@ def _reach(address: str) -> None:
 
 def resources() -> dict[str, float]:
     """Resources of the joined cluster, or its limits where these are higher: {"CPU": 48.0, "GPU": 4.0}."""
-    have, may_have = ray.cluster_resources(), limits()
+    have = ray.cluster_resources()
+    may_have = limits()
     return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
 
 

@@ -48,8 +48,13 @@ _once_joined = tenacity.retry(
 @_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data."""
-    have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
-    cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
+    have = ray_init.resources()
+    cluster = config.cluster
+    sizes = config.cluster.world_sizes()
+    cpus = have.get("CPU", 0.0)
+    gpus = have.get("GPU", 0.0)
+    least = sizes[0]
+    most = sizes[-1]
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
@@ -74,7 +79,8 @@ def resources_per_worker(config: Config) -> dict[str, float]:
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
     """The number of workers that the run could have now; `workers` of them are running already."""
-    have, free = ray.cluster_resources(), ray.available_resources()
+    have = ray.cluster_resources()
+    free = ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
     return min(config.cluster.world_sizes()[-1], most, workers + more)
@@ -86,10 +92,13 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
     Args:
         placed: these workers may hold what is in use, so that only the cluster's size counts.
     """
-    have, least = ray.cluster_resources(), config.cluster.world_sizes()[0]
+    have = ray.cluster_resources()
+    least = config.cluster.world_sizes()[0]
     free = have if placed else ray.available_resources()
     for name, amount in per_worker.items():
-        total, need, unused = have.get(name, 0.0), least * amount, free.get(name, 0.0)
+        total = have.get(name, 0.0)
+        need = least * amount
+        unused = free.get(name, 0.0)
         if unused < need:
             state = f"{total - unused:g} of {total:g} in use (`ray status` shows by whom)"
             if placed or total < need:
@@ -100,10 +109,12 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
 
 def crowding(config: Config, resources: dict[str, float]) -> str | None:
     """A warning if there are more workers than CPUs and no GPUs, else None."""
-    workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
+    workers = config.cluster.world_sizes()[0]
+    cpus = ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    enough, wait = max(1, int(cpus)), "and wait for each other at every step"
+    enough = max(1, int(cpus))
+    wait = "and wait for each other at every step"
     return f"{workers} workers share {cpus:g} CPUs, {wait}; {enough} are enough"
 
 
@@ -125,8 +136,11 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     A trial of one worker reads its data itself. The workers of others are reserved by their own worker group; a CPU is
     left for the tasks that read data.
     """
-    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
-    cpus, total_workers, is_group = have.get("CPU", 0.0), num_trials * workers, workers > 1
+    have = ray_init.resources()
+    workers = config.cluster.world_sizes()[-1]
+    cpus = have.get("CPU", 0.0)
+    total_workers = num_trials * workers
+    is_group = workers > 1
     who = f"{num_trials} trials at a time of {workers} workers"
     remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
     gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)

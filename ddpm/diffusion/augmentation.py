@@ -54,8 +54,10 @@ def augment(x_0: Tensor, probability: float, generator: Generator) -> tuple[Tens
     B = len(x_0)
     applied = (generator.uniform([B, 5]) < probability).to(x_0.dtype)
     angle = 2 * math.pi * generator.uniform([B]) * applied[:, 3]
-    normal, mirror = generator.normal([B, 3]), 1 - 2 * applied[:, :2]
-    log_scale, shift = normal[:, 0] * applied[:, 2], normal[:, 1:] * applied[:, 4:]
+    normal = generator.normal([B, 3])
+    mirror = 1 - 2 * applied[:, :2]
+    log_scale = normal[:, 0] * applied[:, 2]
+    shift = normal[:, 1:] * applied[:, 4:]
     # From a pixel of the result to its place in the image, both in [-1, 1].
     turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
     linear = mirror[:, :, None] * turn * torch.exp2(-SCALE_STD * log_scale)[:, None, None]

@@ -140,7 +140,8 @@ def x_0_errors(
     Args:
         num_measured: at least 2; with T at most this, all timesteps are measured.
     """
-    T, level = schedule.num_timesteps, schedule.log_snr
+    T = schedule.num_timesteps
+    level = schedule.log_snr
     wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
     measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
     errors = [_x_0_error_at(denoise, schedule, x_0, t, noise()) for t in measured.tolist()]
@@ -148,7 +149,8 @@ def x_0_errors(
         return errors[0][:, None]
     logs = torch.stack(errors, 1).clamp(min=TINY).log()
     right = torch.searchsorted(measured, torch.arange(T)).clamp(min=1)
-    before, after = level[measured[right - 1]], level[measured[right]]
+    before = level[measured[right - 1]]
+    after = level[measured[right]]
     return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
 
 
@@ -161,7 +163,9 @@ def _x_0_error_at(denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps
 
 def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:
     """KL_t of images whose x_0_hat has the errors `x_0_errors` [B, T] with a fixed variance; [B, T - 1], t = 1..T-1."""
-    log_q, log_p, weight = schedule.posterior_variance[1:].log(), variance[1:].log(), schedule.x_0_weight[1:]
+    log_q = schedule.posterior_variance[1:].log()
+    log_p = variance[1:].log()
+    weight = schedule.x_0_weight[1:]
     return gaussian_kl(log_q, log_p, weight**2 * x_0_errors[:, 1:]) / math.log(2)
 
 

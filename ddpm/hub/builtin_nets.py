@@ -25,7 +25,8 @@ def folder_of(uri: str) -> Path:
 
 def unpack(uri: str, folder: Path) -> Path:
     """Write the net `uri` into `folder` as a checkpoint without a run, in float32; returns the checkpoint's folder."""
-    packed, out = folder_of(uri), folder / uri.removeprefix(SCHEME)
+    packed = folder_of(uri)
+    out = folder / uri.removeprefix(SCHEME)
     net = build_net(config := checkpoint.read_config(packed))
     tensors = checkpoint.read_tensors(packed / "net.safetensors", torch.device("cpu"))
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

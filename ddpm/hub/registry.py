@@ -45,7 +45,8 @@ def register(
         with mlflow_client.opened() as mlflow:
             from mlflow import register_model
 
-            client, run_key = mlflow.client, position.get("run_key")
+            client = mlflow.client
+            run_key = position.get("run_key")
             experiment_id = mlflow_run.experiment_id(mlflow, config.run.experiment)
             run = mlflow_run.find(mlflow, config.run.experiment, run_key) if run_key else None
             run_id = run.info.run_id if run else None

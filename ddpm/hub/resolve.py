@@ -67,7 +67,8 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
         local.mkdir()
 
         def fetch(name: str) -> None:
-            source, filesystem = location.child(name).path, location.filesystem
+            source = location.child(name).path
+            filesystem = location.filesystem
             here = str(local / name), filesystem, pafs.LocalFileSystem()
             copy = partial(pafs.copy_files, source, *here, chunk_size=MAX_BYTES)  # in few requests
             retry_io(copy, where=location.uri, timeout_s=timeout_s)

@@ -118,8 +118,12 @@ def score_finalists(setup: Setup, trials: Trials) -> None:
 
 def ranked(setup: Setup, trials: Trials) -> list[Row]:
     """All trials: those trained several times by the mean of the metric, others by the metric, then by images seen."""
-    everything, metric, base = trials.all(), setup.arguments.metric, setup.base
-    order, bits, mean = best(everything, metric), dict[str, NDArray[np.float64]](), dict[str, float]()
+    everything = trials.all()
+    metric = setup.arguments.metric
+    base = setup.base
+    order = best(everything, metric)
+    bits = dict[str, NDArray[np.float64]]()
+    mean = dict[str, float]()
     for own in order:
         again = (trial for trial in everything if trial.repeats == own.name and trial.status == "finished")
         trainings = [own, *again]
@@ -137,7 +141,8 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
     rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
 
     def row(trial: Trial) -> Row:
-        name, leftover = trial.name, _leftover(base, trial)
+        name = trial.name
+        leftover = _leftover(base, trial)
         return Row(
             trial, leftover, by_bits.get(name), by_kid.get(name), bits.get(name), by_trainings.get(name)
         )
@@ -147,7 +152,8 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
 
 def _scored(trial: Trial, setup: Setup) -> Score | None:
     """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
-    chosen, score = setup.arguments, trial.score
+    chosen = setup.arguments
+    score = trial.score
     name = f"KID-{context.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
     asked = name, min(chosen.drawn_images, MAX_PAIRWISE)
     return score if score and (score.name, score.n) == asked else None
@@ -247,7 +253,8 @@ def best_config(rows: Sequence[Row], config: Config) -> str | None:
     """
     if not rows or rows[0].by_bits is None:
         return None
-    locations, nested = keys_that_affect(config, Affects.LOCATION) | {"data.images"}, dict[str, Any]()
+    locations = keys_that_affect(config, Affects.LOCATION) | {"data.images"}
+    nested = dict[str, Any]()
     for key, value in flatten(override(config, rows[0].trial.changes)).items():
         group, name = key.split(".")
         if group not in ("run", "cluster") and key not in locations:
@@ -265,7 +272,9 @@ def table(rows: Sequence[Row]) -> Table:
     names += [kid, "rank"] if kid else []
     lines = []
     for row, mean in zip(rows, means, strict=True):
-        trial, last, score = row.trial, row.trial.last, row.trial.score
+        trial = row.trial
+        last = row.trial.last
+        score = row.trial.score
         status = trial.status + ("" if trial.repeats is None else f", {trial.repeats} again")
         status += f": {trial.reason[:80]}" if trial.reason else ""
         line = [trial.name + (" !" if row.is_flagged else ""), status, f"{trial.images_seen:,}"]

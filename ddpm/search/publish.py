@@ -54,7 +54,8 @@ class Parent:
 
     def open(self) -> MlflowRun:
         """Find or create it; raises MlflowError."""
-        mlflow, search = Connection(tracking_uri()), self.search
+        mlflow = Connection(tracking_uri())
+        search = self.search
         return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="tune/search.py")
 
 
@@ -73,7 +74,8 @@ class Publisher:
         self._trials = trials
         self._params = params
         self._warn = warn
-        self._has_warned, self._has_begun = False, False
+        self._has_warned = False
+        self._has_begun = False
         self._names: queue.Queue[str | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
@@ -118,7 +120,8 @@ def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
         run = runs.existing_run(trials.folder.child(name).uri)
     except UserError:  # the trial never began
         return
-    trial, status = trials.get(name), runs.read_status(run.location)
+    trial = trials.get(name)
+    status = runs.read_status(run.location)
     assert trial is not None, "trials are pushed by name"
     if status is not None and trial.status != "running" and status.status != STATUS[trial.status]:
         now_ms = int(time.time() * 1000)
@@ -194,9 +197,12 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     if by_trainings := any(row.by_trainings for row in shown):
         note = "means of several trainings, with their spread, among all finalists"
     trials = compared_run.read([folder.child(row.trial.name).uri for row in shown])
-    bits, kid, title = dict[str, Cell](), dict[str, Cell](), "KID"
+    bits = dict[str, Cell]()
+    kid = dict[str, Cell]()
+    title = "KID"
     for run, row in zip(trials, shown, strict=True):
-        last, score = row.trial.last, row.trial.score
+        last = row.trial.last
+        score = row.trial.score
         if last and row.by_trainings and row.mean:
             bits[run.key] = Cell(*row.mean, last.images_seen, row.by_trainings)
         elif last and row.by_bits and row.bits is not None and not by_trainings:
@@ -224,7 +230,8 @@ def _publish(
             run.log_file(name, data)
         run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
         if rows and (reported := rows[0].reported):
-            now_ms, (value, error) = int(time.time() * 1000), reported
+            now_ms = int(time.time() * 1000)
+            value, error = reported
             values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
             run.log_metrics(CurveRow(name, len(rows), v, now_ms) for name, v in values.items())
         for row in rows:

@@ -30,7 +30,8 @@ def search(arguments: Arguments) -> int:
 
 
 def _search(setup: Setup, lock: DriverLock) -> int:
-    began, arguments = time.monotonic(), setup.arguments
+    began = time.monotonic()
+    arguments = setup.arguments
     ray_init.connect(arguments.verbose)
     config, reserved = resources.of_trials(setup.base, arguments.max_concurrent)
     resources.check_storage(config)

@@ -101,9 +101,11 @@ def prepare(arguments: Arguments) -> Setup:
 
 def _named(arguments: Arguments) -> Config:
     """The config of the command line, named after the search."""
-    config, preset = arguments.config, arguments.preset
+    config = arguments.config
+    preset = arguments.preset
     if config.run.name is not None:
         raise UserError("--run.name is set by the search; name the search with --name")
-    name, storage = arguments.name or f"search-{preset}", arguments.storage or config.run.storage
+    name = arguments.name or f"search-{preset}"
+    storage = arguments.storage or config.run.storage
     run = replace(config.run, name=name, storage=storage)
     return runs.with_storage(replace(config, run=run))

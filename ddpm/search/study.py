@@ -232,7 +232,8 @@ class Study:
 
     def _repetitions(self) -> list[tuple[str, dict[str, Any]]]:
         """The trainings that are left: the trial that each repeats, and its changes."""
-        chosen, seed = self.arguments, self.spec.config.train.seed
+        chosen = self.arguments
+        seed = self.spec.config.train.seed
         finalists = best(self.trials.all(), chosen.metric)[: chosen.finalists]
         whole = [trial for trial in finalists if trial.status == "finished"]
         wanted = []

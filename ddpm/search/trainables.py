@@ -35,8 +35,12 @@ from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VALUE, IMAGES_SEEN, FAILED = "value", "images_seen", "failed"
-"""Keys of a result: the metric (lower is better), where it was measured, and why the trial has failed."""
+VALUE = "value"
+"""Key of a result: the metric; lower is better."""
+IMAGES_SEEN = "images_seen"
+"""Key of a result: where it was measured."""
+FAILED = "failed"
+"""Key of a result: why the trial has failed."""
 POLL_INTERVAL_S = 0.25
 PLACEMENT_GROUP = "placement-group"
 """File of a run with the id of its workers' placement group."""
@@ -84,7 +88,8 @@ class TrialRuntime(Runtime):
         evaluator = spec.rungs.evaluator
         super().__init__(config, evaluator.train, evaluator.held_out, store)
         self.rungs = spec.rungs
-        self._metric, self._trial_store = spec.metric, store
+        self._metric = spec.metric
+        self._trial_store = store
 
     def reached(self, rung: Evaluation) -> None:
         self._trial_store.flush()

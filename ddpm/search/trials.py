@@ -109,7 +109,8 @@ class Trials:
     """
 
     def __init__(self, folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0) -> None:
-        self.folder, self._timeout_s = folder, timeout_s
+        self.folder = folder
+        self._timeout_s = timeout_s
         self.key = self._open(settings)
         self._trials = {trial.name: trial for trial in self._read_all()}
 
@@ -182,7 +183,8 @@ class Trials:
         )
         now = search.settings if settings is None else json.loads(json.dumps(settings))
         for name in sorted({*search.settings, *now}):
-            old, new = search.settings.get(name), now.get(name)
+            old = search.settings.get(name)
+            new = now.get(name)
             if old != new:
                 raise UserError(
                     f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "

@@ -46,10 +46,16 @@ class DriverLock:
     ) -> None:
         self.is_lost = False
         """Whether another process has taken over the lock."""
-        self._location, self._uri = folder.child(FILE), folder.child(FILE).uri
-        self._what, self._flag, self._notify, self._waits = what, flag, notify, waits
+        self._location = folder.child(FILE)
+        self._uri = folder.child(FILE).uri
+        self._what = what
+        self._flag = flag
+        self._notify = notify
+        self._waits = waits
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self._id, self._beats, self._over = uuid.uuid4().hex, 0, threading.Event()
+        self._id = uuid.uuid4().hex
+        self._beats = 0
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
 
     def __enter__(self) -> Self:
@@ -78,13 +84,16 @@ class DriverLock:
             return version
         until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it is alive"
         self._notify(f"{self._uri} belongs to another driver ({_holder(version)}); waiting {until}")
-        began = changed = now = time.monotonic()
+        began = time.monotonic()
+        changed = began
+        now = began
         patience = PATIENCE_S
         while now - changed < patience or (self._waits and _is_other(version)):
             if not self._waits and now - began >= patience and now - changed < patience / 2:
                 raise self._refusal(version)
             time.sleep(BEAT_S / 4)
-            asked, before = time.monotonic(), version
+            asked = time.monotonic()
+            before = version
             version = self._file.read()
             if version is None or _process(version) == "gone":
                 return version

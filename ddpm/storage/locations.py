@@ -26,7 +26,11 @@ from ddpm.utils.retry import error_line
 # loses that setting (pyarrow 25).
 S3_CONNECT_TIMEOUT_S = 5.0
 S3_REQUEST_TIMEOUT_S = 7.0
-OK, NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 200, 404, 409, 412, 501
+OK = 200
+NOT_FOUND = 404
+CONFLICT = 409
+PRECONDITION_FAILED = 412
+NOT_IMPLEMENTED = 501
 ANSWERS = (NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED)
 """HTTP errors that tell the state of a shared file, not a failure of S3."""
 HOME = "DDPM_HOME"
@@ -51,8 +55,9 @@ class Location:
 
     def beside(self, name: str) -> "Location":
         """The folder or file `name` in the same folder."""
-        uri, path = (f"{where.rpartition('/')[0]}/{name}" for where in (self.uri, self.path))
-        return Location(uri, self.filesystem, path)
+        uri = self.uri.rpartition("/")[0]
+        path = self.path.rpartition("/")[0]
+        return Location(f"{uri}/{name}", self.filesystem, f"{path}/{name}")
 
     def exists(self) -> bool:
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
@@ -167,7 +172,8 @@ class _FileOnDisk:
 class _FileOnS3:
     def __init__(self, path: str) -> None:
         bucket, _, key = path.partition("/")
-        self._where, self._client = {"Bucket": bucket, "Key": key}, _s3_client()
+        self._where = {"Bucket": bucket, "Key": key}
+        self._client = _s3_client()
         self._is_plain = False
         """Whether the server lacks conditional writes."""
 

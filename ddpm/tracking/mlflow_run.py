@@ -25,8 +25,9 @@ MAX_PER_CALL = 100
 """Params or tags in a call, MLflow's limit."""
 METRICS_PER_CALL = 1000
 THUMBNAIL_SIDE = 256
-REFUSALS, REFUSAL_PAUSE_S = 3, 0.3
+REFUSALS = 3
 """A value is skipped after so many refusals: MLflow also answers BAD_REQUEST when two processes insert one row."""
+REFUSAL_PAUSE_S = 0.3
 
 
 class MlflowRun:
@@ -47,7 +48,8 @@ class MlflowRun:
         self._mlflow = mlflow
         self._client = mlflow.client
         self._warn = warn
-        self._status, self._ended_ms = run.info.status, run.info.end_time
+        self._status = run.info.status
+        self._ended_ms = run.info.end_time
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params that MLflow does not have; a param never changes there."""
@@ -117,7 +119,8 @@ class MlflowRun:
                 self._try(f"status {status}", self._client.update_run, self.run_id, status=status)
         elif (status, ended_ms or self._ended_ms) != (self._status, self._ended_ms):
             self._try(f"status {status}", self._client.set_terminated, self.run_id, status, ended_ms)
-        self._status, self._ended_ms = status, ended_ms
+        self._status = status
+        self._ended_ms = ended_ms
 
     def metrics(self) -> dict[str, float]:
         """The newest value of each metric in MLflow."""
@@ -137,7 +140,8 @@ class MlflowRun:
                 return
             except Refused:
                 pass
-        items, half = list(named.items()), len(named) // 2
+        items = list(named.items())
+        half = len(named) // 2
         self._log(kind, dict(items[:half]), most)
         self._log(kind, dict(items[half:]), most)
 

@@ -14,8 +14,10 @@ WORKFLOW = "workflowType=machine_learning"
 (3.17)."""
 NOTE_TAG = "mlflow.note.content"
 NOTE_END = "\n\n*Written by the run; another text in its place stays.*"
-GRID, LAST_GRID = "samples.png", "samples_last"
-"""The newest grid as an artifact, and the key of the last one among the images."""
+GRID = "samples.png"
+"""Name of the newest grid as an artifact."""
+LAST_GRID = "samples_last"
+"""Key of the last grid among the images."""
 STOPPED = "SCHEDULED"
 """MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
 STATUS: dict[str, str] = {
@@ -64,7 +66,8 @@ def ui_command(database: Path) -> str:
 
 def description(facts: Facts) -> str:
     """The description of a run in Markdown."""
-    tags, config = facts.tags, facts.config
+    tags = facts.tags
+    config = facts.config
     what = f"**{tags['preset']}**" + (f", {tags['changed']}" if tags["changed"] != "nothing" else "")
     what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of "
     what += f"{config.schedule.num_timesteps} steps."

@@ -185,7 +185,8 @@ class _Push:
 
     def _push_about(self, mlflow: Connection) -> None:
         """Params, tags, data set, and the configuration as a file, for --config."""
-        params, now = run_params.params(self._began), run_params.params(self._now)
+        params = run_params.params(self._began)
+        now = run_params.params(self._now)
         tags = _tags(self._card, self._status, self._began)
         if self._newest is not None:
             tags["checkpoint"] = self._newest.uri
@@ -219,7 +220,8 @@ class _Push:
 
     def _push_series(self, series: str) -> None:
         """Pictures of a series, each at its step."""
-        pictures, sent = runs.pictures(self._location, series), getattr(self._sent, series)
+        pictures = runs.pictures(self._location, series)
+        sent = getattr(self._sent, series)
         if sent.num != sum(images_seen <= sent.until for images_seen in pictures):
             sent = Series()
         new = {images_seen: file for images_seen, file in pictures.items() if images_seen > sent.until}
@@ -233,7 +235,8 @@ class _Push:
 
     def _push_pictures(self) -> None:
         """Pictures of the finished run, and its last grid at step 0: runs of any length are shown side by side."""
-        folder, grids = self._location.child(runs.PICTURES), runs.pictures(self._location, runs.SAMPLES)
+        folder = self._location.child(runs.PICTURES)
+        grids = runs.pictures(self._location, runs.SAMPLES)
         names = folder.files()
         is_finished = self._status is not None and self._status.status == "FINISHED"
         last = max(grids) if grids and is_finished else None
@@ -252,7 +255,8 @@ class _Push:
         A value that several evaluations have found has the time of the first.
         """
         folder = self._location.child(runs.EVALUATIONS)
-        names, times = folder.files(), dict[str, int]()
+        names = folder.files()
+        times = dict[str, int]()
         found = dict[tuple[str, int, float], int]()
         for name in names:
             if PurePosixPath(name).suffix != ".json":
@@ -309,7 +313,8 @@ def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:
     """Preset, changes, command, versions and hardware."""
     if status is not None and status.tags:  # version 0.1
         return dict(status.tags)
-    preset, changed = card.preset, card.changed
+    preset = card.preset
+    changed = card.changed
     if not preset:
         preset, changed = run_params.nearest_preset(config)
     tags = {"preset": preset, "changed": run_params.changed_text(changed), **card.versions}

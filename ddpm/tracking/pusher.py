@@ -15,8 +15,9 @@ from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
-"""Waits between pushes that fail."""
+FIRST_WAIT_S = 0.5
+"""Wait after a push that failed; it doubles with each failure."""
+LONGEST_WAIT_S = 10.0
 PATIENCE_S = 30.0
 """The end of a run waits for MLflow until it has accepted nothing for so long."""
 MIN_BEGIN_S = 5.0
@@ -43,13 +44,18 @@ class Pusher:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self._uri = run, without_password(tracking_uri())
+        self._run = run
+        self._uri = without_password(tracking_uri())
         self._pushed: Pushed | None = None
-        self._is_complete, self._has_warned = False, False
-        self._announced = self._covered = 0
-        """Checkpoints announced, and how many of them the last push that succeeded has seen."""
+        self._is_complete = False
+        self._has_warned = False
+        self._announced = 0
+        """Number of checkpoints announced."""
+        self._covered = 0
+        """Number of those that the last successful push has sent."""
         self._accepted_at = time.monotonic()
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
 
     def begin(self) -> None:
@@ -85,7 +91,8 @@ class Pusher:
 
     def _wait(self, patience_s: float) -> None:
         """Wait until the thread ends, or MLflow has accepted nothing for `patience_s`."""
-        has_told, began = False, time.monotonic()
+        has_told = False
+        began = time.monotonic()
         while self._thread.is_alive() and time.monotonic() - self._accepted_at < patience_s:
             self._thread.join(0.1)
             if not has_told and time.monotonic() - began > SILENCE_S:
@@ -99,7 +106,8 @@ class Pusher:
         wait_s = FIRST_WAIT_S
         while True:
             self._wake.clear()
-            closing, announced = self._closing.is_set(), self._announced
+            closing = self._closing.is_set()
+            announced = self._announced
             error = self._push()
             if error is None:
                 self._covered = announced

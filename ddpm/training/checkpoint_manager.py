@@ -69,7 +69,8 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
         return
 
     def upload(name: str) -> None:
-        source, destination = str(folder / name), target.child(name).path
+        source = str(folder / name)
+        destination = target.child(name).path
         copy = partial(pafs.copy_files, source, destination, destination_filesystem=target.filesystem)
         retry(copy, target)
 

@@ -96,7 +96,8 @@ def fit(
     """
     per_worker = resources.resources_per_worker(config)
     resources.check_storage(config)
-    cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
+    cpus = per_worker["CPU"]
+    gpus = per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "a run has a name"
     folder = locations.resolve(config.run.storage).child(config.run.name)
@@ -160,7 +161,8 @@ def _drive(
 ) -> tuple[int, Delivery]:
     """Train, record how the run ended, and push it to MLflow; returns images_seen too."""
     status: StatusName = "FAILED"
-    ended, patience_s = None, PATIENCE_S
+    ended = None
+    patience_s = PATIENCE_S
     try:
         with monitor:
             ended = monitor.train()
@@ -232,7 +234,8 @@ def _begins_at(config: Config, data_set: DataSet, run: Run, version: str) -> int
 
 def summary(result: Result) -> list[str]:
     """Lines that tell the user where checkpoints, samples and curves are."""
-    folder, delivery = result.run.location.uri, result.delivery
+    folder = result.run.location.uri
+    delivery = result.delivery
     lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
     samples = result.run.location.child(runs.SAMPLES).child("latest.png")
     with contextlib.suppress(OSError):
@@ -240,7 +243,8 @@ def summary(result: Result) -> list[str]:
             lines.append(f"samples     {samples.uri}")
     if result.signal and not result.checkpoint:
         return lines
-    pushed, where = delivery.pushed, without_password(tracking_uri())
+    pushed = delivery.pushed
+    where = without_password(tracking_uri())
     if not delivery.is_complete or pushed is None:
         lines.append(f"MLflow      {where} lacks a part; `python jobs/sync.py {folder}` sends it")
         return lines

@@ -109,7 +109,8 @@ def check(config: Config) -> None:
     """Raise UserError for a config that would fail at the first step, before anything is started."""
     check_values(config)
     check_batches(config)
-    most, grain = config.train.forward_images, config.train.micro_batch_size
+    most = config.train.forward_images
+    grain = config.train.micro_batch_size
     if most is not None and most % grain:
         raise UserError(f"train.forward_images is {most}; it must be a multiple of micro_batch_size {grain}")
     build_objective(config)
@@ -182,7 +183,8 @@ def _masks(
     """A context for one pass: dropout's masks. Their keys are drawn on the CPU, the same for every device."""
     if not layers:
         return nullcontext()
-    seed, shape = config.train.seed, (len(layers), config.train.micro_batch_size, 2)
+    seed = config.train.seed
+    shape = (len(layers), config.train.micro_batch_size, 2)
     draws = [
         PhiloxGenerator(seed, Purpose.DROPOUT, step, each.index).integers(2**32, shape)
         for each in micro_batches
@@ -219,7 +221,9 @@ def _fix_groups(
     """
     if runtime.world_size <= 2:
         return
-    num_images, net, device = per_pass * config.train.micro_batch_size, config.model, runtime.device
+    num_images = per_pass * config.train.micro_batch_size
+    net = config.model
+    device = runtime.device
     x_0 = torch.zeros(num_images, net.channels, net.image_size, net.image_size, device=device)
     label = torch.zeros(num_images, dtype=torch.int64, device=device) if net.num_classes else None
     keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)

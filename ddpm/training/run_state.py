@@ -57,7 +57,8 @@ class RunState:
         if subject == WARNINGS:
             self._values[WARNINGS].append(value)
         elif subject == METRICS:
-            curves, (values, images_seen) = self._values.setdefault(METRICS, {}), value
+            curves = self._values.setdefault(METRICS, {})
+            values, images_seen = value
             for name, number in values.items():
                 curves[name] = [*curves.get(name, [])[1 - NUM_POINTS :], (images_seen, number)]
         else:

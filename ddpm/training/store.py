@@ -67,12 +67,19 @@ class RunStore:
     ) -> None:
         self.last_progress: Progress | None = None
         self.newest = ""
-        self._config, self._run, self._location, self._notify = config, run, run.location, notify
+        self._config = config
+        self._run = run
+        self._location = run.location
+        self._notify = notify
         self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
-        self._timeout_s, self._hardware = config.run.storage_timeout_s, hardware
+        self._timeout_s = config.run.storage_timeout_s
+        self._hardware = hardware
         self.warn = partial(notify, run_state.WARNINGS)
-        self._images_seen = self._images_lost = 0
-        self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
+        self._images_seen = 0
+        self._images_lost = 0
+        self._began_at = time.monotonic()
+        self._minutes_before = 0.0
+        self._status_at = -math.inf
         self._rows: list[Row] = []
         """Points since the last checkpoint."""
         self._next_row: int | None = None
@@ -93,12 +100,14 @@ class RunStore:
         """
         run = self._location
         with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
-            at = self._images_seen = checkpoint.position(folder)
+            at = checkpoint.position(folder)
+            self._images_seen = at
             self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
             if before := self._read(lambda: runs.read_status(run), None):
                 reached = max(reached, before.images_seen)
-                self._images_lost, self._minutes_before = before.images_lost, before.minutes
+                self._images_lost = before.images_lost
+                self._minutes_before = before.minutes
             self._images_lost += max(0, reached - at)
             self._write_status()
             yield folder
@@ -121,7 +130,8 @@ class RunStore:
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is."""
-        self.last_progress, self._images_seen = progress, progress.images_seen
+        self.last_progress = progress
+        self._images_seen = progress.images_seen
         self._notify(run_state.PROGRESS, progress)
         if time.monotonic() - self._status_at > STATUS_INTERVAL_S:
             self._write_status()
@@ -250,7 +260,8 @@ class RunStore:
     def _save(
         self, snapshot: Snapshot, rows: list[Row], before: Mapping[str, bytes], best: bool, began: float
     ) -> None:
-        seen, run = snapshot.images_seen, self._location
+        seen = snapshot.images_seen
+        run = self._location
         try:
             files = {**self._packed(rows), **before}
             checkpoint_manager.store(snapshot, run, files, best, self._retry_io)

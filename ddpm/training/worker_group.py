@@ -46,10 +46,12 @@ class WorkerGroup:
     def __init__(
         self, config: Config, data_set: DataSet, run: Run, rungs: Rungs | None = None, verbose: bool = False
     ) -> None:
-        self.state, self.per_worker = RunStateClient(), resources.resources_per_worker(config)
+        self.state = RunStateClient()
+        self.per_worker = resources.resources_per_worker(config)
         # A reference: Ray Train does not copy it to the controller.
         trained = ray.put({"config": config, "data_set": data_set, "run": run, "rungs": rungs})
-        self._config, self._spec = config, {"run": trained, "verbose": verbose}
+        self._config = config
+        self._spec = {"run": trained, "verbose": verbose}
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._workers: threading.Thread | None = None
@@ -125,7 +127,8 @@ def train_run(
     spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, rungs: Rungs | None
 ) -> int | None:
     """Train a run on this worker; rank 0 returns images_seen at the end."""
-    state, store = spec["state"], None
+    state = spec["state"]
+    store = None
     if ray.train.get_context().get_world_rank() == 0:
         hardware = devices.hardware()
         store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote, hardware)

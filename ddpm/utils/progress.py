@@ -64,9 +64,11 @@ class Display:
     """A context that shows how many of `total` are done; `description` names what is counted."""
 
     def __init__(self, description: str, total: int) -> None:
-        self._description, self._total = description, total
+        self._description = description
+        self._total = total
         self._live = sys.stdout.isatty()
-        self._began, self._line_at = time.monotonic(), float("-inf")
+        self._began = time.monotonic()
+        self._line_at = float("-inf")
         self._first: int | None = None
         self._shown = -1
         self._last = (0, "")
@@ -108,8 +110,10 @@ class Display:
             return
         now = time.monotonic()
         if self._first is None:
-            self._first, self._began = done, now
-        self._line_at, self._shown = now, done
+            self._first = done
+            self._began = now
+        self._line_at = now
+        self._shown = done
         speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
         left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
         parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]
