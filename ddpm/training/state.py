@@ -28,13 +28,25 @@ from ddpm.utils.seeding import GENERATOR
 
 def lr_at(config: Config, images_seen: int) -> float:
     """The learning rate of the step that begins after `images_seen` images: warm-up, then the schedule."""
-    optim, warmup, batch_size = config.optim, config.optim.lr_warmup_images, config.train.batch_size
+    optim = config.optim
+    warmup = config.optim.lr_warmup_images
+    batch_size = config.train.batch_size
     if images_seen < warmup:
         return optim.lr * (images_seen + batch_size) / (warmup + batch_size)
     if optim.lr_schedule == "constant":
         return optim.lr
     progress = min((images_seen - warmup) / max(config.train.total_images - warmup, 1), 1.0)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What the recorder has summed since its last log, over all ranks."""
+
+    sums: list[float]
+    """`Recorder._sums`."""
+    grad_norm: float
+    """The gradient norm of the last step that was not skipped."""
 
 
 @dataclass
@@ -53,8 +65,8 @@ class State:
     skipped_steps: int = 0
     """Steps without an update, since their loss or gradient was not finite."""
     best_held_out_loss: float = math.inf
-    interval: list[float] | None = None
-    """The recorder's sums since the last log, over all ranks, and the last gradient norm."""
+    interval: Interval | None = None
+    """None: nothing has been saved yet."""
     precision: str = "float32"
     """Precision inside the net."""
 
@@ -62,7 +74,8 @@ class State:
     def create(cls, config: Config, device: torch.device) -> "State":
         """The state before the first step."""
         net = build_net(config).to(device)
-        ema, built = EMA(net, config.optim.ema_decay), optimizers.build(config, net)
+        ema = EMA(net, config.optim.ema_decay)
+        built = optimizers.build(config, net)
         return cls(net, ema, built, DeviceToHost(device), precision=config.train.precision)
 
     def descend(self, lr: float, bad: Tensor) -> None:
@@ -125,7 +138,7 @@ class State:
             "images_seen": self.images_seen,
             "skipped_steps": self.skipped_steps,
             "best_held_out_loss": best if math.isfinite(best) else None,
-            "interval": self.interval,
+            "interval": [*self.interval.sums, self.interval.grad_norm] if self.interval else None,
             "generator": GENERATOR,
         }
         tensors = {
@@ -150,9 +163,11 @@ class State:
         checkpoint.load_weights(self.net, folder / "net.safetensors")
         checkpoint.load_weights(self.ema.net, folder / "ema.safetensors")
         self.load_optimizer_tensors(self._read_moments(folder, position, device))
-        self.step, self.images_seen = position["step"], position["images_seen"]
+        self.step = position["step"]
+        self.images_seen = position["images_seen"]
         self.skipped_steps = position.get("skipped_steps", 0)
-        self.interval = position.get("interval")
+        interval = position.get("interval")
+        self.interval = None if interval is None else Interval(interval[:-1], interval[-1])
         best = position["best_held_out_loss"]
         self.best_held_out_loss = math.inf if best is None else best
 
