@@ -14,7 +14,7 @@ import torch
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import Position
-from ddpm.checkpoints.runs import Card, Run, Status
+from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.report import Report, nearest_pictures
@@ -112,7 +112,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
     return list(compared.values())
 
 
-def _read(run: Run, sample: bool) -> ComparedRun:
+def _read(run: RunFolder, sample: bool) -> ComparedRun:
     location, remarks = run.location, list[Remark]()
 
     def readable(read: Callable[[], T], otherwise: T) -> T:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.evaluation import plots
 from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
 from ddpm.storage import locations
@@ -85,7 +85,7 @@ def keep(
         yield f"run         {result.run} does not keep its results: {error}"
         return
     yield f"run         {file.uri}"
-    yield _push(Run(Path(folder.path).name, folder, result.run_key), timeout_s)
+    yield _push(RunFolder(Path(folder.path).name, folder, result.run_key), timeout_s)
 
 
 def _with_points(report: Report, file: Location) -> bytes:
@@ -100,7 +100,7 @@ def _with_points(report: Report, file: Location) -> bytes:
     return (json.dumps({**content, "points": asdict(points)}, indent=2) + "\n").encode()
 
 
-def _push(run: Run, timeout_s: float) -> str:
+def _push(run: RunFolder, timeout_s: float) -> str:
     """Push a run to MLflow, if MLflow has it; returns a line with the outcome."""
     shown = without_password(tracking_uri())
     try:

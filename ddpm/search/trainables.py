@@ -16,7 +16,7 @@ import torch
 from ray import tune
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run, Search
+from ddpm.checkpoints.runs import RunFolder, Search
 from ddpm.checkpoints.settings import differences, run_name
 from ddpm.cluster import resources
 from ddpm.config import Config
@@ -115,7 +115,7 @@ def train_trial(changes: dict[str, Any], spec: Spec) -> None:
         tune.report(failure(error))
 
 
-def _train(config: Config, spec: Spec, run: Run) -> None:
+def _train(config: Config, spec: Spec, run: RunFolder) -> None:
     threads = config.cluster.threads_per_worker
     if threads is not None:
         torch.set_num_threads(threads)
@@ -131,7 +131,7 @@ def _train(config: Config, spec: Spec, run: Run) -> None:
         store.close()
 
 
-def open_trial(config: Config, spec: Spec) -> Run:
+def open_trial(config: Config, spec: Spec) -> RunFolder:
     """The run of a trial, in the search's folder."""
     data = spec.rungs.evaluator.train
     return runs.open_run(str(config.run.name), config.run.storage, facts(config, data, spec.origin(config)))

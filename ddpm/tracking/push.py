@@ -17,7 +17,7 @@ from annotated_types import Ge
 
 from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Card, Run, Status
+from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
 from ddpm.storage.locations import Location
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 def push(
-    run: Run,
+    run: RunFolder,
     *,
     accepted: Callable[[], object] = lambda: None,
     warn: Callable[[str], object] = log.warning,
@@ -108,7 +108,7 @@ def push(
         return _Push(run, warn).push(accepted)
 
 
-def is_in_mlflow(run: Run) -> bool:
+def is_in_mlflow(run: RunFolder) -> bool:
     """Whether MLflow has a run; nothing is created there. It raises what `push` raises."""
     database = mlflow_client.database_file(mlflow_client.tracking_uri())
     if database is not None and not database.exists():
@@ -121,7 +121,7 @@ def is_in_mlflow(run: Run) -> bool:
 class _Push:
     """One push of a run."""
 
-    def __init__(self, run: Run, warn: Callable[[str], object]) -> None:
+    def __init__(self, run: RunFolder, warn: Callable[[str], object]) -> None:
         self._run = run
         self._location = run.location
         self._warn = warn

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import Pushed, push
 from ddpm.utils.errors import UserError
@@ -43,7 +43,7 @@ class Pusher:
     MLflow takes seconds to import, so nothing happens before `begin` or `close`.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._uri = without_password(tracking_uri())
         self._pushed: Pushed | None = None
@@ -140,7 +140,7 @@ class Pusher:
         self._accepted_at = time.monotonic()
 
 
-def push_patiently(run: Run, timeout_s: float) -> Pushed:
+def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:
     """`push`, again and again until it succeeds, or MLflow has accepted nothing for `timeout_s`.
 
     Raises:

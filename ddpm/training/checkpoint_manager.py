@@ -20,7 +20,7 @@ import torch
 
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.hub import resolve
 from ddpm.storage.locations import Location
@@ -90,7 +90,7 @@ def retire(run: Location, keep: int) -> None:
 
 
 @contextmanager
-def latest_valid(run: Run, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
+def latest_valid(run: RunFolder, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
     """The newest valid checkpoint as a local folder; None: there is none yet."""
     uri = run.location.uri
     stored = retry_io(lambda: runs.checkpoints(run.location), where=uri, timeout_s=timeout_s)
@@ -115,7 +115,7 @@ def latest_valid(run: Run, timeout_s: float, warn: Callable[[str], object]) -> I
     yield None
 
 
-def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
+def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
     """Store the averaged weights of config.train.init_from as the run's first checkpoint, at 0 images.
 
     The run then resumes like any other; the source checkpoint is not needed again.

@@ -18,7 +18,7 @@ from typing import Any
 import ray.exceptions
 
 from ddpm.checkpoints import checkpoint, runs, settings
-from ddpm.checkpoints.runs import Facts, Run, Search, StatusName
+from ddpm.checkpoints.runs import Facts, RunFolder, Search, StatusName
 from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.config_io import to_json
@@ -49,7 +49,7 @@ STATUS_TIMEOUT_S = 5.0
 class Result:
     """The result of a run."""
 
-    run: Run
+    run: RunFolder
     images_seen: int
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
@@ -154,7 +154,7 @@ def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
 
 def _drive(
     config: Config,
-    run: Run,
+    run: RunFolder,
     monitor: DriverMonitor,
     pusher: Pusher,
     lock: DriverLock,
@@ -188,7 +188,7 @@ def _drive(
     return ended, delivery
 
 
-def _store_status(run: Run, status: StatusName, ended: int | None) -> None:
+def _store_status(run: RunFolder, status: StatusName, ended: int | None) -> None:
     """Write into status.json how the run ended; training does not depend on it.
 
     A run that was stopped before its first step has no status.json: it has not begun.
@@ -211,7 +211,7 @@ def _store_status(run: Run, status: StatusName, ended: int | None) -> None:
         log.warning("%s is not written: %s", runs.STATUS, error)
 
 
-def _begins_at(config: Config, data_set: DataSet, run: Run, version: str) -> int:
+def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) -> int:
     """Position of the newest valid checkpoint; the first may be made here from train.init_from. -1: there is none."""
     with checkpoint_manager.latest_valid(run, config.run.storage_timeout_s, log.warning) as folder:
         if folder is None and config.train.init_from is not None:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run, Status
+from ddpm.checkpoints.runs import RunFolder, Status
 from ddpm.config import Config
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
@@ -60,7 +60,7 @@ class RunStore:
     def __init__(
         self,
         config: Config,
-        run: Run,
+        run: RunFolder,
         data_fingerprint: str,
         notify: Callable[[str, Any], object] = lambda subject, value: None,
         hardware: str = "",

@@ -24,7 +24,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import position
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.data import ray_dataset
 from ddpm.data.plan import ReadOrder
@@ -53,7 +53,13 @@ class RayRuntime(Runtime):
     """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, state: Any, store: RunStore | None, folder: str
+        self,
+        config: Config,
+        data_set: DataSet,
+        run: RunFolder,
+        state: Any,
+        store: RunStore | None,
+        folder: str,
     ) -> None:
         super().__init__(config, data_set, data_set.held_out(), store)
         context = ray.train.get_context()

@@ -13,7 +13,7 @@ import ray.util
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.cluster import ray_init, resources
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
@@ -44,7 +44,12 @@ class WorkerGroup:
     """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, rungs: Rungs | None = None, verbose: bool = False
+        self,
+        config: Config,
+        data_set: DataSet,
+        run: RunFolder,
+        rungs: Rungs | None = None,
+        verbose: bool = False,
     ) -> None:
         self.state = RunStateClient()
         self.per_worker = resources.resources_per_worker(config)
@@ -124,7 +129,7 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def train_run(
-    spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, rungs: Rungs | None
+    spec: dict[str, Any], config: Config, data_set: DataSet, run: RunFolder, rungs: Rungs | None
 ) -> int | None:
     """Train a run on this worker; rank 0 returns images_seen at the end."""
     state = spec["state"]

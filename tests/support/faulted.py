@@ -108,7 +108,7 @@ def assert_tracked_once(run: Run) -> None:
     """One finished MLflow run has what the run's folder has, each point and each picture once."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
-    content = tracked.content(uri, runs.Run(name, run.location, runs.read_card(run.location).run_key))
+    content = tracked.content(uri, runs.RunFolder(name, run.location, runs.read_card(run.location).run_key))
     status = runs.read_status(run.location)
     assert status is not None and status.status == content["status"] == "FINISHED"
     assert found.info.end_time == status.ended_ms

@@ -12,7 +12,7 @@ from support.tiny import TINY_NET
 from ddpm import presets
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import flatten, override
 from ddpm.diffusion import schedules
@@ -127,5 +127,5 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     assert "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
 
 
-def description(run: Run) -> str:
+def description(run: RunFolder) -> str:
     return tracked.run_with_key(tracking_uri(), run.key).data.tags[pages.NOTE_TAG]

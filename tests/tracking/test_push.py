@@ -26,7 +26,7 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run, Search, Status
+from ddpm.checkpoints.runs import RunFolder, Search, Status
 from ddpm.config_io import override
 from ddpm.tracking import mlflow_run, pages
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
@@ -43,7 +43,7 @@ SAMPLED = [
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     return tracked.write_run(tmp_path)
 
 
@@ -63,7 +63,7 @@ def proxy(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflo
         yield proxy
 
 
-def reference(run: Run) -> dict[str, Any]:
+def reference(run: RunFolder) -> dict[str, Any]:
     """What MLflow has of a run after one undisturbed push, to the database that all tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI")
@@ -71,7 +71,7 @@ def reference(run: Run) -> dict[str, Any]:
         return content(tracking_uri(), run)
 
 
-def unmark(uri: str, run: Run) -> None:
+def unmark(uri: str, run: RunFolder) -> None:
     """Let MLflow forget what it has."""
     MlflowClient(uri).delete_tag(tracked.run_with_key(uri, run.key).info.run_id, SENT_TAG)
 
@@ -79,7 +79,7 @@ def unmark(uri: str, run: Run) -> None:
 # What a push sends.
 
 
-def test_a_push_sends_everything(uri: str, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
     found, sent = tracked.run_with_key(uri, run.key), content(uri, run)
     assert (pushed.run_id, pushed.experiment_id) == (found.info.run_id, found.info.experiment_id)
@@ -169,7 +169,7 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
 # A push can be repeated.
 
 
-def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: Run) -> None:
+def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: RunFolder) -> None:
     push(run)
     before = tracked.run_with_key(uri, run.key)
     calls: list[None] = []
@@ -180,7 +180,9 @@ def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: Run) -> None
 
 
 @pytest.mark.parametrize("who", ["nothing was marked", "a copy of the folder"])
-def test_everything_sent_again_gives_the_same_content(uri: str, run: Run, tmp_path: Path, who: str) -> None:
+def test_everything_sent_again_gives_the_same_content(
+    uri: str, run: RunFolder, tmp_path: Path, who: str
+) -> None:
     push(run)
     before = content(uri, run)
     unmark(uri, run)
@@ -193,7 +195,7 @@ def test_everything_sent_again_gives_the_same_content(uri: str, run: Run, tmp_pa
 
 
 def test_another_server_gets_the_same_content(
-    run: Run, database: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, database: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run)
     first = content(tracking_uri(), run)
@@ -202,7 +204,7 @@ def test_another_server_gets_the_same_content(
     assert content(mlflow_server, run) == first
 
 
-def test_a_database_that_was_deleted_gets_the_same_content(run: Run, database: Path) -> None:
+def test_a_database_that_was_deleted_gets_the_same_content(run: RunFolder, database: Path) -> None:
     push(run)
     before = content(tracking_uri(), run)
     database.unlink()
@@ -210,7 +212,7 @@ def test_a_database_that_was_deleted_gets_the_same_content(run: Run, database: P
     assert content(tracking_uri(), run) == before
 
 
-def test_merged_curves_are_not_sent_again(database: Path, run: Run) -> None:
+def test_merged_curves_are_not_sent_again(database: Path, run: RunFolder) -> None:
     push(run)
     before = content(tracking_uri(), run)
     curves.merge(run.location, pytest.fail)
@@ -220,7 +222,7 @@ def test_merged_curves_are_not_sent_again(database: Path, run: Run) -> None:
     assert content(tracking_uri(), run) == before
 
 
-def test_a_user_s_own_description_stays(database: Path, run: Run) -> None:
+def test_a_user_s_own_description_stays(database: Path, run: RunFolder) -> None:
     push(run)
     run_id = tracked.run_with_key(tracking_uri(), run.key).info.run_id
     MlflowClient(tracking_uri()).set_tag(run_id, pages.NOTE_TAG, "My best run.")
@@ -229,7 +231,7 @@ def test_a_user_s_own_description_stays(database: Path, run: Run) -> None:
     assert tracked.run_with_key(tracking_uri(), run.key).data.tags[pages.NOTE_TAG] == "My best run."
 
 
-def test_a_run_that_was_deleted_in_mlflow_is_one_line(uri: str, run: Run) -> None:
+def test_a_run_that_was_deleted_in_mlflow_is_one_line(uri: str, run: RunFolder) -> None:
     run_id = push(run).run_id
     MlflowClient(uri).delete_run(run_id)
     with pytest.raises(MlflowError, match=run_id) as raised:
@@ -284,7 +286,9 @@ class TwoCreations(FrontEnd):
         return None
 
 
-def test_two_pushes_at_once_make_one_run(forkserver: ForkServerContext, mlflow_server: str, run: Run) -> None:
+def test_two_pushes_at_once_make_one_run(
+    forkserver: ForkServerContext, mlflow_server: str, run: RunFolder
+) -> None:
     """Both processes find no run, and create one."""
     with TwoCreations(mlflow_server) as front:
         arguments = (front.uri, run.location.uri)
@@ -297,7 +301,7 @@ def test_two_pushes_at_once_make_one_run(forkserver: ForkServerContext, mlflow_s
     assert content(mlflow_server, run) == reference(run)
 
 
-def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: Run) -> None:
+def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: RunFolder) -> None:
     client = MlflowClient(uri)
     experiment_id = mlflow_run.experiment_id(Connection(uri), tracked.EXPERIMENT)
     tags = {mlflow_run.RUN_KEY_TAG: run.key}
@@ -309,7 +313,9 @@ def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: Run) -> None
     assert client.get_run(younger).info.lifecycle_stage == "deleted"
 
 
-def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one(uri: str, run: Run) -> None:
+def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one(
+    uri: str, run: RunFolder
+) -> None:
     """The other process has created an older run, and finds ours."""
     mlflow, older = Connection(uri), list[str]()
 
@@ -355,7 +361,7 @@ def test_what_mlflow_refuses_is_skipped(
 
 
 def test_a_damaged_part_of_the_curves_is_one_line(
-    database: Path, run: Run, caplog: pytest.LogCaptureFixture
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     (damaged,) = (Path(run.location.path) / curves.FOLDER).glob("000000000-*.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-9])
@@ -369,7 +375,9 @@ def test_a_damaged_part_of_the_curves_is_one_line(
     assert len(warnings_of(caplog)) == 1
 
 
-def test_a_damaged_evaluation_is_one_line(database: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_evaluation_is_one_line(
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged = run.location.child(f"{runs.EVALUATIONS}/a-broken.json")
     damaged.write(b'{"points": [')
     push(run)
@@ -379,7 +387,9 @@ def test_a_damaged_evaluation_is_one_line(database: Path, run: Run, caplog: pyte
     assert found["status"] == "FINISHED"
 
 
-def test_a_damaged_status_is_one_line(database: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_status_is_one_line(
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     """The next start of the run writes it again."""
     status = run.location.child(runs.STATUS)
     status.write(b"{")
@@ -391,7 +401,7 @@ def test_a_damaged_status_is_one_line(database: Path, run: Run, caplog: pytest.L
 
 @pytest.mark.parametrize("server", ["works", "is down"])
 def test_no_password_is_in_any_output(
-    run: Run,
+    run: RunFolder,
     mlflow_server: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -469,7 +479,7 @@ def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
 # Connections.
 
 
-def test_whether_mlflow_has_a_run_changes_nothing_there(run: Run, database: Path) -> None:
+def test_whether_mlflow_has_a_run_changes_nothing_there(run: RunFolder, database: Path) -> None:
     assert not is_in_mlflow(run)
     assert [found.name for found in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
     push(run)
@@ -504,7 +514,7 @@ def test_a_relative_database_path_is_relative_to_the_driver(
     assert tracking_uri() == "http://host:5000"
 
 
-def test_artifacts_are_stored_beside_the_database(run: Run, database: Path, tmp_path: Path) -> None:
+def test_artifacts_are_stored_beside_the_database(run: RunFolder, database: Path, tmp_path: Path) -> None:
     push(run)
     (stored,) = tmp_path.rglob("artifacts/**/noising.png")
     assert stored.is_relative_to(database.parent / "mlruns")
