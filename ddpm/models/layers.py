@@ -37,7 +37,7 @@ FEW_PIXELS = 1024
 """Largest N for which attention on a CPU holds all N x N weights in memory."""
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block, then self-attention if asked for: [B, C_in, H, W] -> [B, C_out, H, W]."""
 
     def __init__(self, width_in: int, width_out: int, attention: bool, config: UNetConfig) -> None:

@@ -23,10 +23,10 @@ from ddpm.models.layers import (
     EMBEDDED_TIMESTEPS,
     MAX_BLOCKS,
     MAX_SIZE,
-    Block,
     Downsample,
     GroupNorm,
     Requirement,
+    ResidualBlock,
     Upsample,
     check_conditions,
     check_sizes,
@@ -74,9 +74,9 @@ class UNet(nn.Module):
         sizes = [config.image_size >> level for level in range(len(widths))]
         self.shift_widths: list[int] = []
 
-        def block(width_in: int, width_out: int, attention: bool) -> Block:
+        def block(width_in: int, width_out: int, attention: bool) -> ResidualBlock:
             self.shift_widths.append(width_out)
-            return Block(width_in, width_out, attention, config)
+            return ResidualBlock(width_in, width_out, attention, config)
 
         width = widths[0]
         self.conv_in = nn.Conv2d(config.channels, width, 3, padding=1)
@@ -153,12 +153,12 @@ class UNet(nn.Module):
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
             kept = [h]
             for layer in self.down:
-                h = layer(h, next(shifts)) if isinstance(layer, Block) else layer(h)
+                h = layer(h, next(shifts)) if isinstance(layer, ResidualBlock) else layer(h)
                 kept.append(h)
             for layer in self.middle:
                 h = layer(h, next(shifts))
             for layer in self.up:
-                if isinstance(layer, Block):
+                if isinstance(layer, ResidualBlock):
                     h = layer(torch.cat([h, kept.pop()], dim=1), next(shifts))
                 else:
                     h = layer(h)
