@@ -13,7 +13,7 @@ import torch
 
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.checkpoint import Position
+from ddpm.checkpoints.checkpoint import StateFile
 from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
@@ -165,7 +165,7 @@ def _of_checkpoint(
     """What a run's newest checkpoint, run.json and status.json tell, as fields of ComparedRun."""
     file, state = stored.child("config.json"), stored.child("state.json")
     config = from_json(file.read().decode(errors="replace"), file.uri)
-    position = strict_json.parse(Position, state.read(), f"{state.uri} is damaged", extra="allow")
+    position = strict_json.parse(StateFile, state.read(), f"{state.uri} is damaged", extra="allow")
     seen, total = position.images_seen, config.train.total_images
     tags = status.tags if status else {}  # version 0.1
     command = card.command or tags.get("command", "")

@@ -222,14 +222,14 @@ def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) 
         where = f"{run.location.uri}/{folder.name}"
         saved = checkpoint.read_config(folder)
         checkpoint.check_same_run(saved, config, f"{where}, made by version {version or 'unknown'},")
-        position = checkpoint.read_state(folder)
-    if position["data_fingerprint"] != data_set.rows.fingerprint:
+        saved_state = checkpoint.read_state(folder)
+    if saved_state["data_fingerprint"] != data_set.rows.fingerprint:
         raise UserError(
             f"{where} was trained on other data, {saved.data.shards} (fingerprint "
-            f"{position['data_fingerprint'][:12]}, now {data_set.rows.fingerprint[:12]}); go on with --data "
+            f"{saved_state['data_fingerprint'][:12]}, now {data_set.rows.fingerprint[:12]}); go on with --data "
             f"{saved.data.shards}, not with --data.images or --data.source, or use another --run.name"
         )
-    return position["images_seen"]
+    return saved_state["images_seen"]
 
 
 def summary(result: Result) -> list[str]:

@@ -58,7 +58,7 @@ def train(config: Config, runtime: Runtime) -> State:
     """
     devices.set_deterministic(runtime.device, config.train.deterministic)
     with runtime.latest_checkpoint() as folder, _as_user_error():
-        batches = runtime.batches(checkpoint.position(folder))
+        batches = runtime.batches(checkpoint.images_seen_at(folder))
         state = State.create(_in_one_precision(config, runtime), runtime.device)
         if folder is not None:
             state.restore(folder, config)

@@ -133,7 +133,7 @@ class State:
         On an accelerator the copy is made beside the next step, up to its `descend`; on a CPU training waits for it.
         """
         best = self.best_held_out_loss
-        position = {
+        saved = {
             "step": self.step,
             "images_seen": self.images_seen,
             "skipped_steps": self.skipped_steps,
@@ -147,14 +147,14 @@ class State:
             "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
         copies, wait = self.to_host(tensors)
-        return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config), wait)
+        return Snapshot(self.images_seen, copies, {**extra, **saved}, to_json(config), wait)
 
     def restore(self, folder: Path, config: Config) -> None:
         """Restore the checkpoint in `folder`."""
         checkpoint.verify(folder)
         checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
-        position = checkpoint.read_state(folder)
-        if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
+        saved = checkpoint.read_state(folder)
+        if (drawn_with := saved.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
             raise UserError(
                 f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so a resumed "
                 f"run would not be the same; start a new run from its weights: --train.init-from {folder}"
@@ -162,13 +162,13 @@ class State:
         device = next(self.net.parameters()).device
         checkpoint.load_weights(self.net, folder / "net.safetensors")
         checkpoint.load_weights(self.ema.net, folder / "ema.safetensors")
-        self.load_optimizer_tensors(self._read_moments(folder, position, device))
-        self.step = position["step"]
-        self.images_seen = position["images_seen"]
-        self.skipped_steps = position.get("skipped_steps", 0)
-        interval = position.get("interval")
+        self.load_optimizer_tensors(self._read_moments(folder, saved, device))
+        self.step = saved["step"]
+        self.images_seen = saved["images_seen"]
+        self.skipped_steps = saved.get("skipped_steps", 0)
+        interval = saved.get("interval")
         self.interval = None if interval is None else Interval(interval[:-1], interval[-1])
-        best = position["best_held_out_loss"]
+        best = saved["best_held_out_loss"]
         self.best_held_out_loss = math.inf if best is None else best
 
     def init_from(self, folder: Path, config: Config) -> None:
@@ -182,16 +182,16 @@ class State:
             checkpoint.load_weights(net, folder / "ema.safetensors", optional="augment_embedding.weight")
 
     def _read_moments(
-        self, folder: Path, position: Mapping[str, Any], device: torch.device
+        self, folder: Path, saved: Mapping[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
         """The optimizers' state; empty before the first step that was not skipped."""
         path = folder / "optimizer.safetensors"
         tensors = checkpoint.read_tensors(path, device)
-        has_learned = position["step"] > position.get("skipped_steps", 0)
+        has_learned = saved["step"] > saved.get("skipped_steps", 0)
         if has_learned and not tensors:
             raise UserError(
                 f"{path} is empty, as in a registered model, but state.json says images_seen "
-                f"{position['images_seen']}, so its run cannot be resumed; start a new one from its weights: "
+                f"{saved['images_seen']}, so its run cannot be resumed; start a new one from its weights: "
                 f"--train.init-from {folder}"
             )
         checkpoint.check_fit(checkpoint.shapes(tensors), self.optimizer_shapes() if has_learned else {}, path)

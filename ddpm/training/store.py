@@ -100,7 +100,7 @@ class RunStore:
         """
         run = self._location
         with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
-            at = checkpoint.position(folder)
+            at = checkpoint.images_seen_at(folder)
             self._images_seen = at
             self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)

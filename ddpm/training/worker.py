@@ -23,7 +23,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from ddpm.checkpoints.checkpoint import position
+from ddpm.checkpoints.checkpoint import images_seen_at
 from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.data import ray_dataset
@@ -153,7 +153,7 @@ class RayRuntime(Runtime):
                 reached = progress.images_seen if progress else 0
                 folder = stack.enter_context(self.store.latest_checkpoint(reached))
                 if progress:  # what is lost is counted once, also if this group dies before its first step
-                    progress = dataclasses.replace(progress, images_seen=position(folder))
+                    progress = dataclasses.replace(progress, images_seen=images_seen_at(folder))
                     self._state.set.remote(run_state.PROGRESS, progress)
             name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)
             if self.store is None and name:

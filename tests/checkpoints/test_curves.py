@@ -43,7 +43,7 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
 
     with finished(RunStore(config, RunFolder("one", run, "a"), "b", notify)) as store:
         with store.latest_checkpoint() as folder:
-            resumed_at = checkpoint.position(folder)
+            resumed_at = checkpoint.images_seen_at(folder)
         for seen in positions:
             state = State.create(config, torch.device("cpu"))
             state.step, state.images_seen = seen // 32, seen

@@ -51,7 +51,7 @@ def checkpoints(root: Path) -> list[int]:
     ]
     for folder in map(Path, names):
         checkpoint.verify(folder)
-        seen = checkpoint.position(folder)
+        seen = checkpoint.images_seen_at(folder)
         points = [(point.images_seen, point.value) for point in curves.read(location)["train/loss"]]
         assert points[: seen // 32] == [(at, 0.5) for at in range(32, seen + 1, 32)]
         found.append(seen)
