@@ -165,7 +165,7 @@ def _drive(
     patience_s = PATIENCE_S
     try:
         with monitor:
-            ended = monitor.train()
+            ended = monitor.supervise()
         lock.check()
         status = "FINISHED"
         if monitor.was_asked and ended < config.train.total_images:

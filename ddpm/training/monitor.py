@@ -122,8 +122,8 @@ class DriverMonitor(StopSignals):
         """Whether training was asked to stop early."""
         return self.signal is not None or self.ended_early
 
-    def train(self) -> int:
-        """Wait until training is done or stopped; returns images_seen.
+    def supervise(self) -> int:
+        """Keep workers running until training is done or stopped; returns images_seen.
 
         This takes one or more Ray Train runs: workers leave before a node is taken away, and when nodes have joined.
         """
