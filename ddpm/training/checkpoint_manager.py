@@ -31,11 +31,13 @@ from ddpm.utils.retry import StorageError, retry_io
 
 T = TypeVar("T")
 Retry = Callable[[Callable[[], None], Location], None]
-"""`retry(call, where)`, with time-out and warnings."""
+"""`retry_in_folder(call, where)`, with a time-out and warnings."""
 
 
-def retry(call: Callable[[], T], where: Location, timeout_s: float, warn: Callable[[str], object]) -> T:
-    """`retry_io` of a call that does not expect a missing file: its folder is gone."""
+def retry_in_folder(
+    call: Callable[[], T], where: Location, timeout_s: float, warn: Callable[[str], object]
+) -> T:
+    """`retry_io` of a call that needs the run's folder: a missing file means that the folder is gone."""
     try:
         return retry_io(call, where=where.uri, timeout_s=timeout_s, warn=warn)
     except FileNotFoundError as error:
@@ -125,7 +127,7 @@ def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[
     with resolve.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)
     identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
-    write = partial(retry, timeout_s=config.run.storage_timeout_s, warn=warn)
+    write = partial(retry_in_folder, timeout_s=config.run.storage_timeout_s, warn=warn)
     store(state.snapshot(config, identity), run.location, {}, False, write)
 
 

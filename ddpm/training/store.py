@@ -102,7 +102,7 @@ class RunStore:
         with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
             at = checkpoint.images_seen_at(folder)
             self._images_seen = at
-            self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
+            self._retry(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
             if before := self._read(lambda: runs.read_status(run), None):
                 reached = max(reached, before.images_seen)
@@ -186,10 +186,10 @@ class RunStore:
 
     def _read_curves(self, at: int) -> None:
         """Merge the curves' parts, and learn which points beyond `at` are recorded."""
-        table = self._retry_io(lambda: curves.merge(self._location, self.warn), self._location)
+        table = self._retry(lambda: curves.merge(self._location, self.warn), self._location)
         beyond = table.filter(pc.field("images_seen") > at).to_pylist()
         self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
-        self._next_row = self._retry_io(lambda: curves.num_rows(self._location), self._location)
+        self._next_row = self._retry(lambda: curves.num_rows(self._location), self._location)
 
     def _take_rows(self) -> list[Row]:
         taken = self._rows
@@ -199,15 +199,15 @@ class RunStore:
     def _read(self, read: Callable[[], T], otherwise: T) -> T:
         """The result of `read`; `otherwise` if the file is damaged."""
         try:
-            return self._retry_io(read, self._location)
+            return self._retry(read, self._location)
         except StorageError:
             raise
         except UserError as error:
             self.warn(f"{error}; it will be rewritten from {self._images_seen} images on")
             return otherwise
 
-    def _retry_io(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
-        return checkpoint_manager.retry(call, where, min(self._timeout_s, most_s), self.warn)
+    def _retry(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
+        return checkpoint_manager.retry_in_folder(call, where, min(self._timeout_s, most_s), self.warn)
 
     def _write_status(self) -> None:
         self._status_at = time.monotonic()
@@ -253,7 +253,7 @@ class RunStore:
 
     def _merge_curves(self) -> None:
         try:
-            self._retry_io(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
+            self._retry(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"the curves are not merged: {error}")
 
@@ -264,7 +264,7 @@ class RunStore:
         run = self._location
         try:
             files = {**self._packed(rows), **before}
-            checkpoint_manager.store(snapshot, run, files, best, self._retry_io)
+            checkpoint_manager.store(snapshot, run, files, best, self._retry)
         finally:
             self._room.release()
         self.newest = checkpoint.name_at(seen)
@@ -272,6 +272,6 @@ class RunStore:
         self._notify(run_state.METRICS, ({"checkpoint_seconds": time.monotonic() - began}, seen))
         try:
             keep = self._config.train.keep_checkpoints
-            self._retry_io(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
+            self._retry(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"an old checkpoint could not be removed: {error}")
