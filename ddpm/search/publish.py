@@ -22,8 +22,8 @@ from ddpm.search.trials import Trials
 from ddpm.storage.locations import Location
 from ddpm.tracking import mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
+from ddpm.tracking.mlflow_pages import NOTE_TAG, STOPPED
 from ddpm.tracking.mlflow_run import MlflowRun
-from ddpm.tracking.pages import NOTE_TAG, STOPPED
 from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

@@ -21,7 +21,7 @@ from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
 from ddpm.storage.locations import Location
-from ddpm.tracking import mlflow_client, mlflow_run, pages, run_params
+from ddpm.tracking import mlflow_client, mlflow_pages, mlflow_run, run_params
 from ddpm.tracking.mlflow_client import Connection
 from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG
 from ddpm.utils import strict_json
@@ -32,7 +32,7 @@ from ddpm.utils.retry import as_user_error
 log = logging.getLogger(__name__)
 
 SENT_TAG = "ddpm.sent"
-STATUS = {"PRUNED": "KILLED", "STOPPED": pages.STOPPED}
+STATUS = {"PRUNED": "KILLED", "STOPPED": mlflow_pages.STOPPED}
 """MLflow's status for those of status.json that it calls otherwise."""
 
 
@@ -229,7 +229,7 @@ class _Push:
             png = file.read()
             self._mlflow.log_picture(series, png, images_seen, time_ms_of(png) or self._card.created_ms)
         if new and series == runs.SAMPLES:
-            self._mlflow.log_file(pages.GRID, png)
+            self._mlflow.log_file(mlflow_pages.GRID, png)
         if new:
             self._mark(**{series: Series(len(pictures), max(pictures))})
 
@@ -246,7 +246,7 @@ class _Push:
         for name in names:
             self._mlflow.log_file(f"{runs.PICTURES}/{name}", folder.child(name).read())
         if last is not None:
-            self._mlflow.log_picture(pages.LAST_GRID, grids[last].read(), 0, self._card.created_ms)
+            self._mlflow.log_picture(mlflow_pages.LAST_GRID, grids[last].read(), 0, self._card.created_ms)
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
@@ -294,10 +294,12 @@ class _Push:
 
     def _describe(self) -> None:
         """The description, unless somebody has written another one."""
-        if not self._mlflow.tags.get(pages.NOTE_TAG, pages.NOTE_END).endswith(pages.NOTE_END):
+        if not self._mlflow.tags.get(mlflow_pages.NOTE_TAG, mlflow_pages.NOTE_END).endswith(
+            mlflow_pages.NOTE_END
+        ):
             return
         images_seen = self._status.images_seen if self._status else 0
-        facts = pages.Facts(
+        facts = mlflow_pages.Facts(
             tags=self._mlflow.tags,
             config=self._now,
             status=self._status.status if self._status else "RUNNING",
@@ -306,7 +308,7 @@ class _Push:
             run_id=self._mlflow.run_id,
             folder=self._location.uri,
         )
-        self._mlflow.set_tags({pages.NOTE_TAG: pages.description(facts)})
+        self._mlflow.set_tags({mlflow_pages.NOTE_TAG: mlflow_pages.description(facts)})
 
 
 def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:

@@ -27,7 +27,7 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking import pages, run_params
+from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, Pusher
 from ddpm.training import checkpoint_manager
@@ -250,8 +250,8 @@ def summary(result: Result) -> list[str]:
         return lines
     lines.append(f"MLflow      run {pushed.run_id} in {where}")
     if database := database_file(tracking_uri()):
-        lines.append(f"            `{pages.ui_command(database)}` shows it at")
+        lines.append(f"            `{mlflow_pages.ui_command(database)}` shows it at")
     if database or where.startswith("http"):
-        server = pages.LOCAL_UI if database else where
-        lines.append(f"            {pages.link(server, pushed.experiment_id, pushed.run_id)}")
+        server = mlflow_pages.LOCAL_UI if database else where
+        lines.append(f"            {mlflow_pages.link(server, pushed.experiment_id, pushed.run_id)}")
     return lines

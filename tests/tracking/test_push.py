@@ -28,7 +28,7 @@ from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.checkpoints.runs import RunFolder, Search, Status
 from ddpm.config_io import override
-from ddpm.tracking import mlflow_run, pages
+from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import SENT_TAG, is_in_mlflow, push
 from ddpm.tracking.pusher import push_patiently
@@ -93,7 +93,7 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
     assert (tags["preset"], tags["changed"]) == ("digits", "optim.lr=0.5")
     assert (tags["command"], tags["hardware"]) == (tracked.COMMAND, "2 cores")
     assert (tags["version.ddpm"], tags["checkpoint"]) == ("0.2.0", "RUN/checkpoint-000000000128")
-    assert "Finished at 128 of 128 images" in tags[pages.NOTE_TAG]
+    assert "Finished at 128 of 128 images" in tags[mlflow_pages.NOTE_TAG]
     ((data, tags_of_data),) = sent["data"]
     assert (data["name"], json.loads(data["source"])) == ("digits", {"uri": tracked.DATA.uri})
     assert json.loads(data["profile"])["images"] == 1500
@@ -113,13 +113,13 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
 
     files = sent["artifacts"]
     created_ms = runs.read_card(run.location).created_ms
-    last = [(pages.LAST_GRID, 0, created_ms, kind) for kind in ("png", "webp")]
+    last = [(mlflow_pages.LAST_GRID, 0, created_ms, kind) for kind in ("png", "webp")]
     assert tracked.pictures_in(files) == sorted([*SAMPLED, *last])
     others = {name: data for name, data in files.items() if not name.startswith("images/")}
     folder = Path(run.location.path)
     assert others == {
         "config.json": (folder / "checkpoint-000000000128/config.json").read_bytes(),
-        pages.GRID: (folder / "samples/000000000128.png").read_bytes(),
+        mlflow_pages.GRID: (folder / "samples/000000000128.png").read_bytes(),
         "pictures/noising.png": tracked.PICTURE,
         "evaluation/at-128.json": (folder / "evaluations/at-128.json").read_bytes(),
         "evaluation/at-128.png": tracked.PICTURE,
@@ -154,8 +154,8 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
     tracked.set_status(run, "STOPPED", 64)
     push(run)
     stopped = tracked.run_with_key(uri, run.key)
-    assert (stopped.info.status, stopped.info.end_time) == (pages.STOPPED, tracked.time_at(64) + 1)
-    assert "Stopped at 64 of 128 images" in stopped.data.tags[pages.NOTE_TAG]
+    assert (stopped.info.status, stopped.info.end_time) == (mlflow_pages.STOPPED, tracked.time_at(64) + 1)
+    assert "Stopped at 64 of 128 images" in stopped.data.tags[mlflow_pages.NOTE_TAG]
     tracked.train(run, 96, 128)
     assert push(run).num_points == 4
     assert tracked.run_with_key(uri, run.key).info.status == "RUNNING"
@@ -225,10 +225,10 @@ def test_merged_curves_are_not_sent_again(database: Path, run: RunFolder) -> Non
 def test_a_user_s_own_description_stays(database: Path, run: RunFolder) -> None:
     push(run)
     run_id = tracked.run_with_key(tracking_uri(), run.key).info.run_id
-    MlflowClient(tracking_uri()).set_tag(run_id, pages.NOTE_TAG, "My best run.")
+    MlflowClient(tracking_uri()).set_tag(run_id, mlflow_pages.NOTE_TAG, "My best run.")
     unmark(tracking_uri(), run)
     push(run)
-    assert tracked.run_with_key(tracking_uri(), run.key).data.tags[pages.NOTE_TAG] == "My best run."
+    assert tracked.run_with_key(tracking_uri(), run.key).data.tags[mlflow_pages.NOTE_TAG] == "My best run."
 
 
 def test_a_run_that_was_deleted_in_mlflow_is_one_line(uri: str, run: RunFolder) -> None:
@@ -438,7 +438,7 @@ def test_changed_settings_of_a_resumed_run_are_tags(database: Path, tmp_path: Pa
     assert found["params"]["optim.lr"] == str(tracked.CONFIG.optim.lr)  # params never change in MLflow
     resumed = {name: value for name, value in found["tags"].items() if name.startswith("resumed.")}
     assert resumed == {"resumed.optim.lr": "0.25", "resumed.train.total_images": "192"}
-    assert "128 of 192 images" in found["tags"][pages.NOTE_TAG]
+    assert "128 of 192 images" in found["tags"][mlflow_pages.NOTE_TAG]
     assert found == reference(run)
 
 
@@ -470,7 +470,7 @@ def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
     assert found["tags"].items() >= tags.items()
     assert found["params"]["train.batch_size"]
     assert found["status"] == "FINISHED"
-    assert found["artifacts"][pages.GRID] == grid
+    assert found["artifacts"][mlflow_pages.GRID] == grid
     unmark(tracking_uri(), run)
     push(run)
     assert content(tracking_uri(), run) == found
