@@ -18,7 +18,7 @@ from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pi
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import Points, is_in_mlflow
+from ddpm.tracking.push import EvaluationPoints, is_in_mlflow
 from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
@@ -91,11 +91,11 @@ def keep(
 def _with_points(report: Report, file: Location) -> bytes:
     """The report's JSON with the points that MLflow shows; a report that is in `file` already keeps its time."""
     values = {str(result.images_seen): metrics(result) for result in report.results}
-    points = Points(int(time.time() * 1000), values)
+    points = EvaluationPoints(int(time.time() * 1000), values)
     with suppress(OSError, ValueError, KeyError, UserError):
         before = json.loads(file.read())["points"]
         if before["values"] == values:
-            points = Points(before["time_ms"], values)
+            points = EvaluationPoints(before["time_ms"], values)
     content = json.loads(report.to_json())
     return (json.dumps({**content, "points": asdict(points)}, indent=2) + "\n").encode()
 

@@ -72,7 +72,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Points:
+class EvaluationPoints:
     """The points of an evaluation, in its file."""
 
     time_ms: int
@@ -81,10 +81,10 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFile:
     """What MLflow shows of a file in the folder of evaluations."""
 
-    points: Points | None = None
+    points: EvaluationPoints | None = None
     """None in version 0.1."""
 
 
@@ -279,9 +279,9 @@ class _Push:
             self._mlflow.log_file(f"evaluation/{name}", folder.child(name).read())
         self._mark(evaluations=digest)
 
-    def _points(self, file: Location) -> Points | None:
+    def _points(self, file: Location) -> EvaluationPoints | None:
         try:
-            evaluation = strict_json.parse(Evaluation, file.read(), f"{file.uri} is damaged", extra="ignore")
+            evaluation = strict_json.parse(EvaluationFile, file.read(), f"{file.uri} is damaged", extra="ignore")
         except UserError as error:
             self._warn(str(error))
             return None
