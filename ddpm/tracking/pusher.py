@@ -91,12 +91,12 @@ class Pusher:
 
     def _wait(self, patience_s: float) -> None:
         """Wait until the thread ends, or MLflow has accepted nothing for `patience_s`."""
-        has_told = False
+        has_warned = False
         began = time.monotonic()
         while self._thread.is_alive() and time.monotonic() - self._accepted_at < patience_s:
             self._thread.join(0.1)
-            if not has_told and time.monotonic() - began > SILENCE_S:
-                has_told = True
+            if not has_warned and time.monotonic() - began > SILENCE_S:
+                has_warned = True
                 log.warning("waiting for MLflow at %s to accept the rest", self._uri)
         self._thread.join(GRACE_S)
 
@@ -124,17 +124,23 @@ class Pusher:
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _push(self) -> Exception | None:
-        """Push once; returns the error if that failed, which one line says for each outage."""
+        """Push once; returns the error if that failed. The first failure of an outage is a warning."""
         try:
             self._pushed = push(self._run, accepted=self._accept, warn=log.warning)
         except Exception as error:  # of any type: training does not depend on it
-            line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if not self._has_warned:
                 self._has_warned = True
-                log.warning("MLflow at %s does not accept data, and gets it later: %s", self._uri, line)
+                self._warn(error)
             return error
         self._has_warned = False
         return None
+
+    def _warn(self, error: Exception) -> None:
+        if isinstance(error, UserError) and not isinstance(error, MlflowError):
+            log.warning("MLflow at %s gets the run later: %s", self._uri, error)
+            return
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        log.warning("MLflow at %s does not accept data, and gets it later: %s", self._uri, line)
 
     def _accept(self) -> None:
         self._accepted_at = time.monotonic()
@@ -165,4 +171,7 @@ def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:
 
 
 def _is_temporary(error: Exception) -> bool:
-    return not isinstance(error, MlflowError) or error.is_temporary
+    """Whether the same push may succeed soon. A folder that cannot be read is not MLflow's absence."""
+    if isinstance(error, MlflowError):
+        return error.is_temporary
+    return not isinstance(error, UserError)

@@ -18,11 +18,13 @@ from support.processes import wait_for
 from support.proxy import FaultyProxy
 from support.tracked import MlflowFaultProxy, content, warnings_of
 
+from ddpm.checkpoints import runs
 from ddpm.checkpoints.runs import RunFolder
 from ddpm.storage import locations
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
 from ddpm.tracking.pusher import MIN_BEGIN_S, Delivery, Pusher
+from ddpm.utils.errors import UserError
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
 LONG_S = 60.0
@@ -286,3 +288,14 @@ def test_storage_that_does_not_answer_is_waited_for(
     (line,) = warnings_of(caplog)
     assert run.location.uri in line
     assert_complete(run, uri, monkeypatch)
+
+
+def test_close_does_not_wait_for_a_folder_that_cannot_be_read(
+    run: RunFolder, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.location.child(runs.CARD).write(b"{")
+    with pytest.raises(UserError):
+        push(run)
+    assert within(LONG_S, lambda: Pusher(run).close(patience_s=10 * LONG_S)) == Delivery(None, False)
+    (line,) = warnings_of(caplog)
+    assert run.location.child(runs.CARD).uri in line
