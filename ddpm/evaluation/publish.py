@@ -17,8 +17,9 @@ from ddpm.evaluation import plots
 from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.tracking.evaluations import EvaluationPoints
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import EvaluationPoints, is_in_mlflow
+from ddpm.tracking.push import is_in_mlflow
 from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error

@@ -69,6 +69,16 @@ class MlflowRun:
         self._log("tags", {f"tag {name}": RunTag(name, value) for name, value in new.items()}, MAX_PER_CALL)
         self.tags |= new
 
+    def delete_tag(self, name: str) -> None:
+        """Delete a tag."""
+        try:
+            self._mlflow(self._client.delete_tag, self.run_id, name)
+        except MlflowError:
+            if name in self._mlflow(self._client.get_run, self.run_id).data.tags:
+                raise
+            # Another process has deleted it.
+        self.tags.pop(name, None)
+
     def log_metrics(self, rows: Iterable[Row]) -> None:
         """Log at most METRICS_PER_CALL values. MLflow holds each name, step, time and value once."""
         from mlflow.entities import Metric

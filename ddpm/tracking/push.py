@@ -9,29 +9,26 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import PurePosixPath
-from typing import Annotated, Any
-
-from annotated_types import Ge
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
-from ddpm.storage.locations import Location
-from ddpm.tracking import mlflow_client, mlflow_pages, mlflow_run, run_params
+from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params, sent
 from ddpm.tracking.mlflow_client import Connection
 from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG
-from ddpm.utils import strict_json
+from ddpm.tracking.sent import SENT_TAG, Series
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import time_ms_of
 from ddpm.utils.retry import as_user_error
 
 log = logging.getLogger(__name__)
 
-SENT_TAG = "ddpm.sent"
+RESUMED = "resumed."
+"""Prefix of tags with the settings of a resumed run that differ from its params, which never change in MLflow."""
 STATUS = {"PRUNED": "KILLED", "STOPPED": mlflow_pages.STOPPED}
 """MLflow's status for those of status.json that it calls otherwise."""
 
@@ -46,46 +43,6 @@ class Pushed:
     run_id: str
     num_points: int
     """Points that this push sent."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """Pictures that MLflow has: how many, and the largest images_seen."""
-
-    num: int = 0
-    until: int = -1
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What MLflow has of a run, as JSON in the tag SENT_TAG."""
-
-    points: Annotated[int, Ge(0)] = 0
-    """Rows of curves.py."""
-    samples: Series = Series()
-    denoising: Series = Series()
-    about: str = ""
-    """Hash of params and tags."""
-    pictures: str = ""
-    evaluations: str = ""
-    """Hashes of the names in these folders, and of the times of the evaluations."""
-
-
-@dataclass(frozen=True)
-class EvaluationPoints:
-    """The points of an evaluation, in its file."""
-
-    time_ms: int
-    values: dict[str, dict[str, float]]
-    """By images_seen and name."""
-
-
-@dataclass(frozen=True)
-class EvaluationFile:
-    """What MLflow shows of a file in the folder of evaluations."""
-
-    points: EvaluationPoints | None = None
-    """None in version 0.1."""
 
 
 def push(
@@ -143,7 +100,7 @@ class _Push:
             began_ms=self._card.created_ms or None,
             warn=self._warn,
         )
-        self._sent = _parse_sent(self._mlflow.tags.get(SENT_TAG))
+        self._sent = sent.parse(self._mlflow.tags.get(SENT_TAG))
         points_before = self._sent.points
         self._push_about(mlflow)
         self._push_points()
@@ -178,10 +135,10 @@ class _Push:
             raise UserError(f"{self._location.uri} has no checkpoint yet, so nothing is known of the run")
         return now, now  # version 0.1
 
-    def _mark(self, **sent: Any) -> None:
-        """Let MLflow know what it has."""
-        self._sent = replace(self._sent, **sent)
-        self._mlflow.set_tags({SENT_TAG: json.dumps(asdict(self._sent))})
+    def _mark(self, **parts: Any) -> None:
+        """Store in MLflow what it has now."""
+        self._sent = replace(self._sent, **parts)
+        self._mlflow.set_tags({SENT_TAG: self._sent.to_json()})
 
     def _push_about(self, mlflow: Connection) -> None:
         """Params, tags, data set, and the configuration as a file, for --config."""
@@ -198,10 +155,12 @@ class _Push:
         if about == self._sent.about:
             return
         self._mlflow.log_params(params)
-        for name, value in now.items():  # MLflow's params never change; a resumed run's may
-            known = self._mlflow.tags.get(f"resumed.{name}", self._mlflow.params.get(name))
-            if str(value) != known:
-                tags[f"resumed.{name}"] = str(value)
+        for name, value in now.items():
+            if str(value) != self._mlflow.params.get(name):
+                tags[RESUMED + name] = str(value)
+        for name in list(self._mlflow.tags):
+            if name.startswith(RESUMED) and name not in tags:
+                self._mlflow.delete_tag(name)
         self._mlflow.set_tags(tags)
         if self._card.data is not None:
             self._mlflow.log_data(self._card.data)
@@ -221,10 +180,10 @@ class _Push:
     def _push_series(self, series: str) -> None:
         """Pictures of a series, each at its step."""
         pictures = runs.pictures(self._location, series)
-        sent = getattr(self._sent, series)
-        if sent.num != sum(images_seen <= sent.until for images_seen in pictures):
-            sent = Series()
-        new = {images_seen: file for images_seen, file in pictures.items() if images_seen > sent.until}
+        before: Series = getattr(self._sent, series)
+        if before.num != sum(images_seen <= before.until for images_seen in pictures):
+            before = Series()
+        new = {images_seen: file for images_seen, file in pictures.items() if images_seen > before.until}
         for images_seen, file in new.items():
             png = file.read()
             self._mlflow.log_picture(series, png, images_seen, time_ms_of(png) or self._card.created_ms)
@@ -250,42 +209,20 @@ class _Push:
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
-        """Results of jobs/evaluate.py: points, and the files with everything.
-
-        A value that several evaluations have found has the time of the first.
-        """
+        """Results of jobs/evaluate.py: points, and the files with everything."""
         folder = self._location.child(runs.EVALUATIONS)
         names = folder.files()
-        times = dict[str, int]()
-        found = dict[tuple[str, int, float], int]()
-        for name in names:
-            if PurePosixPath(name).suffix != ".json":
-                continue
-            points = self._points(folder.child(name))
-            if points is None:
-                continue
-            times[name] = points.time_ms
-            for images_seen, values in points.values.items():
-                for key, value in values.items():
-                    at = (key, int(images_seen), value)
-                    found[at] = min(points.time_ms, found.get(at, points.time_ms))
-        rows = [Row(*at, time_ms) for at, time_ms in found.items()]
+        points = evaluations.read_points(folder, self._warn)
+        times = {name: of_file.time_ms for name, of_file in points.items()}
         digest = _digest(names, times)
         if digest == self._sent.evaluations or not names:
             return
+        rows = evaluations.rows_of(points)
         for start in range(0, len(rows), METRICS_PER_CALL):
             self._mlflow.log_metrics(rows[start : start + METRICS_PER_CALL])
         for name in names:
             self._mlflow.log_file(f"evaluation/{name}", folder.child(name).read())
         self._mark(evaluations=digest)
-
-    def _points(self, file: Location) -> EvaluationPoints | None:
-        try:
-            evaluation = strict_json.parse(EvaluationFile, file.read(), f"{file.uri} is damaged", extra="ignore")
-        except UserError as error:
-            self._warn(str(error))
-            return None
-        return evaluation.points
 
     def _push_status(self) -> None:
         if self._status is not None:
@@ -325,14 +262,6 @@ def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:
     if status is not None and status.hardware:
         tags["hardware"] = status.hardware
     return tags
-
-
-def _parse_sent(tag: str | None) -> Sent:
-    """The content of SENT_TAG; nothing sent, if there is no such tag, or it is of another version."""
-    try:
-        return Sent() if tag is None else strict_json.parse(Sent, tag, SENT_TAG)
-    except UserError:
-        return Sent()
 
 
 def _digest(*values: Any) -> str:

@@ -18,7 +18,7 @@ from ddpm.checkpoints.runs import Data, Facts, RunFolder, Search, Status, Status
 from ddpm.config import Config
 from ddpm.config_io import override, to_json
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
-from ddpm.tracking.push import SENT_TAG
+from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
 from support.front_end import Answer, FrontEnd
 from support.tiny import TINY_NET

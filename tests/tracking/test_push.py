@@ -30,8 +30,9 @@ from ddpm.checkpoints.runs import RunFolder, Search, Status
 from ddpm.config_io import override
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import SENT_TAG, is_in_mlflow, push
+from ddpm.tracking.push import is_in_mlflow, push
 from ddpm.tracking.pusher import push_patiently
+from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
 
 SAMPLED = [
@@ -439,6 +440,17 @@ def test_changed_settings_of_a_resumed_run_are_tags(database: Path, tmp_path: Pa
     resumed = {name: value for name, value in found["tags"].items() if name.startswith("resumed.")}
     assert resumed == {"resumed.optim.lr": "0.25", "resumed.train.total_images": "192"}
     assert "128 of 192 images" in found["tags"][mlflow_pages.NOTE_TAG]
+    assert found == reference(run)
+
+
+def test_a_setting_that_is_changed_back_has_no_tag(database: Path, tmp_path: Path) -> None:
+    run = tracked.begin(tmp_path)
+    changed = override(tracked.CONFIG, {"optim.lr": 0.25})
+    for step, config in ((32, tracked.CONFIG), (64, changed), (128, tracked.CONFIG)):
+        tracked.train(run, step, config=config)
+        push(run)
+    found = content(tracking_uri(), run)
+    assert [name for name in found["tags"] if name.startswith("resumed.")] == []
     assert found == reference(run)
 
 
