@@ -15,7 +15,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Self
 
-from ddpm.storage.locations import Location, Version, shared_file
+from ddpm.storage.locations import Location
+from ddpm.storage.shared_file import Version, shared_file
 from ddpm.utils import process
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error, retry_io
