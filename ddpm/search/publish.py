@@ -1,4 +1,4 @@
-"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py computes them."""
+"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py and results.py compute them."""
 
 import contextlib
 import queue
@@ -15,7 +15,7 @@ from ddpm.checkpoints.curves import Row as CurveRow
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.rung import RANKING
-from ddpm.search import leaderboard, plots
+from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trials
@@ -161,10 +161,10 @@ def store(
     folder = setup.folder
     metric = setup.arguments.metric
     files = {
-        "results.parquet": leaderboard.parquet(rows),
-        "results.md": leaderboard.markdown(rows, remarks).encode(),
+        "results.parquet": results.parquet(rows),
+        "results.md": results.markdown(rows, remarks).encode(),
     }
-    config = leaderboard.best_config(rows, setup.arguments.config)
+    config = results.best_config(rows, setup.arguments.config)
     if config is not None:
         files["best.json"] = config.encode()
         files["parallel.png"] = plots.parallel(shown, setup.space.domains, metric)
@@ -182,7 +182,7 @@ def store(
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
     if config is not None and (reported := rows[0].reported):
-        value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
+        value = f"{estimate(*reported)} bits/dim on the reporting split"
         yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
     yield _publish(setup, rows, trials, files, parent)
 

@@ -6,7 +6,7 @@ import time
 from ddpm.checkpoints.runs import Search
 from ddpm.cluster import ray_init, resources
 from ddpm.evaluation.evaluate import grey_levels
-from ddpm.search import leaderboard, publish
+from ddpm.search import leaderboard, publish, results
 from ddpm.search.config import Arguments
 from ddpm.search.publish import Parent, Publisher
 from ddpm.search.scoreboard import Scoreboard
@@ -78,9 +78,9 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     except UserError as error:  # such as too few held-out images, or a feature net that is not installed
         print(f"warning: there is no KID of the finalists: {error}", file=sys.stderr)
     rows = leaderboard.ranked(setup, trials)
-    leaderboard.table(rows).show()
+    results.table(rows).show()
     evaluator = setup.rungs.evaluator
-    remarks = [*leaderboard.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images))]
+    remarks = [*results.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images))]
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):
