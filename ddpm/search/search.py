@@ -11,9 +11,10 @@ from ddpm.search.config import Arguments
 from ddpm.search.publish import Parent, Publisher
 from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
-from ddpm.search.study import Interruption, Study
+from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
 from ddpm.search.trials import Trials
+from ddpm.search.tune_callbacks import Interruption
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.utils.errors import UserError
 

@@ -8,10 +8,7 @@ resume as every run does.
 import logging
 import math
 import os
-import signal
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,154 +18,18 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 from ray import tune
-from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from ddpm.search.config import Arguments
 from ddpm.search.publish import Publisher
 from ddpm.search.space import Space
-from ddpm.search.trainables import FAILED, IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
-from ddpm.search.trials import Outcome, Trial, Trials, best, changes_text, shown
-from ddpm.training.monitor import StopSignals
+from ddpm.search.trainables import IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
+from ddpm.search.trials import Trial, Trials, best
+from ddpm.search.tune_callbacks import MAX_DEATHS, Interruption, Outcomes
 
 STUDY = "search"
-MAX_DEATHS = 3
-"""Number of times that a trial's process may die and resume from its checkpoint; one more, and the trial has failed."""
 SEED = "train.seed"
-
-
-class Interruption(StopSignals, tune.Stopper):
-    """A context in which a signal, or `is_lost`, ends all trials; they resume from their newest checkpoints."""
-
-    def __init__(self, is_lost: Callable[[], bool]) -> None:
-        self._is_lost = is_lost
-        self._announced = False
-
-    @property
-    def is_on(self) -> bool:
-        return self.signal is not None or self._is_lost()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        if self.signal is not None and not self._announced:
-            self._announced = True
-            name = signal.Signals(self.signal).name
-            print(
-                f"{name}: the trials stop, and resume from their newest checkpoints{self.again}",
-                file=sys.stderr,
-            )
-        return self.is_on
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it for a restoration that is never used
-
-
-class Outcomes(tune.Callback):
-    """Writes what happens to trials into their folders, and lets MLflow know.
-
-    Args:
-        repeats: name of the trial that each trial with these changes repeats; None: none does.
-        news: called with a line for each event.
-        tick: called at each step of Tune's loop.
-    """
-
-    def __init__(
-        self,
-        trials: Trials,
-        spec: Spec,
-        publisher: Publisher,
-        interruption: Interruption,
-        news: Callable[[str], None],
-        tick: Callable[[], None],
-        repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
-    ) -> None:
-        self._trials = trials
-        self._spec = spec
-        self._publisher = publisher
-        self._interruption = interruption
-        self._news = news
-        self._tick = tick
-        self._repeats = repeats
-        self._names: dict[str, str] = {}
-        """Name of the run of each trial, by Tune's id."""
-        self._owner: dict[str, str] = {}
-        """Tune's id of the trial that trains a run: of two equal proposals, the first."""
-        self._began_at: dict[str, float] = {}
-        self._shown: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks for a restoration that is never used
-
-    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        self._tick()
-
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        name = self._name(trial)
-        known = self._trials.get(name)
-        if known is not None and known.status != "running":
-            self._owner.setdefault(name, "")  # it has ended: nobody trains it
-        if self._owner.setdefault(name, trial.trial_id) != trial.trial_id:
-            self._news(f"{name} is proposed again: {changes_text(trial.config)}")
-            return
-        self._began_at[name] = time.monotonic()
-        self._trials.begin(name, trial.config, self._repeats(trial.config))
-        self._news(f"{name} {'begins' if known is None else 'resumes'}: {changes_text(trial.config)}")
-
-    def on_trial_result(
-        self,
-        iteration: int,
-        trials: list[TuneTrial],
-        trial: TuneTrial,
-        result: dict[str, Any],
-        **info: Any,
-    ) -> None:
-        name = self._name(trial)
-        if not self._owns(trial) or FAILED in result:
-            return
-        found = self._trials.read_rungs(name)
-        if result[IMAGES_SEEN] > self._shown.get(name, 0):
-            self._shown[name] = result[IMAGES_SEEN]
-            for evaluation in found.rungs:
-                if evaluation.images_seen == result[IMAGES_SEEN]:
-                    bound = shown(evaluation.bits_per_dim)
-                    self._news(f"{name} after {evaluation.images_seen:,} images: {bound} bits/dim")
-        self._publisher.notify(name)
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        if not self._owns(trial) or self._interruption.is_on:
-            return
-        last = trial.last_result or {}
-        if FAILED in last:
-            self._end(trial, "failed", last[FAILED])
-        elif last.get(IMAGES_SEEN, 0) >= self._spec.rungs.at[-1]:
-            self._end(trial, "finished")
-        else:
-            self._end(trial, "stopped")
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        if self._owns(trial) and not self._interruption.is_on:
-            self._end(trial, "failed", f"its process died more than {MAX_DEATHS} times")
-
-    def _end(self, trial: TuneTrial, status: Outcome, reason: str = "") -> None:
-        name = self._name(trial)
-        wall_s = time.monotonic() - self._began_at.get(name, time.monotonic())
-        self._trials.end(name, status, reason, wall_s)
-        self._news(f"{name} {status}" + (f": {reason}" if reason else ""))
-        self._publisher.notify(name)
-
-    def _owns(self, trial: TuneTrial) -> bool:
-        """Whether this trial trains its run; False: it is an equal proposal, which reports the first one's results."""
-        return self._owner.get(self._name(trial)) == trial.trial_id
-
-    def _name(self, trial: TuneTrial) -> str:
-        if trial.trial_id not in self._names:
-            self._names[trial.trial_id] = str(self._spec.configured(trial.config).run.name)
-        return self._names[trial.trial_id]
 
 
 @dataclass(frozen=True)
@@ -273,15 +134,14 @@ class Study:
         for point in points:
             study.enqueue_trial(dict(point))
         seed = self.arguments.seed + len(self.trials.all())  # else a new driver would repeat its proposals
-        kind = (
-            optuna.samplers.RandomSampler
-            if self.arguments.searcher == "random"
-            else optuna.samplers.TPESampler
-        )
-
+        sampler: optuna.samplers.BaseSampler
+        if self.arguments.searcher == "random":
+            sampler = optuna.samplers.RandomSampler(seed=seed)
+        else:
+            sampler = optuna.samplers.TPESampler(seed=seed)
         proposal: Any = Proposal(self.space, with_seed)
         return OptunaSearch(
-            proposal, metric=VALUE, mode="min", sampler=kind(seed=seed), storage=storage, study_name=STUDY
+            proposal, metric=VALUE, mode="min", sampler=sampler, storage=storage, study_name=STUDY
         )
 
     def _as_optuna_knows_it(self, trial: Trial) -> optuna.trial.FrozenTrial:
@@ -333,7 +193,13 @@ class Study:
         kind: Any = GroupTrial if self.has_groups else train_trial
         trainable = tune.with_resources(tune.with_parameters(kind, spec=self.spec), self.reserved)
         outcomes = Outcomes(
-            self.trials, self.spec, self.publisher, self.interruption, self.news, self.tick, repeats
+            trials=self.trials,
+            spec=self.spec,
+            publisher=self.publisher,
+            interruption=self.interruption,
+            news=self.news,
+            tick=self.tick,
+            repeats=repeats,
         )
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
             tuner = tune.Tuner(
