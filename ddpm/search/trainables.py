@@ -24,7 +24,7 @@ from ddpm.config_io import override
 from ddpm.evaluation import rung
 from ddpm.evaluation.rung import Evaluation, Rungs
 from ddpm.search.config import Metric
-from ddpm.search.trials import read_trial, value_of
+from ddpm.search.trials import Trial, read_trial, value_of
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.training import loop, run_state
 from ddpm.training.fit import Origin, facts, fit
@@ -140,7 +140,8 @@ def open_trial(config: Config, spec: Spec) -> RunFolder:
 class GroupTrial(tune.Trainable):
     """A trial of several workers; `step` returns the next rung, and `cleanup` ends the workers.
 
-    It needs hardly any CPU; its workers have their own.
+    It needs hardly any CPU; its workers have their own. An equal proposal of a trial that is being trained returns the
+    rungs of that one.
     """
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
@@ -150,7 +151,7 @@ class GroupTrial(tune.Trainable):
         self._config = spec.configured(config)
         self._timeout_s = self._config.run.storage_timeout_s
         self._run = open_trial(self._config, spec)
-        self._reported = 0
+        self._reported: list[dict[str, Any]] = []
         self._wanted = True
         self._error: BaseException | None = None
         self._placement_group = ""
@@ -161,16 +162,18 @@ class GroupTrial(tune.Trainable):
             training = self._training
             is_over = training is not None and not training.is_alive()
             found = rung.positions(self._run.location, self._timeout_s)
-            if len(found) > self._reported:
-                at = found[self._reported]
-                self._reported += 1
+            if len(found) > len(self._reported):
+                at = found[len(self._reported)]
                 is_last = at >= self._spec.rungs.at[-1]
                 if is_last and training is not None:
                     training.join()  # the last checkpoint
                 evaluation = rung.read(self._run.location, at, self._timeout_s)
-                return {**result(evaluation, self._spec.metric), "done": is_last}
-            if is_over or self._has_ended():
-                return self._ended()
+                self._reported.append(result(evaluation, self._spec.metric))
+                return {**self._reported[-1], "done": is_last}
+            trial = read_trial(self._run.location, self._timeout_s)
+            has_ended = trial is not None and trial.status != "running"
+            if is_over or has_ended:
+                return {**self._ended(trial), "done": True}
             if training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
@@ -181,22 +184,26 @@ class GroupTrial(tune.Trainable):
         if self._training is not None:
             self._training.join()
 
-    def _has_ended(self) -> bool:
-        """Whether the search has given this trial up already: it is an equal proposal."""
-        trial = read_trial(self._run.location, self._timeout_s)
-        if trial is not None and trial.status != "running":
-            self._error = UserError(trial.reason or f"the trial was {trial.status}")
-            return True
-        return False
+    def _ended(self, trial: Trial | None) -> dict[str, Any]:
+        """The result of a trial that has ended before its last rung.
 
-    def _ended(self) -> dict[str, Any]:
-        """The result of a training that has ended before its last rung."""
+        Args:
+            trial: its outcome: if there is one, this is an equal proposal of a trial that has ended.
+        """
+        if trial is not None and trial.status == "failed":
+            return failure(UserError(trial.reason))
+        if trial is not None and trial.status == "stopped" and self._reported:
+            return self._reported[-1]
         if isinstance(self._error, UserError):
-            return {**failure(self._error), "done": True}
+            return failure(self._error)
         raise self._error or RuntimeError(f"{self._run.location.uri}: training ended before its last rung")
 
     def _fit(self) -> None:
         try:
+            self._wait_for_equal_proposal()
+            trial = read_trial(self._run.location, self._timeout_s)
+            if trial is not None and trial.status != "running":
+                return
             with contextlib.suppress(FileNotFoundError):  # a killed driver of this trial left its group
                 resources.remove_placement_group(self._run.location.child(PLACEMENT_GROUP).read().decode())
             fit(
@@ -209,6 +216,12 @@ class GroupTrial(tune.Trainable):
             )
         except BaseException as error:  # of any type: `step` returns or raises it
             self._error = error
+
+    def _wait_for_equal_proposal(self) -> None:
+        """Wait until no other process trains this trial; UserError if this one is not wanted any more."""
+        location = self._run.location
+        with DriverLock(location, "trial", "--name", log.info, waits=True, is_wanted=lambda: self._wanted):
+            pass
 
     def _should_continue(self, values: Mapping[str, Any]) -> bool:
         placement_group = values.get(run_state.PLACEMENT_GROUP)

@@ -40,10 +40,18 @@ class DriverLock:
         flag: the flag that names the run or search.
         notify: called with a line if another driver may hold the lock: which, and how long this one waits.
         waits: wait for another holder as long as it lives, instead of refusing.
+        is_wanted: called while this one waits; if it returns False, waiting ends as if `waits` were False.
     """
 
     def __init__(
-        self, folder: Location, what: str, flag: str, notify: Callable[[str], object], waits: bool = False
+        self,
+        folder: Location,
+        what: str,
+        flag: str,
+        notify: Callable[[str], object],
+        *,
+        waits: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.is_lost = False
         """Whether another process has taken over the lock."""
@@ -53,6 +61,7 @@ class DriverLock:
         self._flag = flag
         self._notify = notify
         self._waits = waits
+        self._is_wanted = is_wanted
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._id = uuid.uuid4().hex
         self._beats = 0
@@ -90,7 +99,8 @@ class DriverLock:
         now = began
         patience = PATIENCE_S
         while now - changed < patience or (self._waits and _is_other(version)):
-            if not self._waits and now - began >= patience and now - changed < patience / 2:
+            is_alive = now - began >= patience and now - changed < patience / 2
+            if (is_alive and not self._waits) or not self._is_wanted():
                 raise self._refusal(version)
             time.sleep(BEAT_S / 4)
             asked = time.monotonic()
