@@ -13,7 +13,7 @@ from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
 from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
-from ddpm.search.trials import Trials
+from ddpm.search.trials import Trials, read_search
 from ddpm.search.tune_callbacks import Interruption
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.utils.errors import UserError
@@ -26,6 +26,8 @@ def search(arguments: Arguments) -> int:
         The exit code: 0 with a ranked trial, 1 without one, 128 + the signal that interrupted the search.
     """
     setup = prepare(arguments)
+    # A folder of other settings, or of another version, is refused before a cluster is joined.
+    read_search(setup.folder, setup.settings, setup.base.run.storage_timeout_s)
     with DriverLock(setup.folder, "search", "--name", print) as lock:
         return _search(setup, lock)
 

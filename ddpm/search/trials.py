@@ -73,7 +73,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Search:
+class SearchFile:
     """Content of search.json."""
 
     format: Literal["ddpm-search/3"]
@@ -165,32 +165,49 @@ class Trials:
 
     def _open(self, settings: Mapping[str, Any] | None) -> str:
         """The search's key; a search that exists must have the same settings."""
-        file = self.folder.child(FILE)
-        try:
-            text = retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
-        except FileNotFoundError:
-            if settings is None:
-                raise UserError(f"{self.folder.uri} is not a search's folder: it has no {FILE}") from None
-            search = _Search(FORMAT, uuid.uuid4().hex, dict(settings))
-            data = (json.dumps(asdict(search), indent=1, allow_nan=False) + "\n").encode()
-            retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
+        search = read_search(self.folder, settings, self._timeout_s)
+        if search is not None:
             return search.search_key
-        search = strict_json.parse(
-            _Search,
-            text,
-            f"{file.uri} is damaged, or of another version (use another --name)",
-            extra="ignore",
-        )
-        now = search.settings if settings is None else json.loads(json.dumps(settings))
-        for name in sorted({*search.settings, *now}):
-            old = search.settings.get(name)
-            new = now.get(name)
-            if old != new:
-                raise UserError(
-                    f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
-                    "give the same value, or another --name"
-                )
+        file = self.folder.child(FILE)
+        if settings is None:
+            raise UserError(f"{self.folder.uri} is not a search's folder: it has no {FILE}")
+        search = SearchFile(FORMAT, uuid.uuid4().hex, dict(settings))
+        data = (json.dumps(asdict(search), indent=1, allow_nan=False) + "\n").encode()
+        retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
         return search.search_key
+
+
+def read_search(
+    folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0
+) -> SearchFile | None:
+    """search.json in a search's folder; None: there is none.
+
+    Args:
+        settings: those that the search must have; UserError if it has others. None: any.
+    """
+    file = folder.child(FILE)
+    try:
+        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
+    except FileNotFoundError:
+        return None
+    search = strict_json.parse(
+        SearchFile,
+        text,
+        f"{file.uri} is damaged, or of another version (use another --name)",
+        extra="ignore",
+    )
+    if settings is None:
+        return search
+    now = json.loads(json.dumps(settings))
+    for name in sorted({*search.settings, *now}):
+        old = search.settings.get(name)
+        new = now.get(name)
+        if old != new:
+            raise UserError(
+                f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
+                "give the same value, or another --name"
+            )
+    return search
 
 
 def read_trial(run: Location, timeout_s: float = 0.0) -> Trial | None:
