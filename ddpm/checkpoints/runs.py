@@ -41,7 +41,7 @@ CARD = "run.json"
 STATUS = "status.json"
 """File of a run with its status."""
 StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
-"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, for good."""
+"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 RESERVED = "data"

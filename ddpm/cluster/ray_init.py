@@ -42,8 +42,9 @@ precedence."""
 
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 NO_API_SERVER = "http://127.0.0.1:9"
-"""A cluster started here has no dashboard. Ray Train would find that of another cluster on this machine, which does not
-know our controller, take the controller for dead, and remove its workers (Ray 2.60)."""
+"""An address that refuses connections, for a cluster started here, which has no dashboard. Ray Train would ask the
+dashboard of another cluster on this machine, which does not list our controller. It would then remove the workers, as
+those of a dead controller (Ray 2.60)."""
 
 TOKEN = Path("~/.ray/auth_token")
 """Ray's file with the token of a cluster: whoever reads it can run programs there."""

@@ -107,7 +107,7 @@ class Publisher:
             push_trial(self._trials, name)
         except (UserError, OSError) as error:
             if not self._has_warned:
-                self._warn(f"MLflow does not accept the search, and gets it later: {error}")
+                self._warn(f"MLflow does not accept the search, which is sent later: {error}")
             self._has_warned = True
             return False
         self._has_warned = False
@@ -132,7 +132,7 @@ def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
 def interrupted(parent: Parent, trials: Trials) -> None:
     """Set the status of the search, and of trials that have not ended, to a stopped one's.
 
-    MLflow is told, too, if it answers at once.
+    In MLflow, too, if it answers within INTERRUPTED_TIMEOUT_S.
     """
     running = [trial.name for trial in trials.all() if trial.status == "running"]
     for name in running:
@@ -142,13 +142,13 @@ def interrupted(parent: Parent, trials: Trials) -> None:
                 now_ms = int(time.time() * 1000)
                 runs.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
 
-    def tell() -> None:
+    def push() -> None:
         with contextlib.suppress(UserError, OSError):
             parent.open().set_status(STOPPED)
             for name in running:
                 push_trial(trials, name)
 
-    thread = threading.Thread(target=tell, name="ddpm-mlflow-end", daemon=True)
+    thread = threading.Thread(target=push, name="ddpm-mlflow-end", daemon=True)
     thread.start()
     thread.join(INTERRUPTED_TIMEOUT_S)
 

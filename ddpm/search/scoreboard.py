@@ -14,7 +14,7 @@ SHOWN = 30
 
 
 class Scoreboard:
-    """Shows a search.
+    """Shows a search: a live table in a terminal, else lines.
 
     Args:
         trials: returns the trials so far.
@@ -38,7 +38,7 @@ class Scoreboard:
             print(line, flush=True)
 
     def tick(self) -> None:
-        """Show that the search is alive; to be called often."""
+        """Print the running trials once per interval, without a terminal; to be called often."""
         now = time.monotonic()
         if not isinstance(self.display, LiveText) and now - self._line_at >= LINE_INTERVAL_S:
             trials = self._trials()

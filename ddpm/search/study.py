@@ -111,7 +111,7 @@ class Study:
         return repr(sorted(changes.items()))
 
     def _grid(self) -> list[dict[str, Any]] | None:
-        """The points of a grid. Optuna's GridSampler knows no keys that depend on another key's value."""
+        """The points of a grid. Optuna's GridSampler supports no keys that depend on another key's value."""
         chosen = self.arguments
         if chosen.searcher != "grid":
             return None
@@ -130,7 +130,7 @@ class Study:
         storage = InMemoryStorage()
         study = optuna.create_study(storage=storage, study_name=STUDY, direction="minimize")
         for trial in ended:
-            study.add_trial(self._as_optuna_knows_it(trial))
+            study.add_trial(self._as_optuna_trial(trial))
         for point in points:
             study.enqueue_trial(dict(point))
         seed = self.arguments.seed + len(self.trials.all())  # else a new driver would repeat its proposals
@@ -144,8 +144,8 @@ class Study:
             proposal, metric=VALUE, mode="min", sampler=sampler, storage=storage, study_name=STUDY
         )
 
-    def _as_optuna_knows_it(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """A trial that has ended; as OptunaSearch tells it, one that was stopped early has its last value."""
+    def _as_optuna_trial(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial that has ended; one that was stopped early has its last value, as OptunaSearch reports it."""
         params = {key: value for key, value in trial.changes.items() if key in self.space.domains}
         value = trial.value(self.arguments.metric)
         has_failed = trial.status == "failed" or not math.isfinite(value)
@@ -157,7 +157,7 @@ class Study:
         )
 
     def _scheduler(self, ended: Sequence[Trial]) -> TrialScheduler:
-        """ASHA (Li et al. 2020, arXiv:1810.05934), which knows the rungs of the trials that have ended."""
+        """ASHA (Li et al. 2020, arXiv:1810.05934), with the rungs of the trials that have ended."""
         at = self.spec.rungs.at
         if len(at) == 1:
             return FIFOScheduler()

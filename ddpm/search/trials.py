@@ -5,7 +5,7 @@
     SEARCH/RUN/rungs/              what its loop measured (evaluation/rung.py)
 
 A trial is named as every run is, by what differs from the preset. The search's driver alone writes trial.json. A new
-driver lists the trials: those that have ended are told to Optuna and ASHA, the others resume.
+driver lists the trials: those that have ended are added to Optuna and ASHA, the others resume.
 """
 
 import json
@@ -122,7 +122,7 @@ class Trials:
         return self._trials.get(name)
 
     def begin(self, name: str, changes: Mapping[str, Any], repeats: str | None = None) -> Trial:
-        """A trial that begins, or goes on."""
+        """The trial of this name, which is created if there is none."""
         known = self._trials.get(name)
         if known is not None:
             return known

@@ -32,13 +32,13 @@ FILE = "driver.json"
 class DriverLock:
     """A context in which this process alone drives the run or search in a folder.
 
-    A holder that does not write for PATIENCE_S loses the lock, even if it is alive; it finds out at its next beat.
+    A holder that does not write for PATIENCE_S loses the lock, even if it still runs; `is_lost` is set at its next beat.
 
     Args:
         folder: the folder of the run or the search.
         what: "run" or "search", for the error.
         flag: the flag that names the run or search.
-        notify: called with a line if another driver may hold the lock: which, and how long this one waits.
+        notify: called with a line if another driver may hold the lock: its host and pid, and how long this one waits.
         waits: wait for another holder as long as it lives, instead of refusing.
         is_wanted: called while this one waits; if it returns False, waiting ends as if `waits` were False.
     """
@@ -92,15 +92,15 @@ class DriverLock:
         version = self._file.read()
         if version is None or _process(version) == "gone":
             return version
-        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it is alive"
+        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it still runs"
         self._notify(f"{self._uri} belongs to another driver ({_holder(version)}); waiting {until}")
         began = time.monotonic()
         changed = began
         now = began
         patience = PATIENCE_S
         while now - changed < patience or (self._waits and _is_other(version)):
-            is_alive = now - began >= patience and now - changed < patience / 2
-            if (is_alive and not self._waits) or not self._is_wanted():
+            still_runs = now - began >= patience and now - changed < patience / 2
+            if (still_runs and not self._waits) or not self._is_wanted():
                 raise self._refusal(version)
             time.sleep(BEAT_S / 4)
             asked = time.monotonic()

@@ -137,17 +137,17 @@ class Pusher:
 
     def _warn(self, error: Exception) -> None:
         if isinstance(error, UserError) and not isinstance(error, MlflowError):
-            log.warning("MLflow at %s gets the run later: %s", self._uri, error)
+            log.warning("the run is sent to MLflow at %s later: %s", self._uri, error)
             return
         line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        log.warning("MLflow at %s does not accept data, and gets it later: %s", self._uri, line)
+        log.warning("MLflow at %s does not accept data, which is sent later: %s", self._uri, line)
 
     def _accept(self) -> None:
         self._accepted_at = time.monotonic()
 
 
 def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:
-    """`push`, again and again until it succeeds, or MLflow has accepted nothing for `timeout_s`.
+    """Repeat `push` until it succeeds, or MLflow has accepted nothing for `timeout_s`.
 
     Raises:
         MlflowError: that time is over, or trying again is useless.

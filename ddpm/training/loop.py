@@ -36,7 +36,7 @@ from ddpm.utils.generators import PerMicroBatch, PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose
 
 C_COMPILERS = ("gcc", "cc", "clang")
-"""One of them builds what launches the compiled kernels."""
+"""torch.compile needs one of these C compilers."""
 
 
 class NonFinite(UserError):
@@ -71,7 +71,7 @@ def train(config: Config, runtime: Runtime) -> State:
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
     per_pass = min(share, _micro_batches_per_pass(config))
-    _fix_groups(model, loss_of, config, dropouts, per_pass, runtime)
+    _fix_buckets(model, loss_of, config, dropouts, per_pass, runtime)
     recorder = Recorder(config, runtime, state)
     batches = recorder.timed(batches)
     to_device = HostToDevice(runtime.device)
@@ -206,7 +206,7 @@ def _to_device(
     return x_0, to_device(np.concatenate([each.label for each in micro_batches]))
 
 
-def _fix_groups(
+def _fix_buckets(
     model: nn.Module,
     loss_of: LossOf,
     config: Config,
@@ -214,10 +214,11 @@ def _fix_groups(
     per_pass: int,
     runtime: Runtime,
 ) -> None:
-    """With more than two workers, do a pass of empty images, after which DDP groups gradients for good.
+    """Fix DDP's buckets before the first step, by a pass of empty images, with more than two workers.
 
-    It groups them by their order in the first backward pass. The groups decide in which order the workers are added
-    up, so a resumed run must have them from its first step on. Two workers have one order.
+    DDP rebuilds its buckets after the first backward pass, in the order in which that computed the gradients. The
+    buckets decide in which order the gradients of the workers are summed, so a resumed run must have the final ones
+    from its first step on. With two workers every order gives the same sum.
     """
     if runtime.world_size <= 2:
         return

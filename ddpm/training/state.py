@@ -174,7 +174,7 @@ class State:
     def init_from(self, folder: Path, config: Config) -> None:
         """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image.
 
-        A net that is told how images are augmented begins with those of one that is not, and the reverse.
+        An augmentation-conditioned net can begin with the weights of one that is not, and the reverse.
         """
         checkpoint.verify(folder)
         checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
