@@ -74,7 +74,7 @@ class Snapshot:
     """Content of state.json."""
     config: str
     """Content of config.json."""
-    wait: Callable[[], object] = bool
+    wait: Callable[[], object] = lambda: None
     """Returns when the tensors are complete; called before they are read."""
 
 

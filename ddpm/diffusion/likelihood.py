@@ -95,8 +95,12 @@ def estimate(
             log_variance = learned_log_variance(schedule, t, denoised.variance_mix)
         return denoised.x_0_hat.clamp(-1, 1), log_variance
 
-    decoder = decoder_nll(x_0, *p(same_t(0, x_0)))
-    kl = [posterior_kl(schedule, x_0, t_k, *p(t_k)) for t_k in t.to(x_0.device).unbind(1)]
+    x_0_hat, log_variance = p(same_t(0, x_0))
+    decoder = decoder_nll(x_0, x_0_hat, log_variance)
+    kl = []
+    for t_k in t.to(x_0.device).unbind(1):
+        x_0_hat, log_variance = p(t_k)
+        kl.append(posterior_kl(schedule, x_0, t_k, x_0_hat, log_variance))
     return Bound(prior_kl(schedule, x_0), torch.stack(kl, 1) / share if kl else t.double(), decoder)
 
 

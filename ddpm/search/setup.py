@@ -85,12 +85,18 @@ def prepare(arguments: Arguments) -> Setup:
     evaluator = Evaluator(
         train, held_out, arguments.num_images, seed=arguments.seed, variance=arguments.variance
     )
-    named = "metric searcher grid_points scheduler reduction_factor variance num_images seed"
     compared = keys_that_affect(base, Affects.WEIGHTS | Affects.TASK)
     settings = {
         "config": {key: value for key, value in flatten(base).items() if key in compared},
         "space": space.as_json(),
-        **{name: getattr(arguments, name) for name in named.split()},
+        "metric": arguments.metric,
+        "searcher": arguments.searcher,
+        "grid_points": arguments.grid_points,
+        "scheduler": arguments.scheduler,
+        "reduction_factor": arguments.reduction_factor,
+        "variance": arguments.variance,
+        "num_images": arguments.num_images,
+        "seed": arguments.seed,
         "rungs": at,
         "ranking_images": "every second",
         "generator": GENERATOR,

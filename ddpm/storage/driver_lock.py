@@ -32,7 +32,7 @@ FILE = "driver.json"
 class DriverLock:
     """A context in which this process alone drives the run or search in a folder.
 
-    A holder that does not write for PATIENCE_S loses the lock, even if it still runs; `is_lost` is set at its next beat.
+    A holder that does not write for PATIENCE_S loses the lock, even if it still runs; its next beat sets `is_lost`.
 
     Args:
         folder: the folder of the run or the search.

@@ -111,8 +111,13 @@ class MlflowRun:
         """Log the data set as the input of training."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        profile = {"split": data.split, "images": data.num_images, "shape": data.shape}
-        profile |= {"classes": data.num_classes, "fingerprint": data.fingerprint}
+        profile = {
+            "split": data.split,
+            "images": data.num_images,
+            "shape": data.shape,
+            "classes": data.num_classes,
+            "fingerprint": data.fingerprint,
+        }
         source_type = "s3" if data.uri.startswith("s3://") else "local"
         source = json.dumps({"uri": data.uri})
         digest = data.fingerprint[:32]  # MLflow's limit is 36
@@ -141,7 +146,7 @@ class MlflowRun:
         if not named:
             return
         if len(named) == 1:
-            ((name, item),) = named.items()
+            name, item = next(iter(named.items()))
             self._try(name, self._client.log_batch, self.run_id, **{kind: [item]})
             return
         if len(named) <= most:

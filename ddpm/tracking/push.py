@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.curves import Row
 from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
@@ -171,9 +170,9 @@ class _Push:
         end = curves.num_rows(self._location)  # first: training may record more rows meanwhile
         table = curves.read_rows(self._location, self._sent.points, self._warn)
         for start in range(0, table.num_rows, METRICS_PER_CALL):
-            columns = table.slice(start, METRICS_PER_CALL).to_pydict().values()
-            self._mlflow.log_metrics(Row(*values) for values in zip(*columns, strict=True))
-            self._mark(points=self._sent.points + len(next(iter(columns))))
+            rows = curves.to_rows(table.slice(start, METRICS_PER_CALL))
+            self._mlflow.log_metrics(rows)
+            self._mark(points=self._sent.points + len(rows))
         if self._sent.points < end:  # damaged parts
             self._mark(points=end)
 

@@ -99,10 +99,10 @@ class RayRuntime(Runtime):
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         """`Runtime.any_of`; also reports to Ray when due, since all workers must do that in the same step."""
         due = self.store is not None and time.monotonic() - self._reported_at > REPORT_INTERVAL_S
-        agreed, (*counts, reports) = super().any_of(*flags, due, at_once=at_once)
-        if reports:
+        agreed, counts = super().any_of(*flags, due, at_once=at_once)
+        if counts[-1]:
             self.report()
-        return agreed[:-1], counts
+        return agreed[:-1], counts[:-1]
 
     def report(self) -> None:
         """Report progress to Ray Train, and a checkpoint that is new; every rank calls it."""

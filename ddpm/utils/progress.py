@@ -71,7 +71,8 @@ class Display:
         self._line_at = float("-inf")
         self._first: int | None = None
         self._shown = -1
-        self._last = (0, "")
+        self._done = 0
+        self._detail = ""
         if self._live:
             from rich import progress  # imported here, since most processes show nothing
 
@@ -93,14 +94,15 @@ class Display:
         if self._live:
             self._bar.stop()
         elif self._first is not None:
-            self._print(*self._last)
+            self._print(self._done, self._detail)
 
     def update(self, done: int, detail: str = "") -> None:
         """Show that `done` of the total are done, with `detail` beside it."""
         if self._live:
             self._bar.update(self._task, completed=done, detail=detail)
             return
-        self._last = (done, detail)
+        self._done = done
+        self._detail = detail
         if done >= self._total or time.monotonic() - self._line_at >= LINE_INTERVAL_S:
             self._print(done, detail)
 
