@@ -69,12 +69,21 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
     if least * share > cpus - 1:
         right = (cpus - 1) / least
-        remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
+        remedy = "more than one CPU is needed"
+        if right > 0:
+            remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         raise TooSmall(
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
-            f"data; {remedy if right > 0 else 'more than one CPU is needed'}"
+            f"data; {remedy}"
         )
-    return {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
+    return _reservation(share, cluster.gpus_per_worker if gpu else None)
+
+
+def _reservation(cpus: float, gpus: float | None) -> dict[str, float]:
+    """CPUs and GPUs as Ray names them; None: without a GPU."""
+    if gpus is None:
+        return {"CPU": cpus}
+    return {"CPU": cpus, "GPU": gpus}
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
@@ -113,9 +122,7 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
     cpus = ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    enough = max(1, int(cpus))
-    wait = "and wait for each other at every step"
-    return f"{workers} workers share {cpus:g} CPUs, {wait}; {enough} are enough"
+    return f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {max(1, int(cpus))} are enough"
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
@@ -159,10 +166,11 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
-    own = {"CPU": DRIVER_CPUS}
-    if not is_group:
-        own = {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
-    return replace(config, cluster=cluster), own
+    if is_group:
+        reserved = _reservation(DRIVER_CPUS, None)
+    else:
+        reserved = _reservation(share, cluster.gpus_per_worker if gpu else None)
+    return replace(config, cluster=cluster), reserved
 
 
 def remove_placement_group(hex_id: str) -> None:
@@ -173,9 +181,11 @@ def remove_placement_group(hex_id: str) -> None:
 def check_storage(config: Config) -> None:
     """Raise UserError for a folder that other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
+    if config.run.shared_storage or (nodes == 1 and not ray_init.limits()):
+        return
     whose = f"has {nodes} nodes" if nodes > 1 else "can add nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
-        if (nodes > 1 or ray_init.limits()) and not uri.startswith("s3://") and not config.run.shared_storage:
+        if not uri.startswith("s3://"):
             raise UserError(
                 f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
                 "s3://bucket/prefix, or set --run.shared-storage if all nodes mount it"

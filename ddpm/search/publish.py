@@ -82,7 +82,7 @@ class Publisher:
         self._thread.start()
 
     def notify(self, name: str) -> None:
-        """There is something new in this trial's folder."""
+        """Push a trial soon: there is something new in its folder."""
         self._names.put(name)
 
     def close(self, timeout_s: float) -> None:
@@ -92,9 +92,17 @@ class Publisher:
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        while (name := self._names.get()) is not None and not self._closing.is_set():
-            while not self._try(name) and not self._closing.wait(RETRY_S):
-                pass
+        while True:
+            name = self._names.get()
+            if name is None:
+                return
+            is_sent = False
+            while not is_sent:
+                if self._closing.is_set():
+                    return
+                is_sent = self._try(name)
+                if not is_sent:
+                    self._closing.wait(RETRY_S)
 
     def _try(self, name: str) -> bool:
         """Whether MLflow has the trial now."""
@@ -138,7 +146,8 @@ def interrupted(parent: Parent, trials: Trials) -> None:
     for name in running:
         with contextlib.suppress(UserError, OSError):  # the next start does not depend on it
             location = trials.folder.child(name)
-            if status := runs.read_status(location):
+            status = runs.read_status(location)
+            if status is not None:
                 now_ms = int(time.time() * 1000)
                 runs.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
 
@@ -171,7 +180,8 @@ def store(
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:
-        if page := compared(rows, folder):
+        page = compared(rows, folder)
+        if page is not None:
             files["comparison.html"] = page
     except (UserError, OSError) as error:
         yield f"comparison  could not be made: {error}"
@@ -181,7 +191,8 @@ def store(
     yield f"results     {folder.uri}/results.md, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
-    if config is not None and (reported := rows[0].reported):
+    reported = rows[0].reported if rows else None
+    if config is not None and reported is not None:
         value = f"{estimate(*reported)} bits/dim on the reporting split"
         yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
     yield _publish(setup, rows, trials, files, parent)
@@ -190,11 +201,13 @@ def store(
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
     own = (row for row in rows if row.trial.last and row.trial.repeats is None)
-    begun = (row for row in own if folder.child(row.trial.name).child("run.json").exists())
-    if not (shown := list(islice(begun, COMPARED))):
+    begun = (row for row in own if folder.child(row.trial.name).child(runs.CARD).exists())
+    shown = list(islice(begun, COMPARED))
+    if not shown:
         return None
+    by_trainings = any(row.by_trainings for row in shown)
     note = "compared image by image, among all trials"
-    if by_trainings := any(row.by_trainings for row in shown):
+    if by_trainings:
         note = "means of several trainings, with their spread, among all finalists"
     trials = compared_run.read([folder.child(row.trial.name).uri for row in shown])
     bits = dict[str, Cell]()
@@ -204,10 +217,19 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
         last = row.trial.last
         score = row.trial.score
         if last and row.by_trainings and row.mean:
-            bits[run.key] = Cell(*row.mean, last.images_seen, row.by_trainings)
+            mean = row.mean
+            bits[run.key] = Cell(mean.value, mean.error, last.images_seen, row.by_trainings)
         elif last and row.by_bits and row.bits is not None and not by_trainings:
+            own_bits = last.bits_per_dim
             of_image = row.bits[0, RANKING].tolist()
-            bits[run.key] = Cell(*last.bits_per_dim, last.images_seen, row.by_bits, len(of_image), of_image)
+            bits[run.key] = Cell(
+                value=own_bits.value,
+                error=own_bits.error,
+                images_seen=last.images_seen,
+                rank=row.by_bits,
+                n=len(of_image),
+                of_image=of_image,
+            )
         if last and score and row.by_kid:
             kid[run.key] = Cell(score.value, score.error, last.images_seen, row.by_kid)
             title = score.name
@@ -229,11 +251,12 @@ def _publish(
         for name, data in files.items():
             run.log_file(name, data)
         run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
-        if rows and (reported := rows[0].reported):
+        reported = rows[0].reported if rows else None
+        if reported is not None:
             now_ms = int(time.time() * 1000)
-            value, error = reported
-            values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
-            run.log_metrics(CurveRow(name, len(rows), v, now_ms) for name, v in values.items())
+            value = CurveRow("best/bits_per_dim", len(rows), reported.value, now_ms)
+            error = CurveRow("best_error/bits_per_dim", len(rows), reported.error, now_ms)
+            run.log_metrics([value, error])
         for row in rows:
             push_trial(trials, row.trial.name, MLFLOW_TIMEOUT_S)
         run.set_status("FINISHED", int(time.time() * 1000))
