@@ -198,7 +198,7 @@ def pictures(run: Location, series: str) -> dict[int, Location]:
 
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
-    children = map(location.child, checkpoint_names(location))
+    children = [location.child(name) for name in checkpoint_names(location)]
     return [child for child in children if child.child(CHECKSUMS).exists()]
 
 

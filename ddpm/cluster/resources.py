@@ -122,7 +122,10 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
     cpus = ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    return f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {max(1, int(cpus))} are enough"
+    enough = max(1, int(cpus))
+    return (
+        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
+    )
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:

@@ -89,8 +89,9 @@ def _checkpoints_at(location: Location, uri: str) -> list[Location]:
     """The checkpoint at `location`, which was given as `uri`, or the checkpoints of the run there, oldest first."""
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
-    if location.child("checksums.json").exists():
+    if location.child(checkpoint.CHECKSUMS).exists():
         return [location]
-    if of_run := checkpoints(location):
+    of_run = checkpoints(location)
+    if of_run:
         return of_run
     raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder")

@@ -76,6 +76,11 @@ def _search(setup: Setup, lock: DriverLock) -> int:
         )
         return 128 + interruption.signal
     publisher.close(publish.MLFLOW_TIMEOUT_S)
+    return _report(setup, parent, trials, began)
+
+
+def _report(setup: Setup, parent: Parent, trials: Trials, began: float) -> int:
+    """Print and store the results of a search whose trials have ended; returns the exit code."""
     try:
         leaderboard.score_finalists(setup, trials)
     except UserError as error:  # such as too few held-out images, or a feature net that is not installed
@@ -83,7 +88,7 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     rows = leaderboard.ranked(setup, trials)
     results.table(rows).show()
     evaluator = setup.rungs.evaluator
-    remarks = [*results.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images))]
+    remarks = list(results.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images)))
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):

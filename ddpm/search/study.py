@@ -75,7 +75,9 @@ class Study:
         ended = [trial for trial in own if trial.status != "running"]
         begun = [trial.changes for trial in own if trial.status == "running"]
         known = [trial.changes for trial in own]
-        points = [*begun, *(point for point in grid or () if point not in known)]
+        points = list(begun)
+        if grid is not None:
+            points += [point for point in grid if point not in known]
         num_samples = max(num_trials - len(ended), len(begun))
         if num_samples > 0:
             search = self._search(points, ended)

@@ -33,7 +33,7 @@ LOCAL_UI = "http://127.0.0.1:5000"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the description of a run tells."""
+    """What the description of a run contains."""
 
     tags: Mapping[str, str]
     config: Config
@@ -58,21 +58,22 @@ def experiment_link(uri: str, experiment_id: str) -> str:
 
 def ui_command(database: Path) -> str:
     """The command that serves MLflow's pages of a SQLite file at LOCAL_UI."""
-    is_default = database == Path("mlflow.db").absolute()
-    return (
-        "mlflow ui" if is_default else f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
-    )
+    if database == Path("mlflow.db").absolute():
+        return "mlflow ui"
+    return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
 
 
 def description(facts: Facts) -> str:
     """The description of a run in Markdown."""
     tags = facts.tags
     config = facts.config
-    what = f"**{tags['preset']}**" + (f", {tags['changed']}" if tags["changed"] != "nothing" else "")
-    what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of "
-    what += f"{config.schedule.num_timesteps} steps."
-    position = f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"
-    lines = [what, "; ".join([position, *_scores(facts.metrics)]) + "."]
+    what = f"**{tags['preset']}**"
+    if tags["changed"] != "nothing":
+        what += f", {tags['changed']}"
+    what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of {config.schedule.num_timesteps} steps."
+    found = [f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"]
+    found += _scores(facts.metrics)
+    lines = [what, "; ".join(found) + "."]
     if "mlflow.loggedImages" in tags:
         lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={facts.run_id})")
     if "command" in tags:

@@ -138,7 +138,8 @@ def clean_up(run: Location) -> None:
     for prefix in (checkpoint.PREFIX, checkpoint.BEST_PREFIX):
         named = runs.checkpoint_names(run, prefix)
         incomplete = [name for name in named if not run.child(name).child(CHECKSUMS).exists()]
-        for name in (*incomplete, *(name for name in run.folders() if name.startswith(f".{prefix}"))):
+        staged = [name for name in run.folders() if name.startswith(f".{prefix}")]
+        for name in incomplete + staged:
             remove(run.child(name))
 
 

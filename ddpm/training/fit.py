@@ -102,9 +102,12 @@ def fit(
     assert config.run.name is not None, "a run has a name"
     folder = locations.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
-        for warning in filter(None, (resources.crowding(config, per_worker), uneven_share(config))):
-            print(f"warning: {warning}", file=sys.stderr)
-        origin = origin or Origin(*run_params.nearest_preset(config))
+        for warning in (resources.crowding(config, per_worker), uneven_share(config)):
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr)
+        if origin is None:
+            preset, changed = run_params.nearest_preset(config)
+            origin = Origin(preset, changed)
         run = runs.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
         card = runs.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
@@ -249,7 +252,8 @@ def summary(result: Result) -> list[str]:
         lines.append(f"MLflow      {where} lacks a part; `python jobs/sync.py {folder}` sends it")
         return lines
     lines.append(f"MLflow      run {pushed.run_id} in {where}")
-    if database := database_file(tracking_uri()):
+    database = database_file(tracking_uri())
+    if database is not None:
         lines.append(f"            `{mlflow_pages.ui_command(database)}` shows it at")
     if database or where.startswith("http"):
         server = mlflow_pages.LOCAL_UI if database else where

@@ -122,7 +122,7 @@ def check(config: Config) -> None:
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether the net is compiled: as train.compile says, or on an accelerator if this machine has a C compiler."""
     if config.train.compile is None:
-        return device != devices.CPU and any(map(shutil.which, C_COMPILERS))
+        return device != devices.CPU and any(shutil.which(name) for name in C_COMPILERS)
     return config.train.compile
 
 

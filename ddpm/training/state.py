@@ -95,8 +95,11 @@ class State:
 
     def _owned(self) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
         """Name, weight and optimizer of every weight."""
-        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
-        owner = {weight: optimizer for optimizer, group in groups for weight in group["params"]}
+        owner = dict[nn.Parameter, Optimizer]()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    owner[weight] = optimizer
         for name, weight in self.net.named_parameters():
             yield name, weight, owner[weight]
 
@@ -118,7 +121,9 @@ class State:
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `optimizer_tensors`."""
-        for name, weight, optimizer in self._owned() if tensors else ():
+        if not tensors:
+            return
+        for name, weight, optimizer in self._owned():
             for key in optimizers.STATE[type(optimizer)]:
                 value = tensors[f"{name}.{key}"].to(weight.device, copy=True)
                 if key != "step":
@@ -154,7 +159,8 @@ class State:
         checkpoint.verify(folder)
         checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
         saved = checkpoint.read_state(folder)
-        if (drawn_with := saved.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
+        drawn_with = saved.get("generator", "PyTorch's, with 32 bits of a seed")
+        if drawn_with != GENERATOR:
             raise UserError(
                 f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so a resumed "
                 f"run would not be the same; start a new run from its weights: --train.init-from {folder}"

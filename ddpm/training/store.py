@@ -104,7 +104,8 @@ class RunStore:
             self._images_seen = at
             self._retry(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
-            if before := self._read(lambda: runs.read_status(run), None):
+            before = self._read(lambda: runs.read_status(run), None)
+            if before is not None:
                 reached = max(reached, before.images_seen)
                 self._images_lost = before.images_lost
                 self._minutes_before = before.minutes
