@@ -70,7 +70,8 @@ def description(facts: Facts) -> str:
     what = f"**{tags['preset']}**"
     if tags["changed"] != "nothing":
         what += f", {tags['changed']}"
-    what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of {config.schedule.num_timesteps} steps."
+    schedule = f"{config.schedule.kind} schedule of {config.schedule.num_timesteps} steps"
+    what += f": predicts {config.objective.predict}, {schedule}."
     found = [f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"]
     found += _scores(facts.metrics)
     lines = [what, "; ".join(found) + "."]
