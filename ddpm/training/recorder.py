@@ -148,10 +148,12 @@ class Recorder:
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": means[9],
         }
-        if peak := peak_flops(runtime.device, self._state.precision):
+        peak = peak_flops(runtime.device, self._state.precision)
+        if peak is not None:
             flops = self._images_per_s * self._flops_per_image
             values["train/mfu"] = flops / (peak * runtime.world_size)
-        if (share := devices.peak_memory_share()) is not None:
+        share = devices.peak_memory_share()
+        if share is not None:
             values["train/gpu_peak_memory_share"] = share
         if sum(counts) > 0:  # not every step was skipped
             values["train/loss"] = loss_sum / sum(counts)
