@@ -7,11 +7,7 @@ from ddpm.storage.locations import HOME
 
 
 def set_home(verbose: bool = False) -> None:
-    """In a Ray job, make relative paths start from ~/ddpm, where the next submission finds what this one writes.
-
-    Raises:
-        NoCluster: this is a job (RAY_ADDRESS is set), and the cluster cannot be joined.
-    """
+    """In a Ray job, make relative paths start from ~/ddpm, where the next submission finds what this one writes."""
     if "RAY_ADDRESS" not in os.environ or HOME in os.environ:
         return
     from ddpm.cluster import ray_init  # imported here: Ray takes seconds

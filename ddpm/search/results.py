@@ -72,14 +72,14 @@ def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
 
 def parquet(rows: Sequence[Row]) -> bytes:
     """The table as a Parquet file; null for missing values."""
-    table = list[dict[str, Any]]()
+    records = list[dict[str, Any]]()
     for row in rows:
         trial = row.trial
         last = trial.last
         mean = row.mean
         score = row.trial.score if row.by_kid else None
         reported = row.reported if row is rows[0] else None
-        table.append(
+        records.append(
             {
                 "trial": trial.name,
                 "status": trial.status,
@@ -104,7 +104,7 @@ def parquet(rows: Sequence[Row]) -> bytes:
             }
         )
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(table), file)
+    pq.write_table(pa.Table.from_pylist(records), file)
     return file.getvalue()
 
 

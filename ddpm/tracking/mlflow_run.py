@@ -170,9 +170,9 @@ class MlflowRun:
                 if tries_left:
                     time.sleep(REFUSAL_PAUSE_S)
                     continue
-                # MLflow refuses all values of a deleted run, however valid.
+                # MLflow refuses all values of a deleted run, also valid ones.
                 if self._mlflow(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
-                    # Perhaps since it was the younger of two; the next push finds the other one, or raises.
+                    # It may have been the younger of two runs: the next push finds the older one, or raises.
                     raise MlflowError(f"run {self.run_id} was deleted in MLflow", is_temporary=True) from None
                 self._warn(f"MLflow refuses {what}, which is skipped: {error}")
 

@@ -154,7 +154,7 @@ class DriverMonitor(StopSignals):
                 for subject, value in values.items():
                     self._state.set(subject, value)
                 return
-        except DEATHS:  # it has died meanwhile
+        except DEATHS:  # the actor died after the last look
             pass
         self._state.renew(values)
 
