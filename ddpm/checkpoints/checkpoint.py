@@ -183,7 +183,10 @@ def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint of a net alone: the averaged net is the same, and the optimizer has no state."""
     weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
     tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
-    write(Snapshot(state["images_seen"], tensors, state, to_json(trained.config)), folder)
+    snapshot = Snapshot(
+        images_seen=state["images_seen"], tensors=tensors, state=state, config=to_json(trained.config)
+    )
+    write(snapshot, folder)
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:

@@ -63,7 +63,8 @@ class Bound(NamedTuple):
 def exact(denoise: Denoise, schedule: Schedule, x_0: Tensor, noise: Noise, variance: Tensor | None) -> Bound:
     """Every term, with T evaluations of the net; x_t is drawn once for each t. Ho et al. 2020, Eq. 5."""
     T = schedule.num_timesteps
-    return estimate(denoise, schedule, x_0, noise, variance, torch.arange(1, T).expand(len(x_0), T - 1), 1.0)
+    t = torch.arange(1, T).expand(len(x_0), T - 1)
+    return estimate(denoise, schedule, x_0, noise, variance, t, share=1.0)
 
 
 @torch.no_grad()

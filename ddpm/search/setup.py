@@ -102,7 +102,14 @@ def prepare(arguments: Arguments) -> Setup:
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
-    return Setup(arguments, folder, base, space, Rungs(tuple(at), evaluator), settings)
+    return Setup(
+        arguments=arguments,
+        folder=folder,
+        base=base,
+        space=space,
+        rungs=Rungs(tuple(at), evaluator),
+        settings=settings,
+    )
 
 
 def _named(arguments: Arguments) -> Config:

@@ -46,6 +46,15 @@ class Proposal:
             trial.suggest_int(SEED, 0, 2**62)
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """A further training of a finalist, with another seed."""
+
+    repeats: str
+    """Name of the finalist."""
+    changes: dict[str, Any]
+
+
 @dataclass
 class Study:
     """The trials of a search, run by Ray Tune on the connected cluster."""
@@ -89,12 +98,16 @@ class Study:
         wanted = self._repetitions()
         if not wanted or self.interruption.is_on:
             return
-        names = {self._key(changes): name for name, changes in wanted}
-        search = self._search([changes for _, changes in wanted], [], with_seed=True)
-        self._tune(search, FIFOScheduler(), len(wanted), lambda changes: names[self._key(changes)])
+        names = {self._key(training.changes): training.repeats for training in wanted}
 
-    def _repetitions(self) -> list[tuple[str, dict[str, Any]]]:
-        """The trainings that are left: the trial that each repeats, and its changes."""
+        def repeats(changes: Mapping[str, Any]) -> str:
+            return names[self._key(changes)]
+
+        search = self._search([training.changes for training in wanted], [], with_seed=True)
+        self._tune(search, FIFOScheduler(), len(wanted), repeats)
+
+    def _repetitions(self) -> list[Repetition]:
+        """The trainings that are left."""
         chosen = self.arguments
         seed = self.spec.config.train.seed
         finalists = best(self.trials.all(), chosen.metric)[: chosen.finalists]
@@ -105,7 +118,7 @@ class Study:
                 changes = {**trial.changes, SEED: other}
                 known = self.trials.get(str(self.spec.configured(changes).run.name))
                 if known is None or known.status == "running":
-                    wanted.append((trial.name, changes))
+                    wanted.append(Repetition(trial.name, changes))
         return wanted
 
     @staticmethod

@@ -109,9 +109,12 @@ class _Push:
         self._push_evaluations()
         self._push_status()
         self._describe()
-        num_points = self._sent.points - points_before
-        shown = mlflow_client.without_password(uri)
-        return Pushed(shown, self._mlflow.experiment_id, self._mlflow.run_id, num_points)
+        return Pushed(
+            uri=mlflow_client.without_password(uri),
+            experiment_id=self._mlflow.experiment_id,
+            run_id=self._mlflow.run_id,
+            num_points=self._sent.points - points_before,
+        )
 
     def _read_status(self) -> Status | None:
         try:

@@ -128,7 +128,7 @@ def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[
         state.init_from(folder, config)
     identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
     write = partial(retry_in_folder, timeout_s=config.run.storage_timeout_s, warn=warn)
-    store(state.snapshot(config, identity), run.location, {}, False, write)
+    store(state.snapshot(config, identity), run.location, before={}, best=False, retry=write)
 
 
 def clean_up(run: Location) -> None:

@@ -118,18 +118,26 @@ def fit(
         if seen >= config.train.total_images:
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
             newest = runs.checkpoints(run.location)[-1].uri
-            return Result(run, seen, newest, pusher.close(), was_finished=True)
-        group = WorkerGroup(config, data_set, run, rungs, verbose)
+            return Result(
+                run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
+            )
+        group = WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost
 
-        monitor = DriverMonitor(config, group, pusher, max(seen, 0), continues)
+        monitor = DriverMonitor(config, group, pusher, images_seen=max(seen, 0), should_continue=continues)
         ended, delivery = _drive(config, run, monitor, pusher, lock)
         find = partial(runs.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
         stopped_by = monitor.signal if ended < config.train.total_images else None
-        return Result(run, ended, stored[-1].uri if stored else None, delivery, stopped_by)
+        return Result(
+            run=run,
+            images_seen=ended,
+            checkpoint=stored[-1].uri if stored else None,
+            delivery=delivery,
+            signal=stopped_by,
+        )
 
 
 def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:

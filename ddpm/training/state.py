@@ -152,7 +152,13 @@ class State:
             "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
         copies, wait = self.to_host(tensors)
-        return Snapshot(self.images_seen, copies, {**extra, **saved}, to_json(config), wait)
+        return Snapshot(
+            images_seen=self.images_seen,
+            tensors=copies,
+            state={**extra, **saved},
+            config=to_json(config),
+            wait=wait,
+        )
 
     def restore(self, folder: Path, config: Config) -> None:
         """Restore the checkpoint in `folder`."""

@@ -147,7 +147,15 @@ class RunStore:
         self.check()
         self._images_seen = state.images_seen
         snapshot = state.snapshot(self._config, self._identity)
-        self._todo.put(partial(self._save, snapshot, self._take_rows(), before or {}, best, time.monotonic()))
+        job = partial(
+            self._save,
+            snapshot=snapshot,
+            rows=self._take_rows(),
+            before=before or {},
+            best=best,
+            began=time.monotonic(),
+        )
+        self._todo.put(job)
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -213,7 +221,13 @@ class RunStore:
     def _write_status(self) -> None:
         self._status_at = time.monotonic()
         minutes = self._minutes_before + (self._status_at - self._began_at) / 60
-        status = Status("RUNNING", self._images_seen, self._images_lost, minutes, self._hardware)
+        status = Status(
+            status="RUNNING",
+            images_seen=self._images_seen,
+            images_lost=self._images_lost,
+            minutes=minutes,
+            hardware=self._hardware,
+        )
         self.publish(runs.STATUS, runs.status_json(status))
 
     # The methods below run in the thread.
