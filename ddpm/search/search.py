@@ -8,7 +8,7 @@ from ddpm.cluster import ray_init, resources
 from ddpm.evaluation.evaluate import grey_levels
 from ddpm.search import leaderboard, publish, results
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Parent, Publisher
+from ddpm.search.publisher import Parent, Publisher, mark_interrupted
 from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
 from ddpm.search.study import Study
@@ -70,7 +70,7 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     lock.check()
     if interruption.signal is not None:
         publisher.close(0)
-        publish.interrupted(parent, trials)
+        mark_interrupted(parent, trials)
         print(
             f"interrupted; run the same command again with --name {setup.name} to continue", file=sys.stderr
         )

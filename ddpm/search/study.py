@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Publisher
+from ddpm.search.publisher import Publisher
 from ddpm.search.space import Space
 from ddpm.search.trainables import IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
 from ddpm.search.trials import Trial, Trials, best

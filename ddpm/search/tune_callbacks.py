@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from ddpm.search.publish import Publisher
+from ddpm.search.publisher import Publisher
 from ddpm.search.trainables import FAILED, IMAGES_SEEN, Spec
 from ddpm.search.trials import Outcome, Trials, changes_text, shown
 from ddpm.training.monitor import StopSignals

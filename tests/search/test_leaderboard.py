@@ -24,7 +24,7 @@ from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish, results, space
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Parent
+from ddpm.search.publisher import Parent
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Outcome, Trial, Trials
 from ddpm.storage import locations

@@ -8,8 +8,7 @@ from support import servers, tracked
 from support.processes import wait_for
 
 from ddpm.checkpoints.runs import RunFolder, Search
-from ddpm.search import publish
-from ddpm.search.publish import Parent, Publisher
+from ddpm.search.publisher import Parent, Publisher
 from ddpm.search.trials import Trials
 from ddpm.storage import locations
 from ddpm.tracking.mlflow_client import tracking_uri
@@ -50,7 +49,7 @@ def is_there(run_key: str) -> bool:
 def test_a_trial_is_sent_once_mlflow_answers(
     trials: Trials, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "RETRY_S", 0.1)
+    monkeypatch.setattr("ddpm.search.publisher.RETRY_S", 0.1)
     warnings = list[str]()
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}")
