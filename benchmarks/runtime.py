@@ -25,7 +25,7 @@ from harness import processes, tables, turns
 from harness.arguments import read
 
 from ddpm.checkpoints import curves
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.commands import folder as folder_preset
 from ddpm.config import Config
@@ -161,7 +161,7 @@ def measure(arguments: Arguments) -> None:
         location = locations.resolve(folder).child("bench")
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)
-            store = RunStore(config, Run("bench", location, ""), data_set.rows.fingerprint)
+            store = RunStore(config, RunFolder("bench", location, ""), data_set.rows.fingerprint)
             runtime = TorchrunRuntime(config, data_set, store)
             loop.train(config, runtime)
             store.flush()

@@ -14,7 +14,7 @@ from typing import Any
 from mlflow import MlflowClient
 from playwright.sync_api import sync_playwright
 
-from ddpm.tracking import pages
+from ddpm.tracking import mlflow_pages
 
 PIXELS = 1400
 WAIT_MS = 4000
@@ -26,7 +26,9 @@ def main(uri: str, experiment: str) -> None:
     client = MlflowClient(uri)
     number = client.get_experiment_by_name(experiment).experiment_id
     ids = [run.info.run_id for run in client.search_runs([number])]
-    compare = f"compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([number])}&{pages.WORKFLOW}"
+    compare = (
+        f"compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([number])}&{mlflow_pages.WORKFLOW}"
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
 
@@ -40,7 +42,7 @@ def main(uri: str, experiment: str) -> None:
             page.wait_for_timeout(WAIT_MS)
             page.screenshot(path=Path(__file__).parent / f"{name}.png")
 
-        take("mlflow-run", f"experiments/{number}/runs/{ids[0]}?{pages.WORKFLOW}", show_more)
+        take("mlflow-run", f"experiments/{number}/runs/{ids[0]}?{mlflow_pages.WORKFLOW}", show_more)
         # On a narrow window MLflow 3.17 leaves no room for the names of the files.
         take("mlflow-compare", compare, show_grids, width=2200)
 
@@ -50,7 +52,7 @@ def show_more(page: Any) -> None:
 
 
 def show_grids(page: Any) -> None:
-    page.get_by_text(pages.GRID, exact=True).click()
+    page.get_by_text(mlflow_pages.GRID, exact=True).click()
     page.get_by_text("Artifacts", exact=True).last.scroll_into_view_if_needed()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from support.processes import REPO
 
 from ddpm import cli
-from ddpm.search.leaderboard import FEWER_TIMESTEPS
+from ddpm.search.results import FEWER_TIMESTEPS
 from ddpm.utils.errors import UserError
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]

@@ -44,7 +44,7 @@ IMPORTS = {name_of(path): list(imported(ast.parse(path.read_text()))) for path i
         # driver, controller and worker code
         ("ray.train", r"ddpm\.training\.(worker_group|failures|worker)"),
         ("ray.data", r"ddpm\.data\.ray_dataset"),
-        ("ray.tune", r"ddpm\.search\.(study|trainables)"),
+        ("ray.tune", r"ddpm\.search\.(study|trainables|tune_callbacks)"),
     ],
 )
 def test_each_part_of_ray_has_its_owners(part: str, owners: str) -> None:

@@ -44,17 +44,17 @@ def name_at(images_seen: int, prefix: str = PREFIX) -> str:
     return f"{prefix}{images_seen:0{NAME_DIGITS}d}"
 
 
-Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[int, Field(ge=0)]
 
 
-class Position(BaseModel):
-    """Content of state.json: position of training and identity of the run; unknown keys are kept."""
+class StateFile(BaseModel):
+    """Content of state.json: how far training is, and the identity of the run; unknown keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    step: Count
-    images_seen: Count
-    skipped_steps: Count = 0
+    step: NonNegative
+    images_seen: NonNegative
+    skipped_steps: NonNegative = 0
     best_held_out_loss: float | None
     interval: Annotated[list[float], Field(min_length=10, max_length=10)] | None = None
     generator: str = ""
@@ -70,11 +70,11 @@ class Snapshot:
     images_seen: int
     tensors: dict[str, dict[str, Tensor]]
     """By file: net, ema and optimizer."""
-    position: dict[str, Any]
+    state: dict[str, Any]
     """Content of state.json."""
     config: str
     """Content of config.json."""
-    wait: Callable[[], object] = bool
+    wait: Callable[[], object] = lambda: None
     """Returns when the tensors are complete; called before they are read."""
 
 
@@ -87,7 +87,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
             save_file(tensors, folder / f"{name}.safetensors")
         except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{folder}/{name}.safetensors: {error}") from None
-    (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
+    (folder / "state.json").write_text(json.dumps(snapshot.state, indent=2) + "\n")
     (folder / "config.json").write_text(snapshot.config)
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     files.sync_tree(folder)
@@ -125,26 +125,26 @@ def read_bytes(file: Path) -> bytes:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read state.json of a checkpoint."""
-    return _read_position(folder / "state.json").model_dump(exclude_unset=True)
+    return _read_state_file(folder / "state.json").model_dump(exclude_unset=True)
 
 
-def _read_position(file: Path) -> Position:
-    return strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
+def _read_state_file(file: Path) -> StateFile:
+    return strict_json.parse(StateFile, read_bytes(file), f"{file} is damaged", extra="allow")
 
 
 def check_belongs(folder: Path, run_key: str) -> None:
     """Raise UserError unless the checkpoint in `folder` is the one of this name, and of the run with this key."""
     file = folder / "state.json"
-    at = _read_position(file)
-    if folder.name != name_at(at.images_seen):
+    state = _read_state_file(file)
+    if folder.name != name_at(state.images_seen):
         raise UserError(
-            f"{file} is damaged: images_seen is {at.images_seen}, in a folder named {folder.name}"
+            f"{file} is damaged: images_seen is {state.images_seen}, in a folder named {folder.name}"
         )
-    if at.run_key != run_key:
-        raise UserError(f"{file} is of another run: run_key is {at.run_key!r}; run.json has {run_key!r}")
+    if state.run_key != run_key:
+        raise UserError(f"{file} is of another run: run_key is {state.run_key!r}; run.json has {run_key!r}")
 
 
-def position(folder: Path | None) -> int:
+def images_seen_at(folder: Path | None) -> int:
     """images_seen of a checkpoint; 0 for None. The tensors need not be intact."""
     return read_state(folder)["images_seen"] if folder else 0
 
@@ -179,11 +179,14 @@ def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: boo
     return TrainedNet(net.to(device).eval().requires_grad_(False), config)
 
 
-def write_net(trained: TrainedNet, position: dict[str, Any], folder: Path) -> None:
+def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint of a net alone: the averaged net is the same, and the optimizer has no state."""
     weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
     tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
-    write(Snapshot(position["images_seen"], tensors, position, to_json(trained.config)), folder)
+    snapshot = Snapshot(
+        images_seen=state["images_seen"], tensors=tensors, state=state, config=to_json(trained.config)
+    )
+    write(snapshot, folder)
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
@@ -202,7 +205,8 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 def _differences(saved: Config, now: Config, what: Affects) -> str:
     """The first differences in keys that affect `what`, of those that both have: different nets have different keys."""
-    before, keys = flatten(saved), keys_that_affect(now, what)
+    before = flatten(saved)
+    keys = keys_that_affect(now, what)
     after = {key: value for key, value in flatten(now).items() if key in keys and key in before}
     return differences({key: before[key] for key in after}, after)
 
@@ -217,7 +221,8 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 def load_weights(net: nn.Module, path: Path, optional: str = "") -> None:
     """Put the weights in the file at `path` into `net`; the weight `optional` may be in one of the two alone."""
-    tensors, own = read_tensors(path, next(net.parameters()).device), net.state_dict()
+    tensors = read_tensors(path, next(net.parameters()).device)
+    own = net.state_dict()
     if optional in own:
         tensors.setdefault(optional, own[optional])
     else:

@@ -69,8 +69,9 @@ class Part(NamedTuple):
 def read(run: Location) -> dict[str, list[Point]]:
     """The curves in a run's folder by name, each ascending."""
     curves: dict[str, dict[int, Point]] = {}
-    for name, *point in zip(*read_rows(run).to_pydict().values(), strict=True):
-        curves.setdefault(name, {}).setdefault(point[0], Point(*point))
+    for row in to_rows(read_rows(run)):
+        point = Point(row.images_seen, row.value, row.timestamp_ms)
+        curves.setdefault(row.name, {}).setdefault(row.images_seen, point)
     return {name: [curve[at] for at in sorted(curve)] for name, curve in sorted(curves.items())}
 
 
@@ -93,6 +94,15 @@ def read_rows(run: Location, first: int = 0, damaged: Callable[[str], object] | 
     raise AssertionError("the last try returns or raises")
 
 
+def to_rows(table: pa.Table) -> list[Row]:
+    """The rows of a table of `read_rows`."""
+    columns = table.to_pydict()
+    values = zip(
+        columns["name"], columns["images_seen"], columns["value"], columns["timestamp_ms"], strict=True
+    )
+    return [Row(name, images_seen, value, time_ms) for name, images_seen, value, time_ms in values]
+
+
 def num_rows(run: Location) -> int:
     """The number of rows recorded."""
     return max((part.end for part in _parts(run)), default=0)
@@ -100,8 +110,8 @@ def num_rows(run: Location) -> int:
 
 def part(first: int, rows: list[Row]) -> tuple[str, bytes]:
     """Name in the run's folder and content of a part with `rows`, the first of which has the number `first`."""
-    columns = dict(zip(SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
-    return _name(first, first + len(rows)), _to_bytes(pa.table(columns, schema=SCHEMA))
+    table = pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA)
+    return _name(first, first + len(rows)), _to_bytes(table)
 
 
 def merge(run: Location, damaged: Callable[[str], object]) -> pa.Table:
@@ -146,7 +156,8 @@ def _files(run: Location) -> list[Part]:
 
 def _missing(parts: list[Part], first: int) -> list[str]:
     """The numbers of rows from `first` on that no part has: a file was removed."""
-    missing, end = list[str](), 0
+    missing = list[str]()
+    end = 0
     for part in parts:
         if part.first > max(end, first):
             missing.append(f"{end}-{part.first - 1}")

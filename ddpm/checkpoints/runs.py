@@ -1,7 +1,7 @@
 """A run's folder, the record of the run: everything after training reads it, and nothing else.
 
 run.json       what the run was when it began: key, configuration, data, command
-status.json    how it stands
+status.json    the run's status
 checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
 samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
 pictures/      pictures of the finished run
@@ -41,7 +41,7 @@ CARD = "run.json"
 STATUS = "status.json"
 """File of a run with its status."""
 StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
-"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, for good."""
+"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 RESERVED = "data"
@@ -49,8 +49,8 @@ RESERVED = "data"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One logical run, however often it is restarted."""
+class RunFolder:
+    """The folder of one run, however often the run is restarted."""
 
     name: str
     location: Location
@@ -132,21 +132,22 @@ def with_storage(config: Config) -> Config:
     return replace(config, run=replace(config.run, storage=uri))
 
 
-def open_run(name: str, uri: str, facts: Facts | None = None) -> Run:
+def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
     """The run `name` in the folder or bucket `uri`; a new run gets a key, and a run.json with `facts`."""
     _check_name(name)
     location = locations.resolve(uri).child(name)
     with as_user_error(f"cannot write to run.storage {uri}"):
         if location.child(CARD).exists():
-            return Run(name, location, read_card(location).run_key)
-        key, now_ms = uuid.uuid4().hex, int(time.time() * 1000)
+            return RunFolder(name, location, read_card(location).run_key)
+        key = uuid.uuid4().hex
+        now_ms = int(time.time() * 1000)
         given = {} if facts is None else vars(facts)
         card = Card(**given, name=name, run_key=key, created_ms=now_ms)
         location.child(CARD).write((json.dumps(asdict(card), indent=2) + "\n").encode(), durable=True)
-    return Run(name, location, key)
+    return RunFolder(name, location, key)
 
 
-def existing_run(uri: str) -> Run:
+def existing_run(uri: str) -> RunFolder:
     """The run in the folder or bucket `uri`."""
     location = locations.resolve(uri)
     with as_user_error(f"cannot read {location.child(CARD).uri}"):
@@ -155,7 +156,7 @@ def existing_run(uri: str) -> Run:
         raise UserError(
             f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
         )
-    return Run(Path(location.path).name, location, key)
+    return RunFolder(Path(location.path).name, location, key)
 
 
 def folder_of(checkpoint_uri: str, run_key: str) -> Location | None:
@@ -197,7 +198,7 @@ def pictures(run: Location, series: str) -> dict[int, Location]:
 
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
-    children = map(location.child, checkpoint_names(location))
+    children = [location.child(name) for name in checkpoint_names(location)]
     return [child for child in children if child.child(CHECKSUMS).exists()]
 
 

@@ -31,7 +31,8 @@ def differences(config: Config, preset: Config, data_fingerprint: str = "") -> d
         data_fingerprint: of data that are not the preset's own; empty: they are.
     """
     keys = keys_that_affect(config, Affects.WEIGHTS | Affects.TASK) | {LENGTH}
-    now, before = flatten(config), flatten(preset)
+    now = flatten(config)
+    before = flatten(preset)
     changed = {key: now[key] for key in keys if key not in PATHS and now[key] != before.get(key)}
     if data_fingerprint:
         changed[DATA] = data_fingerprint
@@ -40,7 +41,8 @@ def differences(config: Config, preset: Config, data_fingerprint: str = "") -> d
 
 def has_own_data(config: Config, preset: Config) -> bool:
     """Whether `config`, before its data are prepared, trains on the data of its preset."""
-    ours, given = preset.data, config.data
+    ours = preset.data
+    given = config.data
     return (given.shards, given.images, given.source) == (ours.shards, ours.images, ours.source)
 
 
@@ -80,7 +82,9 @@ def _shown(changed: Mapping[str, Any], key: str) -> str:
 
 def typed_in_vain(config: Config, preset: Config, trained: Config) -> list[str]:
     """The chosen flags of `config` that a finished run, whose config is `trained`, was trained without."""
-    now, before, have = flatten(config), flatten(preset), flatten(trained)
+    now = flatten(config)
+    before = flatten(preset)
+    have = flatten(trained)
     elsewhere = (*PATHS, "data.source", "run.name", "run.storage")
     chosen = [key for key in now if key not in elsewhere and now[key] != before.get(key)]
     return [f"--{key.replace('_', '-')} {now[key]}" for key in chosen if now[key] != have.get(key)]

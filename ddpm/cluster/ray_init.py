@@ -40,9 +40,11 @@ SETTINGS = {
 """Variables of Ray and the C library for faster recovery from a crash and faster steps; values in the environment take
 precedence."""
 
-API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
-"""A cluster started here has no dashboard. Ray Train would find that of another cluster on this machine, which does not
-know our controller, take the controller for dead, and remove its workers (Ray 2.60)."""
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+NO_API_SERVER = "http://127.0.0.1:9"
+"""An address that refuses connections, for a cluster started here, which has no dashboard. Ray Train would ask the
+dashboard of another cluster on this machine, which does not list our controller. It would then remove the workers, as
+those of a dead controller (Ray 2.60)."""
 
 TOKEN = Path("~/.ray/auth_token")
 """Ray's file with the token of a cluster: whoever reads it can run programs there."""
@@ -146,7 +148,8 @@ def _reach(address: str) -> None:
 
 def resources() -> dict[str, float]:
     """Resources of the joined cluster, or its limits where these are higher: {"CPU": 48.0, "GPU": 4.0}."""
-    have, may_have = ray.cluster_resources(), limits()
+    have = ray.cluster_resources()
+    may_have = limits()
     return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
 
 

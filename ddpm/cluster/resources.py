@@ -48,8 +48,13 @@ _once_joined = tenacity.retry(
 @_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data."""
-    have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
-    cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
+    have = ray_init.resources()
+    cluster = config.cluster
+    sizes = config.cluster.world_sizes()
+    cpus = have.get("CPU", 0.0)
+    gpus = have.get("GPU", 0.0)
+    least = sizes[0]
+    most = sizes[-1]
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
@@ -64,17 +69,27 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
     if least * share > cpus - 1:
         right = (cpus - 1) / least
-        remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
+        remedy = "more than one CPU is needed"
+        if right > 0:
+            remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         raise TooSmall(
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
-            f"data; {remedy if right > 0 else 'more than one CPU is needed'}"
+            f"data; {remedy}"
         )
-    return {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
+    return _reservation(share, cluster.gpus_per_worker if gpu else None)
+
+
+def _reservation(cpus: float, gpus: float | None) -> dict[str, float]:
+    """CPUs and GPUs as Ray names them; None: without a GPU."""
+    if gpus is None:
+        return {"CPU": cpus}
+    return {"CPU": cpus, "GPU": gpus}
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
     """The number of workers that the run could have now; `workers` of them are running already."""
-    have, free = ray.cluster_resources(), ray.available_resources()
+    have = ray.cluster_resources()
+    free = ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
     return min(config.cluster.world_sizes()[-1], most, workers + more)
@@ -86,10 +101,13 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
     Args:
         placed: these workers may hold what is in use, so that only the cluster's size counts.
     """
-    have, least = ray.cluster_resources(), config.cluster.world_sizes()[0]
+    have = ray.cluster_resources()
+    least = config.cluster.world_sizes()[0]
     free = have if placed else ray.available_resources()
     for name, amount in per_worker.items():
-        total, need, unused = have.get(name, 0.0), least * amount, free.get(name, 0.0)
+        total = have.get(name, 0.0)
+        need = least * amount
+        unused = free.get(name, 0.0)
         if unused < need:
             state = f"{total - unused:g} of {total:g} in use (`ray status` shows by whom)"
             if placed or total < need:
@@ -100,11 +118,14 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
 
 def crowding(config: Config, resources: dict[str, float]) -> str | None:
     """A warning if there are more workers than CPUs and no GPUs, else None."""
-    workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
+    workers = config.cluster.world_sizes()[0]
+    cpus = ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    enough, wait = max(1, int(cpus)), "and wait for each other at every step"
-    return f"{workers} workers share {cpus:g} CPUs, {wait}; {enough} are enough"
+    enough = max(1, int(cpus))
+    return (
+        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
+    )
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
@@ -125,8 +146,11 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     A trial of one worker reads its data itself. The workers of others are reserved by their own worker group; a CPU is
     left for the tasks that read data.
     """
-    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
-    cpus, total_workers, is_group = have.get("CPU", 0.0), num_trials * workers, workers > 1
+    have = ray_init.resources()
+    workers = config.cluster.world_sizes()[-1]
+    cpus = have.get("CPU", 0.0)
+    total_workers = num_trials * workers
+    is_group = workers > 1
     who = f"{num_trials} trials at a time of {workers} workers"
     remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
     gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)
@@ -145,10 +169,11 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
-    own = {"CPU": DRIVER_CPUS}
-    if not is_group:
-        own = {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
-    return replace(config, cluster=cluster), own
+    if is_group:
+        reserved = _reservation(DRIVER_CPUS, None)
+    else:
+        reserved = _reservation(share, cluster.gpus_per_worker if gpu else None)
+    return replace(config, cluster=cluster), reserved
 
 
 def remove_placement_group(hex_id: str) -> None:
@@ -159,9 +184,11 @@ def remove_placement_group(hex_id: str) -> None:
 def check_storage(config: Config) -> None:
     """Raise UserError for a folder that other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
+    if config.run.shared_storage or (nodes == 1 and not ray_init.limits()):
+        return
     whose = f"has {nodes} nodes" if nodes > 1 else "can add nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
-        if (nodes > 1 or ray_init.limits()) and not uri.startswith("s3://") and not config.run.shared_storage:
+        if not uri.startswith("s3://"):
             raise UserError(
                 f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
                 "s3://bucket/prefix, or set --run.shared-storage if all nodes mount it"

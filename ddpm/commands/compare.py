@@ -34,11 +34,11 @@ def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs")
-    from ddpm.cluster import package
+    from ddpm.cluster import job_folder
     from ddpm.evaluation import compared_run, comparison_page, publish
     from ddpm.utils.progress import printable
 
-    package.leave()
+    job_folder.set_home()
     location = publish.location_for(arguments.out, "report.html")
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
     publish.write(location, comparison_page.render(runs))

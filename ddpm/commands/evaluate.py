@@ -39,11 +39,11 @@ def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
     if not arguments.checkpoints:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
-    from ddpm.cluster import package
+    from ddpm.cluster import job_folder
     from ddpm.evaluation import context, evaluate, publish, tables
     from ddpm.utils.progress import printable
 
-    package.leave()
+    job_folder.set_home()
     location = publish.location_for(arguments.out)
     candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
     report = evaluate.evaluate(candidates, arguments.settings, arguments.num_workers)

@@ -35,12 +35,12 @@ def main() -> None:
     name = cli.chosen("SOURCE", dict.fromkeys(catalog.names(), ""), __doc__)
     kind: Any = Arguments[catalog.kind_of(name)]  # type: ignore[valid-type, misc]
     arguments: Any = cli.parse(kind, __doc__, sys.argv[2:])
-    from ddpm.cluster import package  # after parsing, so that --help and errors come at once
+    from ddpm.cluster import job_folder  # after parsing, so that --help and errors come at once
     from ddpm.data import duplicates, prepare
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import printable
 
-    package.leave()
+    job_folder.set_home()
     source, location = arguments.source, resolve(arguments.uri)
     drop = arguments.drop_duplicates
     there = prepare.find(source, location, drop=drop)

@@ -71,7 +71,7 @@ def main() -> None:
     if resampling and not arguments.inpaint:
         raise UserError("--num-resamples and --jump-length have no effect without --inpaint")
     from ddpm.checkpoints import checkpoint  # after parsing, so that --help and errors come at once
-    from ddpm.cluster import package
+    from ddpm.cluster import job_folder
     from ddpm.config_io import flatten
     from ddpm.hub.resolve import local_checkpoint, name_of
     from ddpm.sampling import generate, workers
@@ -79,7 +79,7 @@ def main() -> None:
     from ddpm.tracking import run_params
     from ddpm.utils.progress import Display
 
-    package.leave()
+    job_folder.set_home()
     with local_checkpoint(arguments.checkpoint) as folder:
         trained = checkpoint.load_net(folder)
         sample = arguments.changed(

@@ -20,9 +20,9 @@ def main() -> int:
 
     plan.check_batches(chosen.config)
 
-    from ddpm.cluster import package  # seconds: PyTorch, Ray
+    from ddpm.cluster import job_folder  # seconds: PyTorch, Ray
     from ddpm.search.default_space import DEFAULT
     from ddpm.search.search import search
 
-    package.leave(chosen.verbose)
+    job_folder.set_home(chosen.verbose)
     return search(replace(chosen, space=chosen.space or DEFAULT))

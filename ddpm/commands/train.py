@@ -32,10 +32,10 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     loop.check(arguments.config)
 
     from ddpm.checkpoints import checkpoint, runs, settings  # seconds: Ray
-    from ddpm.cluster import package, ray_init
+    from ddpm.cluster import job_folder, ray_init
     from ddpm.data import builtin, ray_dataset
 
-    package.leave(arguments.verbose)
+    job_folder.set_home(arguments.verbose)
     config, preset = runs.with_storage(arguments.config), arguments.base or arguments.config
     has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)

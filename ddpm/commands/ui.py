@@ -23,7 +23,7 @@ class Arguments:
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import pages
+    from ddpm.tracking import mlflow_pages
     from ddpm.tracking.mlflow_client import database_file, opened, tracking_uri, without_password
 
     uri = tracking_uri()
@@ -34,7 +34,10 @@ def main() -> None:
     with opened() as mlflow:
         experiments = mlflow.client.search_experiments()
     for experiment in experiments:
-        print(f"{experiment.name:<12}{pages.experiment_link(address, experiment.experiment_id)}", flush=True)
+        print(
+            f"{experiment.name:<12}{mlflow_pages.experiment_link(address, experiment.experiment_id)}",
+            flush=True,
+        )
     if database is not None:
         # For evaluating language models: seven processes, which print tracebacks at Ctrl-C (MLflow 3.17).
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -1,7 +1,7 @@
-"""Augmentation that does not leak into samples: the net is told how each image was changed.
+"""Augmentation that does not leak into samples: the net is conditioned on how each image was changed.
 
-Each transformation is applied to an image with the same probability, and what was done is a further input of the net.
-It is zero for an unchanged image, and when sampling: so a few images teach more, and what is sampled looks like them.
+Each transformation is applied to an image with the same probability, and its parameters are a further input of the net.
+They are zero for an unchanged image, and when sampling, so samples look like images that are not augmented.
 
 Source: Karras et al. 2022 (arXiv:2206.00364), Appendix F.2.
 
@@ -22,7 +22,7 @@ from ddpm.diffusion.objectives import Loss, Model
 LossOf = Callable[[Model, Tensor, Tensor | None, Generator, float], Loss]
 """The method `loss` of an objective."""
 CONDITIONS = 7
-"""What is said of an image: two flips, scale, cosine and sine of the rotation, two shifts."""
+"""Numbers that describe an image's augmentation: two flips, scale, cosine and sine of the rotation, two shifts."""
 SCALE_STD = 0.2
 """Standard deviation of the scale's binary logarithm."""
 SHIFT_STD = 1 / 8
@@ -30,14 +30,14 @@ SHIFT_STD = 1 / 8
 
 
 def augmented(loss_of: LossOf, probability: float) -> LossOf:
-    """`loss_of` for augmented images, whose model is told how each was changed; with probability 0 `loss_of` itself."""
+    """`loss_of` for augmented images and an augmentation-conditioned net; with probability 0 `loss_of` itself."""
     if probability == 0:
         return loss_of
 
     def loss(model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float) -> Loss:
         x_0, conditions = augment(x_0, probability, generator)
-        told: Model = partial(model, augmented=conditions)  # type: ignore[call-arg]
-        return loss_of(told, x_0, label, generator, progress)
+        conditioned: Model = partial(model, augmented=conditions)  # type: ignore[call-arg]
+        return loss_of(conditioned, x_0, label, generator, progress)
 
     return loss
 
@@ -49,13 +49,15 @@ def augment(x_0: Tensor, probability: float, generator: Generator) -> tuple[Tens
         x_0: [B, C, H, W], of H = W.
 
     Returns:
-        The images, and the net's input [B, CONDITIONS]; an image to which nothing was done keeps its bits.
+        The images, and the net's input [B, CONDITIONS]; an image that is not changed keeps its bits.
     """
     B = len(x_0)
     applied = (generator.uniform([B, 5]) < probability).to(x_0.dtype)
     angle = 2 * math.pi * generator.uniform([B]) * applied[:, 3]
-    normal, mirror = generator.normal([B, 3]), 1 - 2 * applied[:, :2]
-    log_scale, shift = normal[:, 0] * applied[:, 2], normal[:, 1:] * applied[:, 4:]
+    normal = generator.normal([B, 3])
+    mirror = 1 - 2 * applied[:, :2]
+    log_scale = normal[:, 0] * applied[:, 2]
+    shift = normal[:, 1:] * applied[:, 4:]
     # From a pixel of the result to its place in the image, both in [-1, 1].
     turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
     linear = mirror[:, :, None] * turn * torch.exp2(-SCALE_STD * log_scale)[:, None, None]

@@ -88,8 +88,9 @@ def guided(
         if not inside.any():
             return cond  # half the work
         inside = broadcast(inside, x_t)
-        g = _extrapolated(cond, denoise_uncond(x_t, t), scale)
-        x_0_hat, eps_hat = (torch.where(inside, a, b) for a, b in zip(g[:2], cond[:2], strict=True))
+        both = _extrapolated(cond, denoise_uncond(x_t, t), scale)
+        x_0_hat = torch.where(inside, both.x_0_hat, cond.x_0_hat)
+        eps_hat = torch.where(inside, both.eps_hat, cond.eps_hat)
         return cond._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)
 
     return denoise
@@ -102,5 +103,6 @@ def check_interval(interval: tuple[float, float] | None) -> None:
 
 
 def _extrapolated(cond: Denoised, uncond: Denoised, scale: float) -> Denoised:
-    x_0_hat, eps_hat = (u + scale * (c - u) for c, u in zip(cond[:2], uncond[:2], strict=True))
+    x_0_hat = uncond.x_0_hat + scale * (cond.x_0_hat - uncond.x_0_hat)
+    eps_hat = uncond.eps_hat + scale * (cond.eps_hat - uncond.eps_hat)
     return cond._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)

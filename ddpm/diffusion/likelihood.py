@@ -63,7 +63,8 @@ class Bound(NamedTuple):
 def exact(denoise: Denoise, schedule: Schedule, x_0: Tensor, noise: Noise, variance: Tensor | None) -> Bound:
     """Every term, with T evaluations of the net; x_t is drawn once for each t. Ho et al. 2020, Eq. 5."""
     T = schedule.num_timesteps
-    return estimate(denoise, schedule, x_0, noise, variance, torch.arange(1, T).expand(len(x_0), T - 1), 1.0)
+    t = torch.arange(1, T).expand(len(x_0), T - 1)
+    return estimate(denoise, schedule, x_0, noise, variance, t, share=1.0)
 
 
 @torch.no_grad()
@@ -95,8 +96,12 @@ def estimate(
             log_variance = learned_log_variance(schedule, t, denoised.variance_mix)
         return denoised.x_0_hat.clamp(-1, 1), log_variance
 
-    decoder = decoder_nll(x_0, *p(same_t(0, x_0)))
-    kl = [posterior_kl(schedule, x_0, t_k, *p(t_k)) for t_k in t.to(x_0.device).unbind(1)]
+    x_0_hat, log_variance = p(same_t(0, x_0))
+    decoder = decoder_nll(x_0, x_0_hat, log_variance)
+    kl = []
+    for t_k in t.to(x_0.device).unbind(1):
+        x_0_hat, log_variance = p(t_k)
+        kl.append(posterior_kl(schedule, x_0, t_k, x_0_hat, log_variance))
     return Bound(prior_kl(schedule, x_0), torch.stack(kl, 1) / share if kl else t.double(), decoder)
 
 
@@ -140,7 +145,8 @@ def x_0_errors(
     Args:
         num_measured: at least 2; with T at most this, all timesteps are measured.
     """
-    T, level = schedule.num_timesteps, schedule.log_snr
+    T = schedule.num_timesteps
+    level = schedule.log_snr
     wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
     measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
     errors = [_x_0_error_at(denoise, schedule, x_0, t, noise()) for t in measured.tolist()]
@@ -148,7 +154,8 @@ def x_0_errors(
         return errors[0][:, None]
     logs = torch.stack(errors, 1).clamp(min=TINY).log()
     right = torch.searchsorted(measured, torch.arange(T)).clamp(min=1)
-    before, after = level[measured[right - 1]], level[measured[right]]
+    before = level[measured[right - 1]]
+    after = level[measured[right]]
     return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
 
 
@@ -161,7 +168,9 @@ def _x_0_error_at(denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps
 
 def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:
     """KL_t of images whose x_0_hat has the errors `x_0_errors` [B, T] with a fixed variance; [B, T - 1], t = 1..T-1."""
-    log_q, log_p, weight = schedule.posterior_variance[1:].log(), variance[1:].log(), schedule.x_0_weight[1:]
+    log_q = schedule.posterior_variance[1:].log()
+    log_p = variance[1:].log()
+    weight = schedule.x_0_weight[1:]
     return gaussian_kl(log_q, log_p, weight**2 * x_0_errors[:, 1:]) / math.log(2)
 
 

@@ -38,7 +38,8 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 def broadcast(values: Tensor, like: Tensor) -> Tensor:
     """`values` [B], shaped [B, 1, 1, ...] to multiply the images `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+    ones = [1] * (like.ndim - 1)
+    return values.view(-1, *ones)
 
 
 def same_t(t: int, like: Tensor) -> Tensor:
@@ -121,5 +122,6 @@ def _signal_and_noise(alpha_bar: Tensor, t: Tensor, like: Tensor) -> tuple[Tenso
 
 def _check_shapes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.shape != other.shape:
-        got, right = tuple(value.shape), tuple(other.shape)
+        got = tuple(value.shape)
+        right = tuple(other.shape)
         raise ValueError(f"{name} has shape {got}; it must have that of {other_name}, {right}")

@@ -87,11 +87,13 @@ def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_v
 
     Source: Ho et al. 2020, Eqs. 5 and 13; Nichol & Dhariwal 2021, Eqs. 4 to 7.
     """
-    log_q, weight = gather(_beta_tilde(schedule).log(), t, x_0), gather(schedule.x_0_weight, t, x_0)
+    log_q = gather(_beta_tilde(schedule).log(), t, x_0)
+    weight = gather(schedule.x_0_weight, t, x_0)
     kl = gaussian_kl(log_q, log_variance, (weight * (x_0 - x_0_hat)).square())
     # The unused branch must be finite: a non-finite gradient times 0 is not 0.
     is_first = broadcast(t == 0, x_0)
-    mean, std = torch.where(is_first, x_0_hat, x_0), torch.where(is_first, 0.5 * log_variance, 0).exp()
+    mean = torch.where(is_first, x_0_hat, x_0)
+    std = torch.where(is_first, 0.5 * log_variance, 0).exp()
     nll = -log_prob_of_level(((x_0 + 1) * (LEVELS - 1) / 2).round(), mean, std)
     return torch.where(is_first, nll, kl).flatten(1).mean(1) / math.log(2)
 
@@ -110,9 +112,10 @@ def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     upper = upper.masked_fill(level == LEVELS - 1, math.inf)
     # Intervals above the mean are mirrored: log_ndtr is precise only in the lower tail.
     above = lower + upper > 0
-    lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
-    log_upper = torch.special.log_ndtr(upper)
-    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+    tail_lower = torch.where(above, -upper, lower)
+    tail_upper = torch.where(above, -lower, upper)
+    log_upper = torch.special.log_ndtr(tail_upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(tail_lower) - log_upper))
 
 
 def _beta_tilde(schedule: Schedule) -> Tensor:

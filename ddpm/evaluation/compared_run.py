@@ -13,8 +13,8 @@ import torch
 
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.checkpoint import Position
-from ddpm.checkpoints.runs import Card, Run, Status
+from ddpm.checkpoints.checkpoint import StateFile
+from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.report import Report, nearest_pictures
@@ -112,7 +112,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
     return list(compared.values())
 
 
-def _read(run: Run, sample: bool) -> ComparedRun:
+def _read(run: RunFolder, sample: bool) -> ComparedRun:
     location, remarks = run.location, list[Remark]()
 
     def readable(read: Callable[[], T], otherwise: T) -> T:
@@ -165,7 +165,7 @@ def _of_checkpoint(
     """What a run's newest checkpoint, run.json and status.json tell, as fields of ComparedRun."""
     file, state = stored.child("config.json"), stored.child("state.json")
     config = from_json(file.read().decode(errors="replace"), file.uri)
-    position = strict_json.parse(Position, state.read(), f"{state.uri} is damaged", extra="allow")
+    position = strict_json.parse(StateFile, state.read(), f"{state.uri} is damaged", extra="allow")
     seen, total = position.images_seen, config.train.total_images
     tags = status.tags if status else {}  # version 0.1
     command = card.command or tags.get("command", "")

@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.evaluation import plots
 from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.tracking.evaluations import EvaluationPoints
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import Points, is_in_mlflow
+from ddpm.tracking.push import is_in_mlflow
 from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
@@ -85,22 +86,22 @@ def keep(
         yield f"run         {result.run} does not keep its results: {error}"
         return
     yield f"run         {file.uri}"
-    yield _push(Run(Path(folder.path).name, folder, result.run_key), timeout_s)
+    yield _push(RunFolder(Path(folder.path).name, folder, result.run_key), timeout_s)
 
 
 def _with_points(report: Report, file: Location) -> bytes:
     """The report's JSON with the points that MLflow shows; a report that is in `file` already keeps its time."""
     values = {str(result.images_seen): metrics(result) for result in report.results}
-    points = Points(int(time.time() * 1000), values)
+    points = EvaluationPoints(int(time.time() * 1000), values)
     with suppress(OSError, ValueError, KeyError, UserError):
         before = json.loads(file.read())["points"]
         if before["values"] == values:
-            points = Points(before["time_ms"], values)
+            points = EvaluationPoints(before["time_ms"], values)
     content = json.loads(report.to_json())
     return (json.dumps({**content, "points": asdict(points)}, indent=2) + "\n").encode()
 
 
-def _push(run: Run, timeout_s: float) -> str:
+def _push(run: RunFolder, timeout_s: float) -> str:
     """Push a run to MLflow, if MLflow has it; returns a line with the outcome."""
     shown = without_password(tracking_uri())
     try:

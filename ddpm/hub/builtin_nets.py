@@ -25,8 +25,10 @@ def folder_of(uri: str) -> Path:
 
 def unpack(uri: str, folder: Path) -> Path:
     """Write the net `uri` into `folder` as a checkpoint without a run, in float32; returns the checkpoint's folder."""
-    packed, out = folder_of(uri), folder / uri.removeprefix(SCHEME)
-    net = build_net(config := checkpoint.read_config(packed))
+    packed = folder_of(uri)
+    out = folder / uri.removeprefix(SCHEME)
+    config = checkpoint.read_config(packed)
+    net = build_net(config)
     tensors = checkpoint.read_tensors(packed / "net.safetensors", torch.device("cpu"))
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     checkpoint.write_net(TrainedNet(net, config), checkpoint.read_state(packed), out)

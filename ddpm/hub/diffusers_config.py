@@ -37,7 +37,8 @@ def unet_of(config: Config) -> UNetConfig:
 
 def unet_config(config: Config) -> dict[str, Any]:
     """The arguments with which UNet2DModel computes what our net computes, but for its defaults."""
-    model, stretched = unet_of(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
+    model = unet_of(config)
+    stretched = config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
     assert model.num_classes == 0, "labels are folded into a bias before"
     sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
     attention = ["Attn" if size in model.attention_resolutions else "" for size in sizes]
@@ -65,7 +66,8 @@ def unet_config(config: Config) -> dict[str, Any]:
 def scheduler_config(config: Config) -> dict[str, Any]:
     """The arguments of DDPMScheduler, but for its defaults: our schedule, prediction, and the mean and variance of
     `ancestral`."""
-    schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
+    schedule = config.schedule
+    sample = resolve_sample(config.sample, config.objective)
     if config.objective.predict not in PREDICTIONS:
         raise UserError(
             f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "
@@ -141,7 +143,8 @@ def diffusers_names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
     Usually one. Where our net merges several products into one (q, k, v; the shifts of all blocks), its weight is the
     concatenation of theirs along the first axis, in this order. Every weight of either net appears exactly once.
     """
-    multipliers, num_blocks = config.width_multipliers, config.blocks_per_resolution
+    multipliers = config.width_multipliers
+    num_blocks = config.blocks_per_resolution
     attention = [
         config.image_size >> level in config.attention_resolutions for level in range(len(multipliers))
     ]

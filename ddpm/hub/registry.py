@@ -36,16 +36,17 @@ def register(
     """
     uri = mlflow_client.tracking_uri()
     config = checkpoint.read_config(folder)
-    position = checkpoint.read_state(folder)
+    state = checkpoint.read_state(folder)
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
         with as_user_error(f"cannot assemble the model in {staging}"):
-            checkpoint.write_net(checkpoint.load_net(folder), position, Path(staging, "checkpoint"))
+            checkpoint.write_net(checkpoint.load_net(folder), state, Path(staging, "checkpoint"))
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
         with mlflow_client.opened() as mlflow:
             from mlflow import register_model
 
-            client, run_key = mlflow.client, position.get("run_key")
+            client = mlflow.client
+            run_key = state.get("run_key")
             experiment_id = mlflow_run.experiment_id(mlflow, config.run.experiment)
             run = mlflow_run.find(mlflow, config.run.experiment, run_key) if run_key else None
             run_id = run.info.run_id if run else None

@@ -18,9 +18,8 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
 from ddpm.utils.retry import retry_io
 
-UNPACK = {registry.SCHEME: registry.download, builtin_nets.SCHEME: builtin_nets.unpack}
-"""By scheme: writes the checkpoint of a URI into a folder, and returns the checkpoint's folder."""
-SCHEMES = tuple(UNPACK)
+SCHEMES = (registry.SCHEME, builtin_nets.SCHEME)
+"""Beginnings of the URIs of checkpoints that are not in a folder or bucket."""
 
 
 def checkpoints_of(uri: str) -> list[str]:
@@ -48,7 +47,10 @@ def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
     """
     if uri.startswith(SCHEMES):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-            yield UNPACK[next(filter(uri.startswith, SCHEMES))](uri, Path(folder))
+            if uri.startswith(registry.SCHEME):
+                yield registry.download(uri, Path(folder))
+            else:
+                yield builtin_nets.unpack(uri, Path(folder))
         return
     location = locations.resolve(uri)
     newest = retry_io(lambda: _checkpoints_at(location, uri)[-1], where=uri, timeout_s=timeout_s)
@@ -67,9 +69,14 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
         local.mkdir()
 
         def fetch(name: str) -> None:
-            source, filesystem = location.child(name).path, location.filesystem
-            here = str(local / name), filesystem, pafs.LocalFileSystem()
-            copy = partial(pafs.copy_files, source, *here, chunk_size=MAX_BYTES)  # in few requests
+            copy = partial(
+                pafs.copy_files,
+                location.child(name).path,
+                str(local / name),
+                source_filesystem=location.filesystem,
+                destination_filesystem=pafs.LocalFileSystem(),
+                chunk_size=MAX_BYTES,  # in few requests
+            )
             retry_io(copy, where=location.uri, timeout_s=timeout_s)
 
         names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
@@ -82,8 +89,9 @@ def _checkpoints_at(location: Location, uri: str) -> list[Location]:
     """The checkpoint at `location`, which was given as `uri`, or the checkpoints of the run there, oldest first."""
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
-    if location.child("checksums.json").exists():
+    if location.child(checkpoint.CHECKSUMS).exists():
         return [location]
-    if of_run := checkpoints(location):
+    of_run = checkpoints(location)
+    if of_run:
         return of_run
     raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder")

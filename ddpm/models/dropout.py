@@ -77,7 +77,8 @@ def _hash(key: Tensor, x: Tensor) -> Tensor:
     image = x[:1]
     number = torch.arange(image.numel(), dtype=torch.int32, device=x.device).view(image.shape)
     number = torch.empty_like(image, dtype=torch.int32).copy_(number)
-    offset, factor = key.view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
+    ones = [1] * (x.ndim - 1)
+    offset, factor = key.view(-1, 2, *ones).unbind(1)
     return _mix(_mix(number) * (2 * factor + 1) + offset)
 
 

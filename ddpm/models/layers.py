@@ -37,7 +37,7 @@ FEW_PIXELS = 1024
 """Largest N for which attention on a CPU holds all N x N weights in memory."""
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block, then self-attention if asked for: [B, C_in, H, W] -> [B, C_out, H, W]."""
 
     def __init__(self, width_in: int, width_out: int, attention: bool, config: UNetConfig) -> None:
@@ -127,7 +127,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         x_hat = x.to(weight.dtype, copy=True).sub_(mean).mul_(rstd)
         dy = dy.to(weight.dtype)
-        dbias, dweight = dy.mean(1), (dy * x_hat).mean(1)  # [B, C], of the mean pixel
+        dbias = dy.mean(1)  # [B, C], of the mean pixel, as dweight
+        dweight = (dy * x_hat).mean(1)
         offset = -rstd * _group_mean(weight * dbias, ctx.groups)
         slope = -rstd * _group_mean(weight * dweight, ctx.groups)
         dx = x_hat.mul_(slope).add_(offset).addcmul_(dy, rstd * weight)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpm.models import dit, layers
 
-BLOCKS = (layers.Block, dit.Block)
+BLOCKS = (layers.ResidualBlock, dit.Block)
 VARIANTS = 4
 """Variants of a block: the last pass of a step may have fewer images, a pass of consistency may have no gradients."""
 

@@ -23,10 +23,10 @@ from ddpm.models.layers import (
     EMBEDDED_TIMESTEPS,
     MAX_BLOCKS,
     MAX_SIZE,
-    Block,
     Downsample,
     GroupNorm,
     Requirement,
+    ResidualBlock,
     Upsample,
     check_conditions,
     check_sizes,
@@ -65,16 +65,18 @@ class UNet(nn.Module):
         check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
-        self.num_classes, self.num_conditions = config.num_classes, num_conditions
-        self.autocast_dtype, self.time_scale = autocast_dtype, EMBEDDED_TIMESTEPS / num_timesteps
+        self.num_classes = config.num_classes
+        self.num_conditions = num_conditions
+        self.autocast_dtype = autocast_dtype
+        self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
 
         widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
         sizes = [config.image_size >> level for level in range(len(widths))]
         self.shift_widths: list[int] = []
 
-        def block(width_in: int, width_out: int, attention: bool) -> Block:
+        def block(width_in: int, width_out: int, attention: bool) -> ResidualBlock:
             self.shift_widths.append(width_out)
-            return Block(width_in, width_out, attention, config)
+            return ResidualBlock(width_in, width_out, attention, config)
 
         width = widths[0]
         self.conv_in = nn.Conv2d(config.channels, width, 3, padding=1)
@@ -107,8 +109,16 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(config.norm_groups, width)
         self.conv_out = nn.Conv2d(width, out_channels or config.channels, 3, padding=1)
 
-        # A condition that is not used has no weights: DDP would wait for their gradients.
-        self.sinusoid_width, embedding_width = widths[0], 4 * widths[0]
+        self._build_conditions(config, time_conditional)
+
+        if config.zero_init:
+            zero(self.conv_out)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotations
+
+    def _build_conditions(self, config: UNetConfig, time_conditional: bool) -> None:
+        """The layers of the conditions. One that is not used has no weights: DDP would wait for their gradients."""
+        self.sinusoid_width = config.base_width * config.width_multipliers[0]
+        embedding_width = 4 * self.sinusoid_width
         if time_conditional:
             self.time_mlp = nn.Sequential(
                 nn.Linear(self.sinusoid_width, embedding_width),
@@ -117,14 +127,10 @@ class UNet(nn.Module):
             )
         if config.num_classes:
             self.label_embedding = nn.Embedding(config.num_classes + 1, embedding_width)
-        if num_conditions:
-            self.augment_embedding = nn.Linear(num_conditions, embedding_width, bias=False)
-        if time_conditional or config.num_classes or num_conditions:
+        if self.num_conditions:
+            self.augment_embedding = nn.Linear(self.num_conditions, embedding_width, bias=False)
+        if time_conditional or config.num_classes or self.num_conditions:
             self.shifts = nn.Linear(embedding_width, sum(self.shift_widths))
-
-        if config.zero_init:
-            zero(self.conv_out)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotations
 
     def forward(
         self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None, augmented: Tensor | None = None
@@ -147,12 +153,12 @@ class UNet(nn.Module):
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
             kept = [h]
             for layer in self.down:
-                h = layer(h, next(shifts)) if isinstance(layer, Block) else layer(h)
+                h = layer(h, next(shifts)) if isinstance(layer, ResidualBlock) else layer(h)
                 kept.append(h)
             for layer in self.middle:
                 h = layer(h, next(shifts))
             for layer in self.up:
-                if isinstance(layer, Block):
+                if isinstance(layer, ResidualBlock):
                     h = layer(torch.cat([h, kept.pop()], dim=1), next(shifts))
                 else:
                     h = layer(h)
@@ -193,7 +199,8 @@ def _requirements(c: UNetConfig) -> Iterator[Requirement]:
     divides = c.norm_groups >= 1 and all(width % c.norm_groups == 0 for width in widths)
     yield "norm_groups", divides, f"a divisor of each of the widths {widths}"
 
-    size, grain = c.image_size, 2 ** (len(widths) - 1)
+    size = c.image_size
+    grain = 2 ** (len(widths) - 1)
     multiple = f"a multiple of {grain}: it is halved {len(widths) - 1} times"
     yield "image_size", size >= grain and size % grain == 0, multiple
     yield "image_size", size <= MAX_SIZE, f"at most {MAX_SIZE}"

@@ -20,7 +20,8 @@ from ddpm.utils.images import figure_png
 
 def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain], metric: Metric) -> bytes:
     """One line per trial over its settings, coloured by the metric: the best are dark. A PNG."""
-    study, status = optuna.create_study(), CategoricalDistribution(get_args(Outcome))
+    study = optuna.create_study()
+    status = CategoricalDistribution(get_args(Outcome))
     of_name: dict[str, Any] = {_name(key): domain for key, domain in domains.items()} | {"status": status}
     for trial in (trial for trial in trials if trial.last and trial.repeats is None):
         params = {_name(key): value for key, value in trial.changes.items()} | {"status": trial.status}

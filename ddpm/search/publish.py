@@ -1,30 +1,23 @@
-"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py computes them."""
+"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py and results.py compute them."""
 
-import contextlib
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.curves import Row as CurveRow
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.rung import RANKING
-from ddpm.search import leaderboard, plots
+from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row
+from ddpm.search.publisher import Parent, push_trial
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trials
 from ddpm.storage.locations import Location
-from ddpm.tracking import mlflow_run
-from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
-from ddpm.tracking.mlflow_run import MlflowRun
-from ddpm.tracking.pages import NOTE_TAG, STOPPED
-from ddpm.tracking.pusher import push_patiently
+from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
+from ddpm.tracking.mlflow_pages import NOTE_TAG
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 from ddpm.utils.tables import estimate
@@ -34,120 +27,6 @@ COMPARED = 8
 MLFLOW_TIMEOUT_S = 20.0
 MAX_NOTE = 8000
 """MLflow's longest tag: the table of more than about a hundred trials is cut off in the description."""
-STATUS: dict[str, runs.StatusName] = {
-    "finished": "FINISHED",
-    "stopped": "PRUNED",
-    "failed": "FAILED",
-    "running": "STOPPED",
-}
-"""A run's status for each status of a trial."""
-RETRY_S = 10.0
-INTERRUPTED_TIMEOUT_S = 3.0
-
-
-@dataclass(frozen=True)
-class Parent:
-    """The search's run in MLflow, which its trials are shown under."""
-
-    search: runs.Search
-    experiment: str
-
-    def open(self) -> MlflowRun:
-        """Find or create it; raises MlflowError."""
-        mlflow, search = Connection(tracking_uri()), self.search
-        return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="tune/search.py")
-
-
-class Publisher:
-    """Pushes the search and its trials to MLflow, in a background thread of the search's driver.
-
-    Args:
-        params: of the search, for its own run.
-        warn: called with a line when MLflow does not accept data.
-    """
-
-    def __init__(
-        self, parent: Parent, trials: Trials, params: Mapping[str, Any], warn: Callable[[str], object]
-    ) -> None:
-        self._parent = parent
-        self._trials = trials
-        self._params = params
-        self._warn = warn
-        self._has_warned, self._has_begun = False, False
-        self._names: queue.Queue[str | None] = queue.Queue()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
-        self._thread.start()
-
-    def notify(self, name: str) -> None:
-        """There is something new in this trial's folder."""
-        self._names.put(name)
-
-    def close(self, timeout_s: float) -> None:
-        """End the thread after the call that it is in; what is left is pushed by `store`."""
-        self._closing.set()
-        self._names.put(None)
-        self._thread.join(timeout_s)
-
-    def _work(self) -> None:
-        while (name := self._names.get()) is not None and not self._closing.is_set():
-            while not self._try(name) and not self._closing.wait(RETRY_S):
-                pass
-
-    def _try(self, name: str) -> bool:
-        """Whether MLflow has the trial now."""
-        try:
-            if not self._has_begun:
-                run = self._parent.open()
-                run.log_params(self._params)
-                run.set_status("RUNNING")
-                self._has_begun = True
-            push_trial(self._trials, name)
-        except (UserError, OSError) as error:
-            if not self._has_warned:
-                self._warn(f"MLflow does not accept the search, and gets it later: {error}")
-            self._has_warned = True
-            return False
-        self._has_warned = False
-        return True
-
-
-def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
-    """Push a trial's run with its outcome."""
-    try:
-        run = runs.existing_run(trials.folder.child(name).uri)
-    except UserError:  # the trial never began
-        return
-    trial, status = trials.get(name), runs.read_status(run.location)
-    assert trial is not None, "trials are pushed by name"
-    if status is not None and trial.status != "running" and status.status != STATUS[trial.status]:
-        now_ms = int(time.time() * 1000)
-        runs.write_status(run.location, replace(status, status=STATUS[trial.status], ended_ms=now_ms))
-    push_patiently(run, timeout_s)
-
-
-def interrupted(parent: Parent, trials: Trials) -> None:
-    """Set the status of the search, and of trials that have not ended, to a stopped one's.
-
-    MLflow is told, too, if it answers at once.
-    """
-    running = [trial.name for trial in trials.all() if trial.status == "running"]
-    for name in running:
-        with contextlib.suppress(UserError, OSError):  # the next start does not depend on it
-            location = trials.folder.child(name)
-            if status := runs.read_status(location):
-                now_ms = int(time.time() * 1000)
-                runs.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
-
-    def tell() -> None:
-        with contextlib.suppress(UserError, OSError):
-            parent.open().set_status(STOPPED)
-            for name in running:
-                push_trial(trials, name)
-
-    thread = threading.Thread(target=tell, name="ddpm-mlflow-end", daemon=True)
-    thread.start()
-    thread.join(INTERRUPTED_TIMEOUT_S)
 
 
 def store(
@@ -158,17 +37,18 @@ def store(
     folder = setup.folder
     metric = setup.arguments.metric
     files = {
-        "results.parquet": leaderboard.parquet(rows),
-        "results.md": leaderboard.markdown(rows, remarks).encode(),
+        "results.parquet": results.parquet(rows),
+        "results.md": results.markdown(rows, remarks).encode(),
     }
-    config = leaderboard.best_config(rows, setup.arguments.config)
+    config = results.best_config(rows, setup.arguments.config)
     if config is not None:
         files["best.json"] = config.encode()
         files["parallel.png"] = plots.parallel(shown, setup.space.domains, metric)
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:
-        if page := compared(rows, folder):
+        page = compared(rows, folder)
+        if page is not None:
             files["comparison.html"] = page
     except (UserError, OSError) as error:
         yield f"comparison  could not be made: {error}"
@@ -178,8 +58,9 @@ def store(
     yield f"results     {folder.uri}/results.md, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
-    if config is not None and (reported := rows[0].reported):
-        value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
+    reported = rows[0].reported if rows else None
+    if config is not None and reported is not None:
+        value = f"{estimate(*reported)} bits/dim on the reporting split"
         yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
     yield _publish(setup, rows, trials, files, parent)
 
@@ -187,21 +68,35 @@ def store(
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
     own = (row for row in rows if row.trial.last and row.trial.repeats is None)
-    begun = (row for row in own if folder.child(row.trial.name).child("run.json").exists())
-    if not (shown := list(islice(begun, COMPARED))):
+    begun = (row for row in own if folder.child(row.trial.name).child(runs.CARD).exists())
+    shown = list(islice(begun, COMPARED))
+    if not shown:
         return None
+    by_trainings = any(row.by_trainings for row in shown)
     note = "compared image by image, among all trials"
-    if by_trainings := any(row.by_trainings for row in shown):
+    if by_trainings:
         note = "means of several trainings, with their spread, among all finalists"
     trials = compared_run.read([folder.child(row.trial.name).uri for row in shown])
-    bits, kid, title = dict[str, Cell](), dict[str, Cell](), "KID"
+    bits = dict[str, Cell]()
+    kid = dict[str, Cell]()
+    title = "KID"
     for run, row in zip(trials, shown, strict=True):
-        last, score = row.trial.last, row.trial.score
+        last = row.trial.last
+        score = row.trial.score
         if last and row.by_trainings and row.mean:
-            bits[run.key] = Cell(*row.mean, last.images_seen, row.by_trainings)
+            mean = row.mean
+            bits[run.key] = Cell(mean.value, mean.error, last.images_seen, row.by_trainings)
         elif last and row.by_bits and row.bits is not None and not by_trainings:
+            own_bits = last.bits_per_dim
             of_image = row.bits[0, RANKING].tolist()
-            bits[run.key] = Cell(*last.bits_per_dim, last.images_seen, row.by_bits, len(of_image), of_image)
+            bits[run.key] = Cell(
+                value=own_bits.value,
+                error=own_bits.error,
+                images_seen=last.images_seen,
+                rank=row.by_bits,
+                n=len(of_image),
+                of_image=of_image,
+            )
         if last and score and row.by_kid:
             kid[run.key] = Cell(score.value, score.error, last.images_seen, row.by_kid)
             title = score.name
@@ -223,10 +118,12 @@ def _publish(
         for name, data in files.items():
             run.log_file(name, data)
         run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
-        if rows and (reported := rows[0].reported):
-            now_ms, (value, error) = int(time.time() * 1000), reported
-            values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
-            run.log_metrics(CurveRow(name, len(rows), v, now_ms) for name, v in values.items())
+        reported = rows[0].reported if rows else None
+        if reported is not None:
+            now_ms = int(time.time() * 1000)
+            value = CurveRow("best/bits_per_dim", len(rows), reported.value, now_ms)
+            error = CurveRow("best_error/bits_per_dim", len(rows), reported.error, now_ms)
+            run.log_metrics([value, error])
         for row in rows:
             push_trial(trials, row.trial.name, MLFLOW_TIMEOUT_S)
         run.set_status("FINISHED", int(time.time() * 1000))

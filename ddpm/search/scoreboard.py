@@ -14,7 +14,7 @@ SHOWN = 30
 
 
 class Scoreboard:
-    """Shows a search.
+    """Shows a search: a live table in a terminal, else lines.
 
     Args:
         trials: returns the trials so far.
@@ -22,10 +22,12 @@ class Scoreboard:
     """
 
     def __init__(self, trials: Callable[[], Sequence[Trial]], num_trials: int) -> None:
-        self._trials, self._num_trials = trials, num_trials
+        self._trials = trials
+        self._num_trials = num_trials
         self.display = LiveText(self._text) if sys.stdout.isatty() else nullcontext()
         """A context that has the terminal."""
-        self._began = self._line_at = time.monotonic()
+        self._began = time.monotonic()
+        self._line_at = self._began
 
     def news(self, line: str) -> None:
         """Show an event."""
@@ -36,7 +38,7 @@ class Scoreboard:
             print(line, flush=True)
 
     def tick(self) -> None:
-        """Show that the search is alive; to be called often."""
+        """Print the running trials once per interval, without a terminal; to be called often."""
         now = time.monotonic()
         if not isinstance(self.display, LiveText) and now - self._line_at >= LINE_INTERVAL_S:
             trials = self._trials()
@@ -45,13 +47,15 @@ class Scoreboard:
             self.news(f"{done}, running: {running}")
 
     def _text(self) -> str:
-        trials, rows = self._trials(), []
+        trials = self._trials()
+        rows = []
         for trial in trials[-SHOWN:]:
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
-            seen, bits = (
-                (f"{trial.images_seen:,}", shown(trial.last.bits_per_dim)) if trial.last else ("", "")
-            )
-            rows.append([trial.name, status, seen, bits, changes_text(trial.changes)])
+            row = [trial.name, status, "", "", changes_text(trial.changes)]
+            if trial.last:
+                row[2] = f"{trial.images_seen:,}"
+                row[3] = shown(trial.last.bits_per_dim)
+            rows.append(row)
         table = Table(["trial", "status", "images", "bits/dim", "changes"], rows, num_words=2)
         return f"{self._done(trials)}\n{table.text(1000) if rows else ''}"
 

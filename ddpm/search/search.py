@@ -6,14 +6,15 @@ import time
 from ddpm.checkpoints.runs import Search
 from ddpm.cluster import ray_init, resources
 from ddpm.evaluation.evaluate import grey_levels
-from ddpm.search import leaderboard, publish
+from ddpm.search import leaderboard, publish, results
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Parent, Publisher
+from ddpm.search.publisher import Parent, Publisher, mark_interrupted
 from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
-from ddpm.search.study import Interruption, Study
+from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
-from ddpm.search.trials import Trials
+from ddpm.search.trials import Trials, read_search
+from ddpm.search.tune_callbacks import Interruption
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.utils.errors import UserError
 
@@ -25,12 +26,15 @@ def search(arguments: Arguments) -> int:
         The exit code: 0 with a ranked trial, 1 without one, 128 + the signal that interrupted the search.
     """
     setup = prepare(arguments)
+    # A folder of other settings, or of another version, is refused before a cluster is joined.
+    read_search(setup.folder, setup.settings, setup.base.run.storage_timeout_s)
     with DriverLock(setup.folder, "search", "--name", print) as lock:
         return _search(setup, lock)
 
 
 def _search(setup: Setup, lock: DriverLock) -> int:
-    began, arguments = time.monotonic(), setup.arguments
+    began = time.monotonic()
+    arguments = setup.arguments
     ray_init.connect(arguments.verbose)
     config, reserved = resources.of_trials(setup.base, arguments.max_concurrent)
     resources.check_storage(config)
@@ -66,20 +70,25 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     lock.check()
     if interruption.signal is not None:
         publisher.close(0)
-        publish.interrupted(parent, trials)
+        mark_interrupted(parent, trials)
         print(
             f"interrupted; run the same command again with --name {setup.name} to continue", file=sys.stderr
         )
         return 128 + interruption.signal
     publisher.close(publish.MLFLOW_TIMEOUT_S)
+    return _report(setup, parent, trials, began)
+
+
+def _report(setup: Setup, parent: Parent, trials: Trials, began: float) -> int:
+    """Print and store the results of a search whose trials have ended; returns the exit code."""
     try:
         leaderboard.score_finalists(setup, trials)
     except UserError as error:  # such as too few held-out images, or a feature net that is not installed
         print(f"warning: there is no KID of the finalists: {error}", file=sys.stderr)
     rows = leaderboard.ranked(setup, trials)
-    leaderboard.table(rows).show()
+    results.table(rows).show()
     evaluator = setup.rungs.evaluator
-    remarks = [*leaderboard.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images))]
+    remarks = list(results.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images)))
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):

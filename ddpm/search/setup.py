@@ -85,25 +85,40 @@ def prepare(arguments: Arguments) -> Setup:
     evaluator = Evaluator(
         train, held_out, arguments.num_images, seed=arguments.seed, variance=arguments.variance
     )
-    named = "metric searcher grid_points scheduler reduction_factor variance num_images seed"
     compared = keys_that_affect(base, Affects.WEIGHTS | Affects.TASK)
     settings = {
         "config": {key: value for key, value in flatten(base).items() if key in compared},
         "space": space.as_json(),
-        **{name: getattr(arguments, name) for name in named.split()},
+        "metric": arguments.metric,
+        "searcher": arguments.searcher,
+        "grid_points": arguments.grid_points,
+        "scheduler": arguments.scheduler,
+        "reduction_factor": arguments.reduction_factor,
+        "variance": arguments.variance,
+        "num_images": arguments.num_images,
+        "seed": arguments.seed,
         "rungs": at,
         "ranking_images": "every second",
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
-    return Setup(arguments, folder, base, space, Rungs(tuple(at), evaluator), settings)
+    return Setup(
+        arguments=arguments,
+        folder=folder,
+        base=base,
+        space=space,
+        rungs=Rungs(tuple(at), evaluator),
+        settings=settings,
+    )
 
 
 def _named(arguments: Arguments) -> Config:
     """The config of the command line, named after the search."""
-    config, preset = arguments.config, arguments.preset
+    config = arguments.config
+    preset = arguments.preset
     if config.run.name is not None:
         raise UserError("--run.name is set by the search; name the search with --name")
-    name, storage = arguments.name or f"search-{preset}", arguments.storage or config.run.storage
+    name = arguments.name or f"search-{preset}"
+    storage = arguments.storage or config.run.storage
     run = replace(config.run, name=name, storage=storage)
     return runs.with_storage(replace(config, run=run))

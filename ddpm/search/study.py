@@ -8,10 +8,7 @@ resume as every run does.
 import logging
 import math
 import os
-import signal
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,154 +18,18 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 from ray import tune
-from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Publisher
+from ddpm.search.publisher import Publisher
 from ddpm.search.space import Space
-from ddpm.search.trainables import FAILED, IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
-from ddpm.search.trials import Outcome, Trial, Trials, best, changes_text, shown
-from ddpm.training.monitor import StopSignals
+from ddpm.search.trainables import IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
+from ddpm.search.trials import Trial, Trials, best
+from ddpm.search.tune_callbacks import MAX_DEATHS, Interruption, Outcomes
 
 STUDY = "search"
-MAX_DEATHS = 3
-"""Number of times that a trial's process may die and resume from its checkpoint; one more, and the trial has failed."""
 SEED = "train.seed"
-
-
-class Interruption(StopSignals, tune.Stopper):
-    """A context in which a signal, or `is_lost`, ends all trials; they resume from their newest checkpoints."""
-
-    def __init__(self, is_lost: Callable[[], bool]) -> None:
-        self._is_lost = is_lost
-        self._announced = False
-
-    @property
-    def is_on(self) -> bool:
-        return self.signal is not None or self._is_lost()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        if self.signal is not None and not self._announced:
-            self._announced = True
-            name = signal.Signals(self.signal).name
-            print(
-                f"{name}: the trials stop, and resume from their newest checkpoints{self.again}",
-                file=sys.stderr,
-            )
-        return self.is_on
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it for a restoration that is never used
-
-
-class Outcomes(tune.Callback):
-    """Writes what happens to trials into their folders, and lets MLflow know.
-
-    Args:
-        repeats: name of the trial that each trial with these changes repeats; None: none does.
-        news: called with a line for each event.
-        tick: called at each step of Tune's loop.
-    """
-
-    def __init__(
-        self,
-        trials: Trials,
-        spec: Spec,
-        publisher: Publisher,
-        interruption: Interruption,
-        news: Callable[[str], None],
-        tick: Callable[[], None],
-        repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
-    ) -> None:
-        self._trials = trials
-        self._spec = spec
-        self._publisher = publisher
-        self._interruption = interruption
-        self._news = news
-        self._tick = tick
-        self._repeats = repeats
-        self._names: dict[str, str] = {}
-        """Name of the run of each trial, by Tune's id."""
-        self._owner: dict[str, str] = {}
-        """Tune's id of the trial that trains a run: of two equal proposals, the first."""
-        self._began_at: dict[str, float] = {}
-        self._shown: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks for a restoration that is never used
-
-    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        self._tick()
-
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        name = self._name(trial)
-        known = self._trials.get(name)
-        if known is not None and known.status != "running":
-            self._owner.setdefault(name, "")  # it has ended: nobody trains it
-        if self._owner.setdefault(name, trial.trial_id) != trial.trial_id:
-            self._news(f"{name} is proposed again: {changes_text(trial.config)}")
-            return
-        self._began_at[name] = time.monotonic()
-        self._trials.begin(name, trial.config, self._repeats(trial.config))
-        self._news(f"{name} {'begins' if known is None else 'resumes'}: {changes_text(trial.config)}")
-
-    def on_trial_result(
-        self,
-        iteration: int,
-        trials: list[TuneTrial],
-        trial: TuneTrial,
-        result: dict[str, Any],
-        **info: Any,
-    ) -> None:
-        name = self._name(trial)
-        if not self._owns(trial) or FAILED in result:
-            return
-        found = self._trials.read_rungs(name)
-        if result[IMAGES_SEEN] > self._shown.get(name, 0):
-            self._shown[name] = result[IMAGES_SEEN]
-            for evaluation in found.rungs:
-                if evaluation.images_seen == result[IMAGES_SEEN]:
-                    bound = shown(evaluation.bits_per_dim)
-                    self._news(f"{name} after {evaluation.images_seen:,} images: {bound} bits/dim")
-        self._publisher.notify(name)
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        if not self._owns(trial) or self._interruption.is_on:
-            return
-        last = trial.last_result or {}
-        if FAILED in last:
-            self._end(trial, "failed", last[FAILED])
-        elif last.get(IMAGES_SEEN, 0) >= self._spec.rungs.at[-1]:
-            self._end(trial, "finished")
-        else:
-            self._end(trial, "stopped")
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        if self._owns(trial) and not self._interruption.is_on:
-            self._end(trial, "failed", f"its process died more than {MAX_DEATHS} times")
-
-    def _end(self, trial: TuneTrial, status: Outcome, reason: str = "") -> None:
-        name = self._name(trial)
-        wall_s = time.monotonic() - self._began_at.get(name, time.monotonic())
-        self._trials.end(name, status, reason, wall_s)
-        self._news(f"{name} {status}" + (f": {reason}" if reason else ""))
-        self._publisher.notify(name)
-
-    def _owns(self, trial: TuneTrial) -> bool:
-        """Whether this trial trains its run; False: it is an equal proposal, which reports the first one's results."""
-        return self._owner.get(self._name(trial)) == trial.trial_id
-
-    def _name(self, trial: TuneTrial) -> str:
-        if trial.trial_id not in self._names:
-            self._names[trial.trial_id] = str(self._spec.configured(trial.config).run.name)
-        return self._names[trial.trial_id]
 
 
 @dataclass(frozen=True)
@@ -183,6 +44,15 @@ class Proposal:
         self.space.suggest(trial)
         if self.with_seed:
             trial.suggest_int(SEED, 0, 2**62)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A further training of a finalist, with another seed."""
+
+    repeats: str
+    """Name of the finalist."""
+    changes: dict[str, Any]
 
 
 @dataclass
@@ -214,7 +84,9 @@ class Study:
         ended = [trial for trial in own if trial.status != "running"]
         begun = [trial.changes for trial in own if trial.status == "running"]
         known = [trial.changes for trial in own]
-        points = [*begun, *(point for point in grid or () if point not in known)]
+        points = list(begun)
+        if grid is not None:
+            points += [point for point in grid if point not in known]
         num_samples = max(num_trials - len(ended), len(begun))
         if num_samples > 0:
             search = self._search(points, ended)
@@ -226,13 +98,18 @@ class Study:
         wanted = self._repetitions()
         if not wanted or self.interruption.is_on:
             return
-        names = {self._key(changes): name for name, changes in wanted}
-        search = self._search([changes for _, changes in wanted], [], with_seed=True)
-        self._tune(search, FIFOScheduler(), len(wanted), lambda changes: names[self._key(changes)])
+        names = {self._key(training.changes): training.repeats for training in wanted}
 
-    def _repetitions(self) -> list[tuple[str, dict[str, Any]]]:
-        """The trainings that are left: the trial that each repeats, and its changes."""
-        chosen, seed = self.arguments, self.spec.config.train.seed
+        def repeats(changes: Mapping[str, Any]) -> str:
+            return names[self._key(changes)]
+
+        search = self._search([training.changes for training in wanted], [], with_seed=True)
+        self._tune(search, FIFOScheduler(), len(wanted), repeats)
+
+    def _repetitions(self) -> list[Repetition]:
+        """The trainings that are left."""
+        chosen = self.arguments
+        seed = self.spec.config.train.seed
         finalists = best(self.trials.all(), chosen.metric)[: chosen.finalists]
         whole = [trial for trial in finalists if trial.status == "finished"]
         wanted = []
@@ -241,7 +118,7 @@ class Study:
                 changes = {**trial.changes, SEED: other}
                 known = self.trials.get(str(self.spec.configured(changes).run.name))
                 if known is None or known.status == "running":
-                    wanted.append((trial.name, changes))
+                    wanted.append(Repetition(trial.name, changes))
         return wanted
 
     @staticmethod
@@ -249,7 +126,7 @@ class Study:
         return repr(sorted(changes.items()))
 
     def _grid(self) -> list[dict[str, Any]] | None:
-        """The points of a grid. Optuna's GridSampler knows no keys that depend on another key's value."""
+        """The points of a grid. Optuna's GridSampler supports no keys that depend on another key's value."""
         chosen = self.arguments
         if chosen.searcher != "grid":
             return None
@@ -268,23 +145,22 @@ class Study:
         storage = InMemoryStorage()
         study = optuna.create_study(storage=storage, study_name=STUDY, direction="minimize")
         for trial in ended:
-            study.add_trial(self._as_optuna_knows_it(trial))
+            study.add_trial(self._as_optuna_trial(trial))
         for point in points:
             study.enqueue_trial(dict(point))
         seed = self.arguments.seed + len(self.trials.all())  # else a new driver would repeat its proposals
-        kind = (
-            optuna.samplers.RandomSampler
-            if self.arguments.searcher == "random"
-            else optuna.samplers.TPESampler
-        )
-
+        sampler: optuna.samplers.BaseSampler
+        if self.arguments.searcher == "random":
+            sampler = optuna.samplers.RandomSampler(seed=seed)
+        else:
+            sampler = optuna.samplers.TPESampler(seed=seed)
         proposal: Any = Proposal(self.space, with_seed)
         return OptunaSearch(
-            proposal, metric=VALUE, mode="min", sampler=kind(seed=seed), storage=storage, study_name=STUDY
+            proposal, metric=VALUE, mode="min", sampler=sampler, storage=storage, study_name=STUDY
         )
 
-    def _as_optuna_knows_it(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """A trial that has ended; as OptunaSearch tells it, one that was stopped early has its last value."""
+    def _as_optuna_trial(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial that has ended; one that was stopped early has its last value, as OptunaSearch reports it."""
         params = {key: value for key, value in trial.changes.items() if key in self.space.domains}
         value = trial.value(self.arguments.metric)
         has_failed = trial.status == "failed" or not math.isfinite(value)
@@ -296,7 +172,7 @@ class Study:
         )
 
     def _scheduler(self, ended: Sequence[Trial]) -> TrialScheduler:
-        """ASHA (Li et al. 2020, arXiv:1810.05934), which knows the rungs of the trials that have ended."""
+        """ASHA (Li et al. 2020, arXiv:1810.05934), with the rungs of the trials that have ended."""
         at = self.spec.rungs.at
         if len(at) == 1:
             return FIFOScheduler()
@@ -332,7 +208,13 @@ class Study:
         kind: Any = GroupTrial if self.has_groups else train_trial
         trainable = tune.with_resources(tune.with_parameters(kind, spec=self.spec), self.reserved)
         outcomes = Outcomes(
-            self.trials, self.spec, self.publisher, self.interruption, self.news, self.tick, repeats
+            trials=self.trials,
+            spec=self.spec,
+            publisher=self.publisher,
+            interruption=self.interruption,
+            news=self.news,
+            tick=self.tick,
+            repeats=repeats,
         )
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
             tuner = tune.Tuner(

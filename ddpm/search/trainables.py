@@ -16,7 +16,7 @@ import torch
 from ray import tune
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run, Search
+from ddpm.checkpoints.runs import RunFolder, Search
 from ddpm.checkpoints.settings import differences, run_name
 from ddpm.cluster import resources
 from ddpm.config import Config
@@ -24,7 +24,7 @@ from ddpm.config_io import override
 from ddpm.evaluation import rung
 from ddpm.evaluation.rung import Evaluation, Rungs
 from ddpm.search.config import Metric
-from ddpm.search.trials import read_trial, value_of
+from ddpm.search.trials import Trial, read_trial, value_of
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.training import loop, run_state
 from ddpm.training.fit import Origin, facts, fit
@@ -35,8 +35,12 @@ from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VALUE, IMAGES_SEEN, FAILED = "value", "images_seen", "failed"
-"""Keys of a result: the metric (lower is better), where it was measured, and why the trial has failed."""
+VALUE = "value"
+"""Key of a result: the metric; lower is better."""
+IMAGES_SEEN = "images_seen"
+"""Key of a result: where it was measured."""
+FAILED = "failed"
+"""Key of a result: why the trial has failed."""
 POLL_INTERVAL_S = 0.25
 PLACEMENT_GROUP = "placement-group"
 """File of a run with the id of its workers' placement group."""
@@ -84,7 +88,8 @@ class TrialRuntime(Runtime):
         evaluator = spec.rungs.evaluator
         super().__init__(config, evaluator.train, evaluator.held_out, store)
         self.rungs = spec.rungs
-        self._metric, self._trial_store = spec.metric, store
+        self._metric = spec.metric
+        self._trial_store = store
 
     def reached(self, rung: Evaluation) -> None:
         self._trial_store.flush()
@@ -110,7 +115,7 @@ def train_trial(changes: dict[str, Any], spec: Spec) -> None:
         tune.report(failure(error))
 
 
-def _train(config: Config, spec: Spec, run: Run) -> None:
+def _train(config: Config, spec: Spec, run: RunFolder) -> None:
     threads = config.cluster.threads_per_worker
     if threads is not None:
         torch.set_num_threads(threads)
@@ -126,7 +131,7 @@ def _train(config: Config, spec: Spec, run: Run) -> None:
         store.close()
 
 
-def open_trial(config: Config, spec: Spec) -> Run:
+def open_trial(config: Config, spec: Spec) -> RunFolder:
     """The run of a trial, in the search's folder."""
     data = spec.rungs.evaluator.train
     return runs.open_run(str(config.run.name), config.run.storage, facts(config, data, spec.origin(config)))
@@ -135,7 +140,8 @@ def open_trial(config: Config, spec: Spec) -> Run:
 class GroupTrial(tune.Trainable):
     """A trial of several workers; `step` returns the next rung, and `cleanup` ends the workers.
 
-    It needs hardly any CPU; its workers have their own.
+    It needs hardly any CPU; its workers have their own. An equal proposal of a trial that is being trained returns the
+    rungs of that one.
     """
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
@@ -145,7 +151,7 @@ class GroupTrial(tune.Trainable):
         self._config = spec.configured(config)
         self._timeout_s = self._config.run.storage_timeout_s
         self._run = open_trial(self._config, spec)
-        self._reported = 0
+        self._reported: list[dict[str, Any]] = []
         self._wanted = True
         self._error: BaseException | None = None
         self._placement_group = ""
@@ -156,16 +162,18 @@ class GroupTrial(tune.Trainable):
             training = self._training
             is_over = training is not None and not training.is_alive()
             found = rung.positions(self._run.location, self._timeout_s)
-            if len(found) > self._reported:
-                at = found[self._reported]
-                self._reported += 1
+            if len(found) > len(self._reported):
+                at = found[len(self._reported)]
                 is_last = at >= self._spec.rungs.at[-1]
                 if is_last and training is not None:
                     training.join()  # the last checkpoint
                 evaluation = rung.read(self._run.location, at, self._timeout_s)
-                return {**result(evaluation, self._spec.metric), "done": is_last}
-            if is_over or self._has_ended():
-                return self._ended()
+                self._reported.append(result(evaluation, self._spec.metric))
+                return {**self._reported[-1], "done": is_last}
+            trial = read_trial(self._run.location, self._timeout_s)
+            has_ended = trial is not None and trial.status != "running"
+            if is_over or has_ended:
+                return {**self._ended(trial), "done": True}
             if training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
@@ -176,22 +184,26 @@ class GroupTrial(tune.Trainable):
         if self._training is not None:
             self._training.join()
 
-    def _has_ended(self) -> bool:
-        """Whether the search has given this trial up already: it is an equal proposal."""
-        trial = read_trial(self._run.location, self._timeout_s)
-        if trial is not None and trial.status != "running":
-            self._error = UserError(trial.reason or f"the trial was {trial.status}")
-            return True
-        return False
+    def _ended(self, trial: Trial | None) -> dict[str, Any]:
+        """The result of a trial that has ended before its last rung.
 
-    def _ended(self) -> dict[str, Any]:
-        """The result of a training that has ended before its last rung."""
+        Args:
+            trial: its outcome: if there is one, this is an equal proposal of a trial that has ended.
+        """
+        if trial is not None and trial.status == "failed":
+            return failure(UserError(trial.reason))
+        if trial is not None and trial.status == "stopped" and self._reported:
+            return self._reported[-1]
         if isinstance(self._error, UserError):
-            return {**failure(self._error), "done": True}
+            return failure(self._error)
         raise self._error or RuntimeError(f"{self._run.location.uri}: training ended before its last rung")
 
     def _fit(self) -> None:
         try:
+            self._wait_for_equal_proposal()
+            trial = read_trial(self._run.location, self._timeout_s)
+            if trial is not None and trial.status != "running":
+                return
             with contextlib.suppress(FileNotFoundError):  # a killed driver of this trial left its group
                 resources.remove_placement_group(self._run.location.child(PLACEMENT_GROUP).read().decode())
             fit(
@@ -204,6 +216,12 @@ class GroupTrial(tune.Trainable):
             )
         except BaseException as error:  # of any type: `step` returns or raises it
             self._error = error
+
+    def _wait_for_equal_proposal(self) -> None:
+        """Wait until no other process trains this trial; UserError if this one is not wanted any more."""
+        location = self._run.location
+        with DriverLock(location, "trial", "--name", log.info, waits=True, is_wanted=lambda: self._wanted):
+            pass
 
     def _should_continue(self, values: Mapping[str, Any]) -> bool:
         placement_group = values.get(run_state.PLACEMENT_GROUP)

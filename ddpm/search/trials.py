@@ -5,7 +5,7 @@
     SEARCH/RUN/rungs/              what its loop measured (evaluation/rung.py)
 
 A trial is named as every run is, by what differs from the preset. The search's driver alone writes trial.json. A new
-driver lists the trials: those that have ended are told to Optuna and ASHA, the others resume.
+driver lists the trials: those that have ended are added to Optuna and ASHA, the others resume.
 """
 
 import json
@@ -73,7 +73,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Search:
+class SearchFile:
     """Content of search.json."""
 
     format: Literal["ddpm-search/3"]
@@ -109,7 +109,8 @@ class Trials:
     """
 
     def __init__(self, folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0) -> None:
-        self.folder, self._timeout_s = folder, timeout_s
+        self.folder = folder
+        self._timeout_s = timeout_s
         self.key = self._open(settings)
         self._trials = {trial.name: trial for trial in self._read_all()}
 
@@ -121,7 +122,7 @@ class Trials:
         return self._trials.get(name)
 
     def begin(self, name: str, changes: Mapping[str, Any], repeats: str | None = None) -> Trial:
-        """A trial that begins, or goes on."""
+        """The trial of this name, which is created if there is none."""
         known = self._trials.get(name)
         if known is not None:
             return known
@@ -164,31 +165,49 @@ class Trials:
 
     def _open(self, settings: Mapping[str, Any] | None) -> str:
         """The search's key; a search that exists must have the same settings."""
-        file = self.folder.child(FILE)
-        try:
-            text = retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
-        except FileNotFoundError:
-            if settings is None:
-                raise UserError(f"{self.folder.uri} is not a search's folder: it has no {FILE}") from None
-            search = _Search(FORMAT, uuid.uuid4().hex, dict(settings))
-            data = (json.dumps(asdict(search), indent=1, allow_nan=False) + "\n").encode()
-            retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
+        search = read_search(self.folder, settings, self._timeout_s)
+        if search is not None:
             return search.search_key
-        search = strict_json.parse(
-            _Search,
-            text,
-            f"{file.uri} is damaged, or of another version (use another --name)",
-            extra="ignore",
-        )
-        now = search.settings if settings is None else json.loads(json.dumps(settings))
-        for name in sorted({*search.settings, *now}):
-            old, new = search.settings.get(name), now.get(name)
-            if old != new:
-                raise UserError(
-                    f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
-                    "give the same value, or another --name"
-                )
+        file = self.folder.child(FILE)
+        if settings is None:
+            raise UserError(f"{self.folder.uri} is not a search's folder: it has no {FILE}")
+        search = SearchFile(FORMAT, uuid.uuid4().hex, dict(settings))
+        data = (json.dumps(asdict(search), indent=1, allow_nan=False) + "\n").encode()
+        retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
         return search.search_key
+
+
+def read_search(
+    folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0
+) -> SearchFile | None:
+    """search.json in a search's folder; None: there is none.
+
+    Args:
+        settings: those that the search must have; UserError if it has others. None: any.
+    """
+    file = folder.child(FILE)
+    try:
+        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
+    except FileNotFoundError:
+        return None
+    search = strict_json.parse(
+        SearchFile,
+        text,
+        f"{file.uri} is damaged, or of another version (use another --name)",
+        extra="ignore",
+    )
+    if settings is None:
+        return search
+    now = json.loads(json.dumps(settings))
+    for name in sorted({*search.settings, *now}):
+        old = search.settings.get(name)
+        new = now.get(name)
+        if old != new:
+            raise UserError(
+                f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
+                "give the same value, or another --name"
+            )
+    return search
 
 
 def read_trial(run: Location, timeout_s: float = 0.0) -> Trial | None:

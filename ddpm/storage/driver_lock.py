@@ -15,7 +15,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Self
 
-from ddpm.storage.locations import Location, Version, shared_file
+from ddpm.storage.locations import Location
+from ddpm.storage.shared_file import Version, shared_file
 from ddpm.utils import process
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error, retry_io
@@ -31,25 +32,40 @@ FILE = "driver.json"
 class DriverLock:
     """A context in which this process alone drives the run or search in a folder.
 
-    A holder that does not write for PATIENCE_S loses the lock, even if it is alive; it finds out at its next beat.
+    A holder that does not write for PATIENCE_S loses the lock, even if it still runs; its next beat sets `is_lost`.
 
     Args:
         folder: the folder of the run or the search.
         what: "run" or "search", for the error.
         flag: the flag that names the run or search.
-        notify: called with a line if another driver may hold the lock: which, and how long this one waits.
+        notify: called with a line if another driver may hold the lock: its host and pid, and how long this one waits.
         waits: wait for another holder as long as it lives, instead of refusing.
+        is_wanted: called while this one waits; if it returns False, waiting ends as if `waits` were False.
     """
 
     def __init__(
-        self, folder: Location, what: str, flag: str, notify: Callable[[str], object], waits: bool = False
+        self,
+        folder: Location,
+        what: str,
+        flag: str,
+        notify: Callable[[str], object],
+        *,
+        waits: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.is_lost = False
         """Whether another process has taken over the lock."""
-        self._location, self._uri = folder.child(FILE), folder.child(FILE).uri
-        self._what, self._flag, self._notify, self._waits = what, flag, notify, waits
+        self._location = folder.child(FILE)
+        self._uri = folder.child(FILE).uri
+        self._what = what
+        self._flag = flag
+        self._notify = notify
+        self._waits = waits
+        self._is_wanted = is_wanted
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self._id, self._beats, self._over = uuid.uuid4().hex, 0, threading.Event()
+        self._id = uuid.uuid4().hex
+        self._beats = 0
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
 
     def __enter__(self) -> Self:
@@ -76,15 +92,19 @@ class DriverLock:
         version = self._file.read()
         if version is None or _process(version) == "gone":
             return version
-        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it is alive"
+        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it still runs"
         self._notify(f"{self._uri} belongs to another driver ({_holder(version)}); waiting {until}")
-        began = changed = now = time.monotonic()
+        began = time.monotonic()
+        changed = began
+        now = began
         patience = PATIENCE_S
         while now - changed < patience or (self._waits and _is_other(version)):
-            if not self._waits and now - began >= patience and now - changed < patience / 2:
+            still_runs = now - began >= patience and now - changed < patience / 2
+            if (still_runs and not self._waits) or not self._is_wanted():
                 raise self._refusal(version)
             time.sleep(BEAT_S / 4)
-            asked, before = time.monotonic(), version
+            asked = time.monotonic()
+            before = version
             version = self._file.read()
             if version is None or _process(version) == "gone":
                 return version

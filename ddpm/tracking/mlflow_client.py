@@ -22,8 +22,6 @@ SQLITE = "sqlite:///"
 HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
 """SQLite's message when MLflow opens a database whose creation was interrupted."""
 USER_INFO = re.compile(r"//[^/\s@]*@")
-
-
 REFUSED = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
 """MLflow's codes for a value that it will never accept."""
 PERMANENT = (*REFUSED, "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -145,20 +143,21 @@ def _connect(uri: str) -> Any:
     try:
         return MlflowClient(uri)
     except Exception as error:
-        if database is None or not (trace := _half_made(database, error)):
-            if isinstance(error, OperationalError) and "unable to open" not in str(error):
-                raise OSError(
-                    str(error)
-                ) from None  # such as locked: temporary, as after the first connection
-            raise
-        raise MlflowError(
-            f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). Move "
-            "this file away; a new one is then created, and `python jobs/sync.py RUN` sends a run to it"
-        ) from None
+        trace = None if database is None else _half_made(database, error)
+        if trace is not None:
+            raise MlflowError(
+                f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). "
+                "Move this file away; a new one is then created, and `python jobs/sync.py RUN` sends a run to it"
+            ) from None
+        if isinstance(error, OperationalError) and "unable to open" not in str(error):
+            # Such as a locked database: an OSError is temporary, as after the first connection.
+            raise OSError(str(error)) from None
+        raise
 
 
 def _is_temporary(error: BaseException) -> bool:
-    if (code := getattr(error, "error_code", None)) is not None:  # an MlflowException
+    code = getattr(error, "error_code", None)  # of an MlflowException
+    if code is not None:
         return code not in PERMANENT
     status = _http_status(error, otherwise=500)
     return isinstance(error, OSError) and (status >= 500 or status in (408, 429))

@@ -25,8 +25,9 @@ MAX_PER_CALL = 100
 """Params or tags in a call, MLflow's limit."""
 METRICS_PER_CALL = 1000
 THUMBNAIL_SIDE = 256
-REFUSALS, REFUSAL_PAUSE_S = 3, 0.3
+REFUSALS = 3
 """A value is skipped after so many refusals: MLflow also answers BAD_REQUEST when two processes insert one row."""
+REFUSAL_PAUSE_S = 0.3
 
 
 class MlflowRun:
@@ -47,7 +48,8 @@ class MlflowRun:
         self._mlflow = mlflow
         self._client = mlflow.client
         self._warn = warn
-        self._status, self._ended_ms = run.info.status, run.info.end_time
+        self._status = run.info.status
+        self._ended_ms = run.info.end_time
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params that MLflow does not have; a param never changes there."""
@@ -66,6 +68,16 @@ class MlflowRun:
         new = {name: value for name, value in tags.items() if self.tags.get(name) != value}
         self._log("tags", {f"tag {name}": RunTag(name, value) for name, value in new.items()}, MAX_PER_CALL)
         self.tags |= new
+
+    def delete_tag(self, name: str) -> None:
+        """Delete a tag."""
+        try:
+            self._mlflow(self._client.delete_tag, self.run_id, name)
+        except MlflowError:
+            if name in self._mlflow(self._client.get_run, self.run_id).data.tags:
+                raise
+            # Another process has deleted it.
+        self.tags.pop(name, None)
 
     def log_metrics(self, rows: Iterable[Row]) -> None:
         """Log at most METRICS_PER_CALL values. MLflow holds each name, step, time and value once."""
@@ -99,8 +111,13 @@ class MlflowRun:
         """Log the data set as the input of training."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        profile = {"split": data.split, "images": data.num_images, "shape": data.shape}
-        profile |= {"classes": data.num_classes, "fingerprint": data.fingerprint}
+        profile = {
+            "split": data.split,
+            "images": data.num_images,
+            "shape": data.shape,
+            "classes": data.num_classes,
+            "fingerprint": data.fingerprint,
+        }
         source_type = "s3" if data.uri.startswith("s3://") else "local"
         source = json.dumps({"uri": data.uri})
         digest = data.fingerprint[:32]  # MLflow's limit is 36
@@ -117,7 +134,8 @@ class MlflowRun:
                 self._try(f"status {status}", self._client.update_run, self.run_id, status=status)
         elif (status, ended_ms or self._ended_ms) != (self._status, self._ended_ms):
             self._try(f"status {status}", self._client.set_terminated, self.run_id, status, ended_ms)
-        self._status, self._ended_ms = status, ended_ms
+        self._status = status
+        self._ended_ms = ended_ms
 
     def metrics(self) -> dict[str, float]:
         """The newest value of each metric in MLflow."""
@@ -128,7 +146,7 @@ class MlflowRun:
         if not named:
             return
         if len(named) == 1:
-            ((name, item),) = named.items()
+            name, item = next(iter(named.items()))
             self._try(name, self._client.log_batch, self.run_id, **{kind: [item]})
             return
         if len(named) <= most:
@@ -137,7 +155,8 @@ class MlflowRun:
                 return
             except Refused:
                 pass
-        items, half = list(named.items()), len(named) // 2
+        items = list(named.items())
+        half = len(named) // 2
         self._log(kind, dict(items[:half]), most)
         self._log(kind, dict(items[half:]), most)
 
@@ -151,9 +170,9 @@ class MlflowRun:
                 if tries_left:
                     time.sleep(REFUSAL_PAUSE_S)
                     continue
-                # MLflow refuses all values of a deleted run, however valid.
+                # MLflow refuses all values of a deleted run, also valid ones.
                 if self._mlflow(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
-                    # Perhaps since it was the younger of two; the next push finds the other one, or raises.
+                    # It may have been the younger of two runs: the next push finds the older one, or raises.
                     raise MlflowError(f"run {self.run_id} was deleted in MLflow", is_temporary=True) from None
                 self._warn(f"MLflow refuses {what}, which is skipped: {error}")
 

@@ -9,30 +9,26 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import PurePosixPath
-from typing import Annotated, Any
-
-from annotated_types import Ge
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Card, Run, Status
+from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
-from ddpm.storage.locations import Location
-from ddpm.tracking import mlflow_client, mlflow_run, pages, run_params
+from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params, sent
 from ddpm.tracking.mlflow_client import Connection
 from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG
-from ddpm.utils import strict_json
+from ddpm.tracking.sent import SENT_TAG, Series
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import time_ms_of
 from ddpm.utils.retry import as_user_error
 
 log = logging.getLogger(__name__)
 
-SENT_TAG = "ddpm.sent"
-STATUS = {"PRUNED": "KILLED", "STOPPED": pages.STOPPED}
+RESUMED = "resumed."
+"""Prefix of tags with the settings of a resumed run that differ from its params, which never change in MLflow."""
+STATUS = {"PRUNED": "KILLED", "STOPPED": mlflow_pages.STOPPED}
 """MLflow's status for those of status.json that it calls otherwise."""
 
 
@@ -48,48 +44,8 @@ class Pushed:
     """Points that this push sent."""
 
 
-@dataclass(frozen=True)
-class Series:
-    """Pictures that MLflow has: how many, and the largest images_seen."""
-
-    num: int = 0
-    until: int = -1
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What MLflow has of a run, as JSON in the tag SENT_TAG."""
-
-    points: Annotated[int, Ge(0)] = 0
-    """Rows of curves.py."""
-    samples: Series = Series()
-    denoising: Series = Series()
-    about: str = ""
-    """Hash of params and tags."""
-    pictures: str = ""
-    evaluations: str = ""
-    """Hashes of the names in these folders, and of the times of the evaluations."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """The points of an evaluation, in its file."""
-
-    time_ms: int
-    values: dict[str, dict[str, float]]
-    """By images_seen and name."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What MLflow shows of a file in the folder of evaluations."""
-
-    points: Points | None = None
-    """None in version 0.1."""
-
-
 def push(
-    run: Run,
+    run: RunFolder,
     *,
     accepted: Callable[[], object] = lambda: None,
     warn: Callable[[str], object] = log.warning,
@@ -108,7 +64,7 @@ def push(
         return _Push(run, warn).push(accepted)
 
 
-def is_in_mlflow(run: Run) -> bool:
+def is_in_mlflow(run: RunFolder) -> bool:
     """Whether MLflow has a run; nothing is created there. It raises what `push` raises."""
     database = mlflow_client.database_file(mlflow_client.tracking_uri())
     if database is not None and not database.exists():
@@ -121,7 +77,7 @@ def is_in_mlflow(run: Run) -> bool:
 class _Push:
     """One push of a run."""
 
-    def __init__(self, run: Run, warn: Callable[[str], object]) -> None:
+    def __init__(self, run: RunFolder, warn: Callable[[str], object]) -> None:
         self._run = run
         self._location = run.location
         self._warn = warn
@@ -143,7 +99,7 @@ class _Push:
             began_ms=self._card.created_ms or None,
             warn=self._warn,
         )
-        self._sent = _parse_sent(self._mlflow.tags.get(SENT_TAG))
+        self._sent = sent.parse(self._mlflow.tags.get(SENT_TAG))
         points_before = self._sent.points
         self._push_about(mlflow)
         self._push_points()
@@ -153,9 +109,12 @@ class _Push:
         self._push_evaluations()
         self._push_status()
         self._describe()
-        num_points = self._sent.points - points_before
-        shown = mlflow_client.without_password(uri)
-        return Pushed(shown, self._mlflow.experiment_id, self._mlflow.run_id, num_points)
+        return Pushed(
+            uri=mlflow_client.without_password(uri),
+            experiment_id=self._mlflow.experiment_id,
+            run_id=self._mlflow.run_id,
+            num_points=self._sent.points - points_before,
+        )
 
     def _read_status(self) -> Status | None:
         try:
@@ -178,14 +137,15 @@ class _Push:
             raise UserError(f"{self._location.uri} has no checkpoint yet, so nothing is known of the run")
         return now, now  # version 0.1
 
-    def _mark(self, **sent: Any) -> None:
-        """Let MLflow know what it has."""
-        self._sent = replace(self._sent, **sent)
-        self._mlflow.set_tags({SENT_TAG: json.dumps(asdict(self._sent))})
+    def _mark(self, **parts: Any) -> None:
+        """Store in MLflow what it has now."""
+        self._sent = replace(self._sent, **parts)
+        self._mlflow.set_tags({SENT_TAG: self._sent.to_json()})
 
     def _push_about(self, mlflow: Connection) -> None:
         """Params, tags, data set, and the configuration as a file, for --config."""
-        params, now = run_params.params(self._began), run_params.params(self._now)
+        params = run_params.params(self._began)
+        now = run_params.params(self._now)
         tags = _tags(self._card, self._status, self._began)
         if self._newest is not None:
             tags["checkpoint"] = self._newest.uri
@@ -197,10 +157,12 @@ class _Push:
         if about == self._sent.about:
             return
         self._mlflow.log_params(params)
-        for name, value in now.items():  # MLflow's params never change; a resumed run's may
-            known = self._mlflow.tags.get(f"resumed.{name}", self._mlflow.params.get(name))
-            if str(value) != known:
-                tags[f"resumed.{name}"] = str(value)
+        for name, value in now.items():
+            if str(value) != self._mlflow.params.get(name):
+                tags[RESUMED + name] = str(value)
+        for name in list(self._mlflow.tags):
+            if name.startswith(RESUMED) and name not in tags:
+                self._mlflow.delete_tag(name)
         self._mlflow.set_tags(tags)
         if self._card.data is not None:
             self._mlflow.log_data(self._card.data)
@@ -211,29 +173,31 @@ class _Push:
         end = curves.num_rows(self._location)  # first: training may record more rows meanwhile
         table = curves.read_rows(self._location, self._sent.points, self._warn)
         for start in range(0, table.num_rows, METRICS_PER_CALL):
-            columns = table.slice(start, METRICS_PER_CALL).to_pydict().values()
-            self._mlflow.log_metrics(Row(*values) for values in zip(*columns, strict=True))
-            self._mark(points=self._sent.points + len(next(iter(columns))))
+            rows = curves.to_rows(table.slice(start, METRICS_PER_CALL))
+            self._mlflow.log_metrics(rows)
+            self._mark(points=self._sent.points + len(rows))
         if self._sent.points < end:  # damaged parts
             self._mark(points=end)
 
     def _push_series(self, series: str) -> None:
         """Pictures of a series, each at its step."""
-        pictures, sent = runs.pictures(self._location, series), getattr(self._sent, series)
-        if sent.num != sum(images_seen <= sent.until for images_seen in pictures):
-            sent = Series()
-        new = {images_seen: file for images_seen, file in pictures.items() if images_seen > sent.until}
+        pictures = runs.pictures(self._location, series)
+        before: Series = getattr(self._sent, series)
+        if before.num != sum(images_seen <= before.until for images_seen in pictures):
+            before = Series()
+        new = {images_seen: file for images_seen, file in pictures.items() if images_seen > before.until}
         for images_seen, file in new.items():
             png = file.read()
             self._mlflow.log_picture(series, png, images_seen, time_ms_of(png) or self._card.created_ms)
         if new and series == runs.SAMPLES:
-            self._mlflow.log_file(pages.GRID, png)
+            self._mlflow.log_file(mlflow_pages.GRID, png)
         if new:
             self._mark(**{series: Series(len(pictures), max(pictures))})
 
     def _push_pictures(self) -> None:
         """Pictures of the finished run, and its last grid at step 0: runs of any length are shown side by side."""
-        folder, grids = self._location.child(runs.PICTURES), runs.pictures(self._location, runs.SAMPLES)
+        folder = self._location.child(runs.PICTURES)
+        grids = runs.pictures(self._location, runs.SAMPLES)
         names = folder.files()
         is_finished = self._status is not None and self._status.status == "FINISHED"
         last = max(grids) if grids and is_finished else None
@@ -243,45 +207,24 @@ class _Push:
         for name in names:
             self._mlflow.log_file(f"{runs.PICTURES}/{name}", folder.child(name).read())
         if last is not None:
-            self._mlflow.log_picture(pages.LAST_GRID, grids[last].read(), 0, self._card.created_ms)
+            self._mlflow.log_picture(mlflow_pages.LAST_GRID, grids[last].read(), 0, self._card.created_ms)
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
-        """Results of jobs/evaluate.py: points, and the files with everything.
-
-        A value that several evaluations have found has the time of the first.
-        """
+        """Results of jobs/evaluate.py: points, and the files with everything."""
         folder = self._location.child(runs.EVALUATIONS)
-        names, times = folder.files(), dict[str, int]()
-        found = dict[tuple[str, int, float], int]()
-        for name in names:
-            if PurePosixPath(name).suffix != ".json":
-                continue
-            points = self._points(folder.child(name))
-            if points is None:
-                continue
-            times[name] = points.time_ms
-            for images_seen, values in points.values.items():
-                for key, value in values.items():
-                    at = (key, int(images_seen), value)
-                    found[at] = min(points.time_ms, found.get(at, points.time_ms))
-        rows = [Row(*at, time_ms) for at, time_ms in found.items()]
+        names = folder.files()
+        points = evaluations.read_points(folder, self._warn)
+        times = {name: of_file.time_ms for name, of_file in points.items()}
         digest = _digest(names, times)
         if digest == self._sent.evaluations or not names:
             return
+        rows = evaluations.rows_of(points)
         for start in range(0, len(rows), METRICS_PER_CALL):
             self._mlflow.log_metrics(rows[start : start + METRICS_PER_CALL])
         for name in names:
             self._mlflow.log_file(f"evaluation/{name}", folder.child(name).read())
         self._mark(evaluations=digest)
-
-    def _points(self, file: Location) -> Points | None:
-        try:
-            evaluation = strict_json.parse(Evaluation, file.read(), f"{file.uri} is damaged", extra="ignore")
-        except UserError as error:
-            self._warn(str(error))
-            return None
-        return evaluation.points
 
     def _push_status(self) -> None:
         if self._status is not None:
@@ -290,10 +233,12 @@ class _Push:
 
     def _describe(self) -> None:
         """The description, unless somebody has written another one."""
-        if not self._mlflow.tags.get(pages.NOTE_TAG, pages.NOTE_END).endswith(pages.NOTE_END):
+        if not self._mlflow.tags.get(mlflow_pages.NOTE_TAG, mlflow_pages.NOTE_END).endswith(
+            mlflow_pages.NOTE_END
+        ):
             return
         images_seen = self._status.images_seen if self._status else 0
-        facts = pages.Facts(
+        facts = mlflow_pages.Facts(
             tags=self._mlflow.tags,
             config=self._now,
             status=self._status.status if self._status else "RUNNING",
@@ -302,14 +247,15 @@ class _Push:
             run_id=self._mlflow.run_id,
             folder=self._location.uri,
         )
-        self._mlflow.set_tags({pages.NOTE_TAG: pages.description(facts)})
+        self._mlflow.set_tags({mlflow_pages.NOTE_TAG: mlflow_pages.description(facts)})
 
 
 def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:
     """Preset, changes, command, versions and hardware."""
     if status is not None and status.tags:  # version 0.1
         return dict(status.tags)
-    preset, changed = card.preset, card.changed
+    preset = card.preset
+    changed = card.changed
     if not preset:
         preset, changed = run_params.nearest_preset(config)
     tags = {"preset": preset, "changed": run_params.changed_text(changed), **card.versions}
@@ -318,14 +264,6 @@ def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:
     if status is not None and status.hardware:
         tags["hardware"] = status.hardware
     return tags
-
-
-def _parse_sent(tag: str | None) -> Sent:
-    """The content of SENT_TAG; nothing sent, if there is no such tag, or it is of another version."""
-    try:
-        return Sent() if tag is None else strict_json.parse(Sent, tag, SENT_TAG)
-    except UserError:
-        return Sent()
 
 
 def _digest(*values: Any) -> str:

@@ -8,15 +8,16 @@ import threading
 import time
 from dataclasses import dataclass
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import Pushed, push
 from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
-"""Waits between pushes that fail."""
+FIRST_WAIT_S = 0.5
+"""Wait after a push that failed; it doubles with each failure."""
+LONGEST_WAIT_S = 10.0
 PATIENCE_S = 30.0
 """The end of a run waits for MLflow until it has accepted nothing for so long."""
 MIN_BEGIN_S = 5.0
@@ -42,14 +43,19 @@ class Pusher:
     MLflow takes seconds to import, so nothing happens before `begin` or `close`.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._uri = run, without_password(tracking_uri())
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._uri = without_password(tracking_uri())
         self._pushed: Pushed | None = None
-        self._is_complete, self._has_warned = False, False
-        self._announced = self._covered = 0
-        """Checkpoints announced, and how many of them the last push that succeeded has seen."""
+        self._is_complete = False
+        self._has_warned = False
+        self._announced = 0
+        """Number of checkpoints announced."""
+        self._covered = 0
+        """Number of those that the last successful push has sent."""
         self._accepted_at = time.monotonic()
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
 
     def begin(self) -> None:
@@ -85,11 +91,12 @@ class Pusher:
 
     def _wait(self, patience_s: float) -> None:
         """Wait until the thread ends, or MLflow has accepted nothing for `patience_s`."""
-        has_told, began = False, time.monotonic()
+        has_warned = False
+        began = time.monotonic()
         while self._thread.is_alive() and time.monotonic() - self._accepted_at < patience_s:
             self._thread.join(0.1)
-            if not has_told and time.monotonic() - began > SILENCE_S:
-                has_told = True
+            if not has_warned and time.monotonic() - began > SILENCE_S:
+                has_warned = True
                 log.warning("waiting for MLflow at %s to accept the rest", self._uri)
         self._thread.join(GRACE_S)
 
@@ -99,7 +106,8 @@ class Pusher:
         wait_s = FIRST_WAIT_S
         while True:
             self._wake.clear()
-            closing, announced = self._closing.is_set(), self._announced
+            closing = self._closing.is_set()
+            announced = self._announced
             error = self._push()
             if error is None:
                 self._covered = announced
@@ -116,24 +124,30 @@ class Pusher:
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _push(self) -> Exception | None:
-        """Push once; returns the error if that failed, which one line says for each outage."""
+        """Push once; returns the error if that failed. The first failure of an outage is a warning."""
         try:
             self._pushed = push(self._run, accepted=self._accept, warn=log.warning)
         except Exception as error:  # of any type: training does not depend on it
-            line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if not self._has_warned:
                 self._has_warned = True
-                log.warning("MLflow at %s does not accept data, and gets it later: %s", self._uri, line)
+                self._warn(error)
             return error
         self._has_warned = False
         return None
+
+    def _warn(self, error: Exception) -> None:
+        if isinstance(error, UserError) and not isinstance(error, MlflowError):
+            log.warning("the run is sent to MLflow at %s later: %s", self._uri, error)
+            return
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        log.warning("MLflow at %s does not accept data, which is sent later: %s", self._uri, line)
 
     def _accept(self) -> None:
         self._accepted_at = time.monotonic()
 
 
-def push_patiently(run: Run, timeout_s: float) -> Pushed:
-    """`push`, again and again until it succeeds, or MLflow has accepted nothing for `timeout_s`.
+def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:
+    """Repeat `push` until it succeeds, or MLflow has accepted nothing for `timeout_s`.
 
     Raises:
         MlflowError: that time is over, or trying again is useless.
@@ -157,4 +171,7 @@ def push_patiently(run: Run, timeout_s: float) -> Pushed:
 
 
 def _is_temporary(error: Exception) -> bool:
-    return not isinstance(error, MlflowError) or error.is_temporary
+    """Whether the same push may succeed soon. A folder that cannot be read is not MLflow's absence."""
+    if isinstance(error, MlflowError):
+        return error.is_temporary
+    return not isinstance(error, UserError)

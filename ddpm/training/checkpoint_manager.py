@@ -20,7 +20,7 @@ import torch
 
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.hub import resolve
 from ddpm.storage.locations import Location
@@ -31,11 +31,13 @@ from ddpm.utils.retry import StorageError, retry_io
 
 T = TypeVar("T")
 Retry = Callable[[Callable[[], None], Location], None]
-"""`retry(call, where)`, with time-out and warnings."""
+"""`retry_in_folder(call, where)`, with a time-out and warnings."""
 
 
-def retry(call: Callable[[], T], where: Location, timeout_s: float, warn: Callable[[str], object]) -> T:
-    """`retry_io` of a call that does not expect a missing file: its folder is gone."""
+def retry_in_folder(
+    call: Callable[[], T], where: Location, timeout_s: float, warn: Callable[[str], object]
+) -> T:
+    """`retry_io` of a call that needs the run's folder: a missing file means that the folder is gone."""
     try:
         return retry_io(call, where=where.uri, timeout_s=timeout_s, warn=warn)
     except FileNotFoundError as error:
@@ -69,7 +71,8 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
         return
 
     def upload(name: str) -> None:
-        source, destination = str(folder / name), target.child(name).path
+        source = str(folder / name)
+        destination = target.child(name).path
         copy = partial(pafs.copy_files, source, destination, destination_filesystem=target.filesystem)
         retry(copy, target)
 
@@ -89,7 +92,7 @@ def retire(run: Location, keep: int) -> None:
 
 
 @contextmanager
-def latest_valid(run: Run, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
+def latest_valid(run: RunFolder, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
     """The newest valid checkpoint as a local folder; None: there is none yet."""
     uri = run.location.uri
     stored = retry_io(lambda: runs.checkpoints(run.location), where=uri, timeout_s=timeout_s)
@@ -114,7 +117,7 @@ def latest_valid(run: Run, timeout_s: float, warn: Callable[[str], object]) -> I
     yield None
 
 
-def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
+def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
     """Store the averaged weights of config.train.init_from as the run's first checkpoint, at 0 images.
 
     The run then resumes like any other; the source checkpoint is not needed again.
@@ -124,8 +127,8 @@ def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str],
     with resolve.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)
     identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
-    write = partial(retry, timeout_s=config.run.storage_timeout_s, warn=warn)
-    store(state.snapshot(config, identity), run.location, {}, False, write)
+    write = partial(retry_in_folder, timeout_s=config.run.storage_timeout_s, warn=warn)
+    store(state.snapshot(config, identity), run.location, before={}, best=False, retry=write)
 
 
 def clean_up(run: Location) -> None:
@@ -135,7 +138,8 @@ def clean_up(run: Location) -> None:
     for prefix in (checkpoint.PREFIX, checkpoint.BEST_PREFIX):
         named = runs.checkpoint_names(run, prefix)
         incomplete = [name for name in named if not run.child(name).child(CHECKSUMS).exists()]
-        for name in (*incomplete, *(name for name in run.folders() if name.startswith(f".{prefix}"))):
+        staged = [name for name in run.folders() if name.startswith(f".{prefix}")]
+        for name in incomplete + staged:
             remove(run.child(name))
 
 

@@ -138,7 +138,8 @@ class RestartPolicy(UserCallback):
     """Counts failures in Ray Train's controller, and ends a run that fails too often by raising from the callback."""
 
     def __init__(self, config: Config, state: Any) -> None:  # `state`: the run's RunState actor
-        self._config, self._state = config, state
+        self._config = config
+        self._state = state
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         died = {f"worker {rank}": error for rank, error in worker_exceptions.items()}

@@ -18,7 +18,7 @@ from typing import Any
 import ray.exceptions
 
 from ddpm.checkpoints import checkpoint, runs, settings
-from ddpm.checkpoints.runs import Facts, Run, Search, StatusName
+from ddpm.checkpoints.runs import Facts, RunFolder, Search, StatusName
 from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.config_io import to_json
@@ -27,7 +27,7 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking import pages, run_params
+from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, Pusher
 from ddpm.training import checkpoint_manager
@@ -49,7 +49,7 @@ STATUS_TIMEOUT_S = 5.0
 class Result:
     """The result of a run."""
 
-    run: Run
+    run: RunFolder
     images_seen: int
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
@@ -96,14 +96,18 @@ def fit(
     """
     per_worker = resources.resources_per_worker(config)
     resources.check_storage(config)
-    cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
+    cpus = per_worker["CPU"]
+    gpus = per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "a run has a name"
     folder = locations.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
-        for warning in filter(None, (resources.crowding(config, per_worker), uneven_share(config))):
-            print(f"warning: {warning}", file=sys.stderr)
-        origin = origin or Origin(*run_params.nearest_preset(config))
+        for warning in (resources.crowding(config, per_worker), uneven_share(config)):
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr)
+        if origin is None:
+            preset, changed = run_params.nearest_preset(config)
+            origin = Origin(preset, changed)
         run = runs.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
         card = runs.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
@@ -114,18 +118,26 @@ def fit(
         if seen >= config.train.total_images:
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
             newest = runs.checkpoints(run.location)[-1].uri
-            return Result(run, seen, newest, pusher.close(), was_finished=True)
-        group = WorkerGroup(config, data_set, run, rungs, verbose)
+            return Result(
+                run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
+            )
+        group = WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost
 
-        monitor = DriverMonitor(config, group, pusher, max(seen, 0), continues)
+        monitor = DriverMonitor(config, group, pusher, images_seen=max(seen, 0), should_continue=continues)
         ended, delivery = _drive(config, run, monitor, pusher, lock)
         find = partial(runs.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
         stopped_by = monitor.signal if ended < config.train.total_images else None
-        return Result(run, ended, stored[-1].uri if stored else None, delivery, stopped_by)
+        return Result(
+            run=run,
+            images_seen=ended,
+            checkpoint=stored[-1].uri if stored else None,
+            delivery=delivery,
+            signal=stopped_by,
+        )
 
 
 def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
@@ -153,17 +165,18 @@ def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
 
 def _drive(
     config: Config,
-    run: Run,
+    run: RunFolder,
     monitor: DriverMonitor,
     pusher: Pusher,
     lock: DriverLock,
 ) -> tuple[int, Delivery]:
     """Train, record how the run ended, and push it to MLflow; returns images_seen too."""
     status: StatusName = "FAILED"
-    ended, patience_s = None, PATIENCE_S
+    ended = None
+    patience_s = PATIENCE_S
     try:
         with monitor:
-            ended = monitor.train()
+            ended = monitor.supervise()
         lock.check()
         status = "FINISHED"
         if monitor.was_asked and ended < config.train.total_images:
@@ -186,7 +199,7 @@ def _drive(
     return ended, delivery
 
 
-def _store_status(run: Run, status: StatusName, ended: int | None) -> None:
+def _store_status(run: RunFolder, status: StatusName, ended: int | None) -> None:
     """Write into status.json how the run ended; training does not depend on it.
 
     A run that was stopped before its first step has no status.json: it has not begun.
@@ -209,7 +222,7 @@ def _store_status(run: Run, status: StatusName, ended: int | None) -> None:
         log.warning("%s is not written: %s", runs.STATUS, error)
 
 
-def _begins_at(config: Config, data_set: DataSet, run: Run, version: str) -> int:
+def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) -> int:
     """Position of the newest valid checkpoint; the first may be made here from train.init_from. -1: there is none."""
     with checkpoint_manager.latest_valid(run, config.run.storage_timeout_s, log.warning) as folder:
         if folder is None and config.train.init_from is not None:
@@ -220,19 +233,20 @@ def _begins_at(config: Config, data_set: DataSet, run: Run, version: str) -> int
         where = f"{run.location.uri}/{folder.name}"
         saved = checkpoint.read_config(folder)
         checkpoint.check_same_run(saved, config, f"{where}, made by version {version or 'unknown'},")
-        position = checkpoint.read_state(folder)
-    if position["data_fingerprint"] != data_set.rows.fingerprint:
+        saved_state = checkpoint.read_state(folder)
+    if saved_state["data_fingerprint"] != data_set.rows.fingerprint:
         raise UserError(
             f"{where} was trained on other data, {saved.data.shards} (fingerprint "
-            f"{position['data_fingerprint'][:12]}, now {data_set.rows.fingerprint[:12]}); go on with --data "
+            f"{saved_state['data_fingerprint'][:12]}, now {data_set.rows.fingerprint[:12]}); go on with --data "
             f"{saved.data.shards}, not with --data.images or --data.source, or use another --run.name"
         )
-    return position["images_seen"]
+    return saved_state["images_seen"]
 
 
 def summary(result: Result) -> list[str]:
     """Lines that tell the user where checkpoints, samples and curves are."""
-    folder, delivery = result.run.location.uri, result.delivery
+    folder = result.run.location.uri
+    delivery = result.delivery
     lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
     samples = result.run.location.child(runs.SAMPLES).child("latest.png")
     with contextlib.suppress(OSError):
@@ -240,14 +254,16 @@ def summary(result: Result) -> list[str]:
             lines.append(f"samples     {samples.uri}")
     if result.signal and not result.checkpoint:
         return lines
-    pushed, where = delivery.pushed, without_password(tracking_uri())
+    pushed = delivery.pushed
+    where = without_password(tracking_uri())
     if not delivery.is_complete or pushed is None:
         lines.append(f"MLflow      {where} lacks a part; `python jobs/sync.py {folder}` sends it")
         return lines
     lines.append(f"MLflow      run {pushed.run_id} in {where}")
-    if database := database_file(tracking_uri()):
-        lines.append(f"            `{pages.ui_command(database)}` shows it at")
+    database = database_file(tracking_uri())
+    if database is not None:
+        lines.append(f"            `{mlflow_pages.ui_command(database)}` shows it at")
     if database or where.startswith("http"):
-        server = pages.LOCAL_UI if database else where
-        lines.append(f"            {pages.link(server, pushed.experiment_id, pushed.run_id)}")
+        server = mlflow_pages.LOCAL_UI if database else where
+        lines.append(f"            {mlflow_pages.link(server, pushed.experiment_id, pushed.run_id)}")
     return lines

@@ -23,7 +23,8 @@ class Gauges:
     """
 
     def __init__(self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int]) -> None:
-        self._run, self._waiting = {"run": run}, waiting
+        self._run = {"run": run}
+        self._waiting = waiting
         self._position = {"images_seen": images_seen, "total_images": total_images}
         self._gauges: dict[str, Gauge] = {}
 

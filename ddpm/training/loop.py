@@ -36,7 +36,7 @@ from ddpm.utils.generators import PerMicroBatch, PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose
 
 C_COMPILERS = ("gcc", "cc", "clang")
-"""One of them builds what launches the compiled kernels."""
+"""torch.compile needs one of these C compilers."""
 
 
 class NonFinite(UserError):
@@ -58,7 +58,7 @@ def train(config: Config, runtime: Runtime) -> State:
     """
     devices.set_deterministic(runtime.device, config.train.deterministic)
     with runtime.latest_checkpoint() as folder, _as_user_error():
-        batches = runtime.batches(checkpoint.position(folder))
+        batches = runtime.batches(checkpoint.images_seen_at(folder))
         state = State.create(_in_one_precision(config, runtime), runtime.device)
         if folder is not None:
             state.restore(folder, config)
@@ -71,7 +71,7 @@ def train(config: Config, runtime: Runtime) -> State:
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
     per_pass = min(share, _micro_batches_per_pass(config))
-    _fix_groups(model, loss_of, config, dropouts, per_pass, runtime)
+    _fix_buckets(model, loss_of, config, dropouts, per_pass, runtime)
     recorder = Recorder(config, runtime, state)
     batches = recorder.timed(batches)
     to_device = HostToDevice(runtime.device)
@@ -109,7 +109,8 @@ def check(config: Config) -> None:
     """Raise UserError for a config that would fail at the first step, before anything is started."""
     check_values(config)
     check_batches(config)
-    most, grain = config.train.forward_images, config.train.micro_batch_size
+    most = config.train.forward_images
+    grain = config.train.micro_batch_size
     if most is not None and most % grain:
         raise UserError(f"train.forward_images is {most}; it must be a multiple of micro_batch_size {grain}")
     build_objective(config)
@@ -121,7 +122,7 @@ def check(config: Config) -> None:
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether the net is compiled: as train.compile says, or on an accelerator if this machine has a C compiler."""
     if config.train.compile is None:
-        return device != devices.CPU and any(map(shutil.which, C_COMPILERS))
+        return device != devices.CPU and any(shutil.which(name) for name in C_COMPILERS)
     return config.train.compile
 
 
@@ -182,7 +183,8 @@ def _masks(
     """A context for one pass: dropout's masks. Their keys are drawn on the CPU, the same for every device."""
     if not layers:
         return nullcontext()
-    seed, shape = config.train.seed, (len(layers), config.train.micro_batch_size, 2)
+    seed = config.train.seed
+    shape = (len(layers), config.train.micro_batch_size, 2)
     draws = [
         PhiloxGenerator(seed, Purpose.DROPOUT, step, each.index).integers(2**32, shape)
         for each in micro_batches
@@ -204,7 +206,7 @@ def _to_device(
     return x_0, to_device(np.concatenate([each.label for each in micro_batches]))
 
 
-def _fix_groups(
+def _fix_buckets(
     model: nn.Module,
     loss_of: LossOf,
     config: Config,
@@ -212,14 +214,17 @@ def _fix_groups(
     per_pass: int,
     runtime: Runtime,
 ) -> None:
-    """With more than two workers, do a pass of empty images, after which DDP groups gradients for good.
+    """Fix DDP's buckets before the first step, by a pass of empty images, with more than two workers.
 
-    It groups them by their order in the first backward pass. The groups decide in which order the workers are added
-    up, so a resumed run must have them from its first step on. Two workers have one order.
+    DDP rebuilds its buckets after the first backward pass, in the order in which that computed the gradients. The
+    buckets decide in which order the gradients of the workers are summed, so a resumed run must have the final ones
+    from its first step on. With two workers every order gives the same sum.
     """
     if runtime.world_size <= 2:
         return
-    num_images, net, device = per_pass * config.train.micro_batch_size, config.model, runtime.device
+    num_images = per_pass * config.train.micro_batch_size
+    net = config.model
+    device = runtime.device
     x_0 = torch.zeros(num_images, net.channels, net.image_size, net.image_size, device=device)
     label = torch.zeros(num_images, dtype=torch.int64, device=device) if net.num_classes else None
     keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)

@@ -29,7 +29,8 @@ def flops_per_image(net: nn.Module, config: Config) -> float:
 
     The second forward pass of consistency tuning, which has no gradient, does not count.
     """
-    device, model = next(net.parameters()).device, config.model
+    device = next(net.parameters()).device
+    model = config.model
     t = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         x_t = torch.zeros(1, model.channels, model.image_size, model.image_size, device=device)

@@ -28,8 +28,10 @@ ShouldContinue = Callable[[Mapping[str, Any]], bool]
 """A function of the run's state: whether training continues."""
 
 POLL_INTERVAL_S = 0.5
-WAITING_AFTER_S, WAITING_AGAIN_S = 10.0, 60.0
-"""Seconds without workers after which the driver says what they wait for, and says it again."""
+WAITING_AFTER_S = 10.0
+"""Seconds without workers after which the driver prints what they wait for."""
+WAITING_AGAIN_S = 60.0
+"""Seconds after which it prints that again."""
 LEAVING_S = 5.0
 """Time-out for Ray Train's end when the process exits; two seconds are usual."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -86,17 +88,25 @@ class DriverMonitor(StopSignals):
     ) -> None:
         self.ended_early = False
         """Whether `should_continue` returned False."""
-        self._config, self._group, self._state = config, group, group.state
+        self._config = config
+        self._group = group
+        self._state = group.state
         self._pusher = pusher
         self._images_seen = images_seen
         self._should_continue = should_continue
-        batch_size, name = config.train.batch_size, str(config.run.name)
+        batch_size = config.train.batch_size
+        name = str(config.run.name)
         total_images = -(-config.train.total_images // batch_size) * batch_size
         self._screen = Screen(name, total_images, lambda: pusher.waiting)
         self._gauges = Gauges(name, total_images, images_seen, lambda: pusher.waiting)
-        self._committed, self._warned, self._announced = -1, 0, False
-        self._resize_wait_s, self._resized_at = config.cluster.resize_interval_s, time.monotonic()
-        self._is_short, self._placed, self._waiting_at = True, False, time.monotonic() + WAITING_AFTER_S
+        self._committed = -1
+        self._warned = 0
+        self._announced = False
+        self._resize_wait_s = config.cluster.resize_interval_s
+        self._resized_at = time.monotonic()
+        self._is_short = True
+        self._placed = False
+        self._waiting_at = time.monotonic() + WAITING_AFTER_S
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -112,8 +122,8 @@ class DriverMonitor(StopSignals):
         """Whether training was asked to stop early."""
         return self.signal is not None or self.ended_early
 
-    def train(self) -> int:
-        """Wait until training is done or stopped; returns images_seen.
+    def supervise(self) -> int:
+        """Keep workers running until training is done or stopped; returns images_seen.
 
         This takes one or more Ray Train runs: workers leave before a node is taken away, and when nodes have joined.
         """
@@ -144,7 +154,7 @@ class DriverMonitor(StopSignals):
                 for subject, value in values.items():
                     self._state.set(subject, value)
                 return
-        except DEATHS:  # it has died meanwhile
+        except DEATHS:  # the actor died after the last look
             pass
         self._state.renew(values)
 
@@ -200,15 +210,20 @@ class DriverMonitor(StopSignals):
         self._state.set(run_state.STOP, name)
         self._announced = True
         line = f"stopping after this step, and storing a checkpoint of it{self.again}"
-        if is_idle(values := self._state.snapshot()):
-            which = "stopping now, since no workers train", "stopping before the first step"
-            line = which[run_state.PROGRESS not in values]
+        values = self._state.snapshot()
+        if is_idle(values):
+            if run_state.PROGRESS in values:
+                line = "stopping now, since no workers train"
+            else:
+                line = "stopping before the first step"
         print(f"{name}: {line}", file=sys.stderr)
 
     def _show_waiting(self, values: Mapping[str, Any]) -> None:
         """Print what the workers wait for, if they have waited for it since their last step."""
         if values.get(run_state.WORKERS) is not None:
-            self._is_short, self._placed, self._waiting_at = True, True, time.monotonic() + WAITING_AFTER_S
+            self._is_short = True
+            self._placed = True
+            self._waiting_at = time.monotonic() + WAITING_AFTER_S
             return
         shortage = None
         if self._is_short or self._placed:

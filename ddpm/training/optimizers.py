@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from ddpm.config import Config
 
 MOMENTUM = 0.95
-COEFFICIENTS = 3.4445, -4.7750, 2.0315
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of an iteration of `orthogonal`: the steepest at 0 that stays near 1 (Jordan et al. 2024)."""
 ITERATIONS = 5
 AS_ADAMW = 0.2
@@ -34,7 +34,9 @@ def build(config: Config, net: nn.Module) -> list[Optimizer]:
         rest, lr=optim.lr, betas=(optim.beta_1, optim.beta_2), weight_decay=optim.weight_decay, fused=True
     )
     dtype = getattr(torch, config.train.precision)
-    return [adamw, *([Muon(ours, optim.lr, optim.weight_decay, dtype)] if ours else [])]
+    if not ours:
+        return [adamw]
+    return [adamw, Muon(ours, optim.lr, optim.weight_decay, dtype)]
 
 
 def matrices(net: nn.Module) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The records of training, each at its interval: curves, pictures, checkpoints, progress.
 
-Every rank runs the same code, since means and grids need all ranks; only rank 0 has a store.
+Every rank has a recorder and calls it in the same steps: means and grids are computed by all ranks together
+(collective operations). Only rank 0 has a store.
 """
 
 import time
@@ -15,23 +16,17 @@ from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
-from ddpm.evaluation import measure
 from ddpm.evaluation.rung import Evaluation, file_name
-from ddpm.sampling import generate
+from ddpm.training import held_out, pictures
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
-from ddpm.training.state import State, lr_at
+from ddpm.training.state import Interval, State, lr_at
 from ddpm.utils import devices, images
 from ddpm.utils.progress import Progress
 
 PROGRESS_INTERVAL_S = 0.5
-STRIP_IMAGES = 4
-HELD_OUT_BATCH = 64
-"""Held-out images measured at once; their noise depends on it."""
-PILOT_IMAGES, BOUND_IMAGES, BOUND_DRAWS = 8, 64, 4
-"""Held-out images for the errors of x_0_hat, the next ones for bits/dim, and timesteps of each of the latter."""
-TURNED = 1.02
-"""A held-out loss this many times its lowest has turned: it is measured with the same noise each time."""
+OVERFITTED = 1.02
+"""A warning is shown when the held-out loss exceeds its minimum by this factor; its noise is the same each time."""
 UNIT = 2.0**-30
 """Losses are summed in multiples of this, exactly in float64, so that a stop between two logs changes no value."""
 CONSTANT = {"train/goodput": 1.0, "train/skipped_steps": 0.0}
@@ -39,20 +34,24 @@ CONSTANT = {"train/goodput": 1.0, "train/skipped_steps": 0.0}
 
 
 class Recorder:
-    """Records one worker's training; `after_step` does what is due."""
+    """Records one worker's training; `after_step`, a collective operation, does what is due."""
 
     def __init__(self, config: Config, runtime: Runtime, state: State) -> None:
-        self._config, self._runtime, self._store, self._state = config, runtime, runtime.store, state
+        self._config = config
+        self._runtime = runtime
+        self._store = runtime.store
+        self._state = state
         self._averaged = TrainedNet(state.ema.net, config)
         self._held_out = runtime.held_out()
-        self._progress_at, self._images_per_s, self._has_turned = 0.0, 0.0, False
+        self._progress_at = 0.0
+        self._images_per_s = 0.0
+        self._has_warned = False
         self._grad_norm = torch.zeros((), device=runtime.device)
         self._start_interval()
         if state.interval is not None:
-            *sums, grad_norm = state.interval
-            self._grad_norm += grad_norm
+            self._grad_norm += state.interval.grad_norm
             if self._store is not None:
-                self._sums += torch.tensor(sums, dtype=torch.float64, device=runtime.device)
+                self._sums += torch.tensor(state.interval.sums, dtype=torch.float64, device=runtime.device)
 
     def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Yield `batches`, and count the time spent waiting for them."""
@@ -76,12 +75,13 @@ class Recorder:
 
     def after_step(self, stopping: bool) -> None:
         """Log, sample and save what is due after this step; when stopping, save a checkpoint at once."""
-        config, images_seen = self._config.train, self._state.images_seen
+        config = self._config.train
+        images_seen = self._state.images_seen
         finished = images_seen >= config.total_images
         if self._due(config.log_every_images) or finished:
             self._log()
         if self._due(config.sample_every_images) or finished:
-            self._draw_grid()
+            self._draw()
             if finished:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
@@ -93,7 +93,8 @@ class Recorder:
 
     def is_due(self) -> bool:
         """Whether something is due after the step in progress for which its flags must be known."""
-        train, after = self._config.train, self._state.images_seen + self._config.train.batch_size
+        train = self._config.train
+        after = self._state.images_seen + train.batch_size
         intervals = (train.log_every_images, train.sample_every_images, train.checkpoint_every_images)
         return after >= train.total_images or any(self._crosses(every, after) for every in intervals)
 
@@ -106,7 +107,8 @@ class Recorder:
 
     def _start_interval(self) -> None:
         device = self._runtime.device
-        self._began, self._wait_s = time.perf_counter(), 0.0
+        self._began = time.perf_counter()
+        self._wait_s = 0.0
         self._began_at_images = self._state.images_seen
         # Sum of the loss; then, by quarter of t, sums of the errors and numbers of images; all in UNITs.
         self._sums = torch.zeros(9, device=device, dtype=torch.float64)
@@ -125,9 +127,10 @@ class Recorder:
         local = torch.cat([self._sums, torch.full((1,), self._wait_s / elapsed, device=self._sums.device)])
         means = self._runtime.mean(local).tolist()
         if self._store is not None:
-            values = {
-                name: value for name, value in self._values(means).items() if CONSTANT.get(name) != value
-            }
+            values = self._values(means)
+            for name, usual in CONSTANT.items():
+                if values.get(name) == usual:
+                    del values[name]
             self._store.metrics(values, self._state.images_seen)
             self._report_progress(values.get("train/loss"))
         self._start_interval()
@@ -135,21 +138,26 @@ class Recorder:
     def _values(self, means: list[float]) -> dict[str, float]:
         """The values that rank 0 logs of the interval; `means` over the ranks: `_sums`, and the share of waiting."""
         assert self._store is not None, "rank 0 logs"
-        config, runtime = self._config, self._runtime
-        loss_sum, *by_quarter, wait = means
-        sums, counts = by_quarter[:4], by_quarter[4:]
+        config = self._config
+        runtime = self._runtime
+        loss_sum = means[0]
+        sums = means[1:5]
+        counts = means[5:9]
         values = {
             "train/lr": lr_at(config, self._state.images_seen - config.train.batch_size),
             "train/images_per_s": self._images_per_s,
-            "train/data_wait_share": wait,
+            "train/data_wait_share": means[9],
         }
-        if peak := peak_flops(runtime.device, self._state.precision):
+        peak = peak_flops(runtime.device, self._state.precision)
+        if peak is not None:
             flops = self._images_per_s * self._flops_per_image
             values["train/mfu"] = flops / (peak * runtime.world_size)
-        if (share := devices.peak_memory_share()) is not None:
+        share = devices.peak_memory_share()
+        if share is not None:
             values["train/gpu_peak_memory_share"] = share
         if sum(counts) > 0:  # not every step was skipped
-            values |= {"train/loss": loss_sum / sum(counts), "train/grad_norm": self._grad_norm.item()}
+            values["train/loss"] = loss_sum / sum(counts)
+            values["train/grad_norm"] = self._grad_norm.item()
         if config.optim.skip_non_finite:
             values["train/skipped_steps"] = self._state.skipped_steps
         for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
@@ -172,54 +180,33 @@ class Recorder:
             total_images = self._config.train.total_images
             self._store.progress(Progress(self._state.images_seen, total_images, rate, loss))
 
-    def _held_out_loss(self) -> float | None:
-        """Mean loss of the averaged weights on held-out images: the same t and noise every time."""
-        if self._held_out is None:
-            return None
-        runtime, size = self._runtime, HELD_OUT_BATCH
-        total = torch.zeros((), device=runtime.device)
-        starts = range(0, len(self._held_out.image), size)
-        for start in starts[runtime.rank :: runtime.world_size]:
-            batch = self._held_out[start : start + size]
-            total += measure.loss(self._averaged, batch, start) * len(batch.image)
-        return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
-
-    def _held_out_bits(self) -> dict[str, float]:
-        """Bits/dim of a few held-out images and the standard error; comparable between schedules of equal T."""
-        config, runtime, held_out = self._config, self._runtime, self._held_out
-        has_bound = self._averaged.objective.has_bound and config.schedule.num_timesteps > 1
-        stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
-        if held_out is None or stop < PILOT_IMAGES + 2:
-            return {}
-        measured = measure.measure(self._averaged, held_out[:PILOT_IMAGES])
-        bits, size = torch.zeros(stop, device=runtime.device), HELD_OUT_BATCH
-        for start in range(PILOT_IMAGES, stop, size)[runtime.rank :: runtime.world_size]:
-            part = slice(start, min(start + size, stop))
-            bound = measure.bits_per_dim(self._averaged, measured, held_out[part], start, BOUND_DRAWS)
-            bits[part] = torch.from_numpy(bound.sum(1)).to(bits)
-        bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
-        error = bits.std() / len(bits) ** 0.5
-        return {"held_out/bits_per_dim": bits.mean().item(), "held_out_error/bits_per_dim": error.item()}
-
     def _evaluate_and_save(self) -> None:
-        loss, lowest = self._held_out_loss(), self._state.best_held_out_loss
-        best = loss is not None and loss < lowest
-        if loss is not None:
-            if loss > TURNED * lowest and self._store is not None and not self._has_turned:
-                self._has_turned = True
-                self._store.warn(self._turned(loss, lowest))
-            values = {"held_out/loss": loss, **self._held_out_bits()}
-            if self._store is not None:
-                self._store.metrics(values, self._state.images_seen)
-            self._state.best_held_out_loss = min(loss, lowest)
+        best = self._measure_held_out()
         rung = self._measure_rung()
         self._save(best, rung)
         if rung is not None:
             self._runtime.reached(rung)
 
+    def _measure_held_out(self) -> bool:
+        """Record loss and bits/dim of held-out images, if there are any; returns whether the loss is the lowest."""
+        if self._held_out is None:
+            return False
+        lowest = self._state.best_held_out_loss
+        loss = held_out.mean_loss(self._averaged, self._held_out, self._runtime)
+        bits = held_out.bits_per_dim(self._averaged, self._held_out, self._runtime)
+        values = {"held_out/loss": loss, **bits}
+        if self._store is not None:
+            if loss > OVERFITTED * lowest and not self._has_warned:
+                self._has_warned = True
+                self._store.warn(self._overfitting(loss, lowest))
+            self._store.metrics(values, self._state.images_seen)
+        self._state.best_held_out_loss = min(loss, lowest)
+        return loss < lowest
+
     def _measure_rung(self) -> Evaluation | None:
         """What ranks the trials of a search, if this is one of its rungs."""
-        runtime, images_seen = self._runtime, self._state.images_seen
+        runtime = self._runtime
+        images_seen = self._state.images_seen
         if runtime.rungs is None or images_seen not in runtime.rungs.at:
             return None
 
@@ -229,7 +216,7 @@ class Recorder:
         evaluator = runtime.rungs.evaluator
         return evaluator.evaluate(self._averaged, images_seen, runtime.rank, runtime.world_size, total)
 
-    def _turned(self, loss: float, lowest: float) -> str:
+    def _overfitting(self, loss: float, lowest: float) -> str:
         helps = "more images help" if self._config.data.augment else "more images or --data.augment 0.12 help"
         return (
             f"the held-out loss has risen to {loss:.4f} from {lowest:.4f}: if the training loss falls, the net begins "
@@ -240,22 +227,18 @@ class Recorder:
     def _save(self, best: bool, rung: Evaluation | None = None) -> None:
         """Save a checkpoint with the sums of all ranks, after the results of a rung; every rank calls it."""
         total = (self._runtime.mean(self._sums.clone()) * self._runtime.world_size).round()
-        self._state.interval = [*total.tolist(), self._grad_norm.item()]
+        self._state.interval = Interval(total.tolist(), self._grad_norm.item())
         if self._store is not None:
             before = {} if rung is None else {file_name(rung.images_seen): rung.to_json()}
             self._store.save(self._state, best, before)
 
-    def _draw_grid(self) -> None:
-        """Sample a grid of the same seeds every time, on all ranks together, and a denoising strip."""
-        runtime, config = self._runtime, self._config
-        per_rank = -(-config.sample.num_images // runtime.world_size)
-        mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
-        drawn = runtime.gather(generate.draw(self._averaged, mine))
-        order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
-        grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
+    def _draw(self) -> None:
+        """Record the grid of samples, and a denoising strip."""
+        grid = pictures.sample_grid(self._averaged, self._runtime)
         if self._store is None:
             return
-        seen, every = self._state.images_seen, config.train.sample_every_images
+        seen = self._state.images_seen
+        every = self._config.train.sample_every_images
         self._store.publish(f"{runs.SAMPLES}/latest.png", images.png_bytes(grid))
         if not self._due(every):  # the last one, between two multiples
             self._store.picture(runs.SAMPLES, grid, seen)
@@ -263,21 +246,12 @@ class Recorder:
         seen = seen // every * every  # rounded: runs of any batch size are shown side by side
         self._store.picture(runs.SAMPLES, grid, seen)
         if self._held_out is not None:
-            some = self._held_out[:STRIP_IMAGES]
-            x_0, label = self._averaged.inputs(some.image, some.label)
-            strip = generate.denoising_strip(self._averaged, x_0, label)
+            strip = pictures.denoising_strip(self._averaged, self._held_out)
             self._store.picture(runs.DENOISING, strip, seen)
 
     def _draw_final(self) -> None:
-        """Publish the final images: forward noising, and the reverse trajectory."""
+        """Publish the pictures of the finished run."""
         if self._store is None:
             return
-        pictures = {}
-        if self._held_out is not None:
-            some = self._held_out[:STRIP_IMAGES]
-            x_0, _ = self._averaged.inputs(some.image, some.label)
-            pictures["forward_noising.png"] = images.png_bytes(generate.noising_strip(self._config, x_0))
-        strip, gif = generate.trajectory(self._averaged, range(STRIP_IMAGES))
-        pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
-        for name, data in pictures.items():
+        for name, data in pictures.final_pictures(self._averaged, self._held_out).items():
             self._store.publish(f"{runs.PICTURES}/{name}", data)

@@ -57,9 +57,11 @@ class RunState:
         if subject == WARNINGS:
             self._values[WARNINGS].append(value)
         elif subject == METRICS:
-            curves, (values, images_seen) = self._values.setdefault(METRICS, {}), value
+            curves = self._values.setdefault(METRICS, {})
+            values, images_seen = value
             for name, number in values.items():
-                curves[name] = [*curves.get(name, [])[1 - NUM_POINTS :], (images_seen, number)]
+                points = curves.get(name, [])[1 - NUM_POINTS :]
+                curves[name] = [*points, (images_seen, number)]
         else:
             self._values[subject] = value
 

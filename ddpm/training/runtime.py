@@ -35,7 +35,9 @@ class Runtime:
     ) -> None:
         self.device = devices.default()
         self.store = store
-        self._config, self._train, self._held_out = config, train, held_out
+        self._config = config
+        self._train = train
+        self._held_out = held_out
         self._flags = LateFlags()
 
     def wrap(self, net: nn.Module) -> nn.Module:

@@ -17,8 +17,13 @@ CURVES = {"loss": "train/loss", "held-out loss": "held_out/loss", "bits/dim": "h
 """Metrics that are shown as a curve."""
 WIDTH = 40
 """Columns of the bar and of a curve."""
-PLAIN, BOLD, GREEN, MAGENTA, CYAN = (f"\x1b[{code}m" for code in (0, 1, 32, 35, 36))
-LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "._-~=+*#"
+PLAIN = "\x1b[0m"
+BOLD = "\x1b[1m"
+GREEN = "\x1b[32m"
+MAGENTA = "\x1b[35m"
+CYAN = "\x1b[36m"
+LEVELS = "▁▂▃▄▅▆▇█"
+ASCII_LEVELS = "._-~=+*#"
 
 
 def sparkline(values: list[float], levels: str = LEVELS) -> str:
@@ -28,10 +33,13 @@ def sparkline(values: list[float], levels: str = LEVELS) -> str:
     tenth is clipped, since a loss begins so high that the rest would be one level.
     """
     values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
     count = min(WIDTH, len(values))
-    edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
+    edges = [len(values) * i // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means, default=0.0), sorted(means)[-1 - count // 10] if means else 0.0
+    low = min(means)
+    high = sorted(means)[-1 - count // 10]
     scale = (len(levels) - 1) / (high - low) if high > low else 0.0
     return "".join(levels[round((min(mean, high) - low) * scale)] for mean in means)
 
@@ -44,21 +52,26 @@ class Screen:
     """
 
     def __init__(self, name: str, total_images: int, waiting: Callable[[], int]) -> None:
-        self._name, self._total, self._waiting = name, total_images, waiting
+        self._name = name
+        self._total = total_images
+        self._waiting = waiting
         self._values: Mapping[str, Any] = {}
         self._curves: dict[str, dict[int, float]] = defaultdict(dict)
-        self._committed, self._committed_at = -1, 0.0
+        self._committed = -1
+        self._committed_at = 0.0
         self._began = time.monotonic()
-        self._lines = Display("images", total_images) if not sys.stdout.isatty() else None
-        if self._lines is None:
-            self._live = LiveText(self._text)
+        self._display: LiveText | Display
+        if sys.stdout.isatty():
+            self._display = LiveText(self._text)
+        else:
+            self._display = Display("images", total_images)
 
     def __enter__(self) -> Self:
-        (self._lines or self._live).__enter__()
+        self._display.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        (self._lines or self._live).__exit__(None, None, None)
+        self._display.__exit__()
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Show `values`, those of the run's RunState."""
@@ -67,13 +80,14 @@ class Screen:
             self._curves[name].update(points)
         committed = values.get(run_state.COMMITTED, -1)
         if committed > self._committed:
-            self._committed, self._committed_at = committed, time.monotonic()
+            self._committed = committed
+            self._committed_at = time.monotonic()
         progress = values.get(run_state.PROGRESS)
-        if self._lines is None:
-            self._live.refresh()
+        if isinstance(self._display, LiveText):
+            self._display.refresh()
         elif progress is not None:
             speed = f"{self._speed()}  loss {progress.loss:.4f}"
-            self._lines.update(progress.images_seen, speed)
+            self._display.update(progress.images_seen, speed)
 
     def _newest(self, metric: str, otherwise: float | None = None) -> float | None:
         return next(reversed(self._curves.get(metric, {}).values()), otherwise)
@@ -84,8 +98,10 @@ class Screen:
         return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
 
     def _text(self) -> str:
-        """The screen."""
-        lines, progress = [f"{BOLD}{self._name}{PLAIN}"], self._values.get(run_state.PROGRESS)
+        """The screen of a terminal."""
+        assert isinstance(self._display, LiveText), "lines have no screen"
+        lines = [f"{BOLD}{self._name}{PLAIN}"]
+        progress = self._values.get(run_state.PROGRESS)
 
         def add(name: str, middle: str, right: str = "", colour: str = "") -> None:
             lines.append(f"{colour}{name:15}{middle:{WIDTH + 2}}{right}{PLAIN}")
@@ -93,7 +109,14 @@ class Screen:
         if progress is None:
             add("starting", f"{_duration(time.monotonic() - self._began)} for Ray's workers")
             return "\n".join(lines)
-        levels, plus_minus, bar = (LEVELS, "±", "━") if self._live.has_unicode else (ASCII_LEVELS, "+-", "-")
+        if self._display.has_unicode:
+            levels = LEVELS
+            plus_minus = "±"
+            bar = "━"
+        else:
+            levels = ASCII_LEVELS
+            plus_minus = "+-"
+            bar = "-"
         seen = progress.images_seen
         left = (self._total - seen) / progress.images_per_s if progress.images_per_s > 0 else math.inf
         done = bar * (WIDTH * seen // self._total)
@@ -103,16 +126,20 @@ class Screen:
         useful = f"  goodput {goodput:.1%}" if self._curves else ""
         add("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
         for name, metric in CURVES.items():
-            if (newest := self._newest(metric)) is not None:
-                curve = sparkline([*self._curves[metric].values()], levels=levels)
-                error = self._newest(f"held_out_error/{metric.partition('/')[2]}")
-                shown = f"{newest:.4f}" if error is None else estimate(newest, error).replace("±", plus_minus)
-                add(name, curve, shown, CYAN if name == "loss" else GREEN)
+            newest = self._newest(metric)
+            if newest is None:
+                continue
+            curve = sparkline(list(self._curves[metric].values()), levels=levels)
+            error = self._newest(f"held_out_error/{metric.partition('/')[2]}")
+            shown = f"{newest:.4f}" if error is None else estimate(newest, error).replace("±", plus_minus)
+            add(name, curve, shown, CYAN if name == "loss" else GREEN)
         if self._committed >= 0:
-            age, waiting = _duration(time.monotonic() - self._committed_at), self._waiting()
+            age = _duration(time.monotonic() - self._committed_at)
+            waiting = self._waiting()
             state = f"{waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "up to date"
             add("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
-        if (share := self._newest("train/gpu_peak_memory_share")) is not None:
+        share = self._newest("train/gpu_peak_memory_share")
+        if share is not None:
             add("GPU memory", f"{share:.0%} at its peak")
         return "\n".join(lines)
 

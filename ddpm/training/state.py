@@ -28,13 +28,25 @@ from ddpm.utils.seeding import GENERATOR
 
 def lr_at(config: Config, images_seen: int) -> float:
     """The learning rate of the step that begins after `images_seen` images: warm-up, then the schedule."""
-    optim, warmup, batch_size = config.optim, config.optim.lr_warmup_images, config.train.batch_size
+    optim = config.optim
+    warmup = config.optim.lr_warmup_images
+    batch_size = config.train.batch_size
     if images_seen < warmup:
         return optim.lr * (images_seen + batch_size) / (warmup + batch_size)
     if optim.lr_schedule == "constant":
         return optim.lr
     progress = min((images_seen - warmup) / max(config.train.total_images - warmup, 1), 1.0)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What the recorder has summed since its last log, over all ranks."""
+
+    sums: list[float]
+    """`Recorder._sums`."""
+    grad_norm: float
+    """The gradient norm of the last step that was not skipped."""
 
 
 @dataclass
@@ -53,8 +65,8 @@ class State:
     skipped_steps: int = 0
     """Steps without an update, since their loss or gradient was not finite."""
     best_held_out_loss: float = math.inf
-    interval: list[float] | None = None
-    """The recorder's sums since the last log, over all ranks, and the last gradient norm."""
+    interval: Interval | None = None
+    """None: nothing has been saved yet."""
     precision: str = "float32"
     """Precision inside the net."""
 
@@ -62,7 +74,8 @@ class State:
     def create(cls, config: Config, device: torch.device) -> "State":
         """The state before the first step."""
         net = build_net(config).to(device)
-        ema, built = EMA(net, config.optim.ema_decay), optimizers.build(config, net)
+        ema = EMA(net, config.optim.ema_decay)
+        built = optimizers.build(config, net)
         return cls(net, ema, built, DeviceToHost(device), precision=config.train.precision)
 
     def descend(self, lr: float, bad: Tensor) -> None:
@@ -82,8 +95,11 @@ class State:
 
     def _owned(self) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
         """Name, weight and optimizer of every weight."""
-        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
-        owner = {weight: optimizer for optimizer, group in groups for weight in group["params"]}
+        owner = dict[nn.Parameter, Optimizer]()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    owner[weight] = optimizer
         for name, weight in self.net.named_parameters():
             yield name, weight, owner[weight]
 
@@ -105,7 +121,9 @@ class State:
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `optimizer_tensors`."""
-        for name, weight, optimizer in self._owned() if tensors else ():
+        if not tensors:
+            return
+        for name, weight, optimizer in self._owned():
             for key in optimizers.STATE[type(optimizer)]:
                 value = tensors[f"{name}.{key}"].to(weight.device, copy=True)
                 if key != "step":
@@ -120,12 +138,12 @@ class State:
         On an accelerator the copy is made beside the next step, up to its `descend`; on a CPU training waits for it.
         """
         best = self.best_held_out_loss
-        position = {
+        saved = {
             "step": self.step,
             "images_seen": self.images_seen,
             "skipped_steps": self.skipped_steps,
             "best_held_out_loss": best if math.isfinite(best) else None,
-            "interval": self.interval,
+            "interval": [*self.interval.sums, self.interval.grad_norm] if self.interval else None,
             "generator": GENERATOR,
         }
         tensors = {
@@ -134,14 +152,21 @@ class State:
             "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
         copies, wait = self.to_host(tensors)
-        return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config), wait)
+        return Snapshot(
+            images_seen=self.images_seen,
+            tensors=copies,
+            state={**extra, **saved},
+            config=to_json(config),
+            wait=wait,
+        )
 
     def restore(self, folder: Path, config: Config) -> None:
         """Restore the checkpoint in `folder`."""
         checkpoint.verify(folder)
         checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
-        position = checkpoint.read_state(folder)
-        if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
+        saved = checkpoint.read_state(folder)
+        drawn_with = saved.get("generator", "PyTorch's, with 32 bits of a seed")
+        if drawn_with != GENERATOR:
             raise UserError(
                 f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so a resumed "
                 f"run would not be the same; start a new run from its weights: --train.init-from {folder}"
@@ -149,17 +174,19 @@ class State:
         device = next(self.net.parameters()).device
         checkpoint.load_weights(self.net, folder / "net.safetensors")
         checkpoint.load_weights(self.ema.net, folder / "ema.safetensors")
-        self.load_optimizer_tensors(self._read_moments(folder, position, device))
-        self.step, self.images_seen = position["step"], position["images_seen"]
-        self.skipped_steps = position.get("skipped_steps", 0)
-        self.interval = position.get("interval")
-        best = position["best_held_out_loss"]
+        self.load_optimizer_tensors(self._read_moments(folder, saved, device))
+        self.step = saved["step"]
+        self.images_seen = saved["images_seen"]
+        self.skipped_steps = saved.get("skipped_steps", 0)
+        interval = saved.get("interval")
+        self.interval = None if interval is None else Interval(interval[:-1], interval[-1])
+        best = saved["best_held_out_loss"]
         self.best_held_out_loss = math.inf if best is None else best
 
     def init_from(self, folder: Path, config: Config) -> None:
         """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image.
 
-        A net that is told how images are augmented begins with those of one that is not, and the reverse.
+        An augmentation-conditioned net can begin with the weights of one that is not, and the reverse.
         """
         checkpoint.verify(folder)
         checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
@@ -167,16 +194,16 @@ class State:
             checkpoint.load_weights(net, folder / "ema.safetensors", optional="augment_embedding.weight")
 
     def _read_moments(
-        self, folder: Path, position: Mapping[str, Any], device: torch.device
+        self, folder: Path, saved: Mapping[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
         """The optimizers' state; empty before the first step that was not skipped."""
         path = folder / "optimizer.safetensors"
         tensors = checkpoint.read_tensors(path, device)
-        has_learned = position["step"] > position.get("skipped_steps", 0)
+        has_learned = saved["step"] > saved.get("skipped_steps", 0)
         if has_learned and not tensors:
             raise UserError(
                 f"{path} is empty, as in a registered model, but state.json says images_seen "
-                f"{position['images_seen']}, so its run cannot be resumed; start a new one from its weights: "
+                f"{saved['images_seen']}, so its run cannot be resumed; start a new one from its weights: "
                 f"--train.init-from {folder}"
             )
         checkpoint.check_fit(checkpoint.shapes(tensors), self.optimizer_shapes() if has_learned else {}, path)

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run, Status
+from ddpm.checkpoints.runs import RunFolder, Status
 from ddpm.config import Config
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
@@ -60,19 +60,26 @@ class RunStore:
     def __init__(
         self,
         config: Config,
-        run: Run,
+        run: RunFolder,
         data_fingerprint: str,
         notify: Callable[[str, Any], object] = lambda subject, value: None,
         hardware: str = "",
     ) -> None:
         self.last_progress: Progress | None = None
         self.newest = ""
-        self._config, self._run, self._location, self._notify = config, run, run.location, notify
+        self._config = config
+        self._run = run
+        self._location = run.location
+        self._notify = notify
         self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
-        self._timeout_s, self._hardware = config.run.storage_timeout_s, hardware
+        self._timeout_s = config.run.storage_timeout_s
+        self._hardware = hardware
         self.warn = partial(notify, run_state.WARNINGS)
-        self._images_seen = self._images_lost = 0
-        self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
+        self._images_seen = 0
+        self._images_lost = 0
+        self._began_at = time.monotonic()
+        self._minutes_before = 0.0
+        self._status_at = -math.inf
         self._rows: list[Row] = []
         """Points since the last checkpoint."""
         self._next_row: int | None = None
@@ -93,12 +100,15 @@ class RunStore:
         """
         run = self._location
         with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
-            at = self._images_seen = checkpoint.position(folder)
-            self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
+            at = checkpoint.images_seen_at(folder)
+            self._images_seen = at
+            self._retry(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
-            if before := self._read(lambda: runs.read_status(run), None):
+            before = self._read(lambda: runs.read_status(run), None)
+            if before is not None:
                 reached = max(reached, before.images_seen)
-                self._images_lost, self._minutes_before = before.images_lost, before.minutes
+                self._images_lost = before.images_lost
+                self._minutes_before = before.minutes
             self._images_lost += max(0, reached - at)
             self._write_status()
             yield folder
@@ -121,7 +131,8 @@ class RunStore:
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is."""
-        self.last_progress, self._images_seen = progress, progress.images_seen
+        self.last_progress = progress
+        self._images_seen = progress.images_seen
         self._notify(run_state.PROGRESS, progress)
         if time.monotonic() - self._status_at > STATUS_INTERVAL_S:
             self._write_status()
@@ -136,7 +147,15 @@ class RunStore:
         self.check()
         self._images_seen = state.images_seen
         snapshot = state.snapshot(self._config, self._identity)
-        self._todo.put(partial(self._save, snapshot, self._take_rows(), before or {}, best, time.monotonic()))
+        job = partial(
+            self._save,
+            snapshot=snapshot,
+            rows=self._take_rows(),
+            before=before or {},
+            best=best,
+            began=time.monotonic(),
+        )
+        self._todo.put(job)
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -176,10 +195,10 @@ class RunStore:
 
     def _read_curves(self, at: int) -> None:
         """Merge the curves' parts, and learn which points beyond `at` are recorded."""
-        table = self._retry_io(lambda: curves.merge(self._location, self.warn), self._location)
+        table = self._retry(lambda: curves.merge(self._location, self.warn), self._location)
         beyond = table.filter(pc.field("images_seen") > at).to_pylist()
         self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
-        self._next_row = self._retry_io(lambda: curves.num_rows(self._location), self._location)
+        self._next_row = self._retry(lambda: curves.num_rows(self._location), self._location)
 
     def _take_rows(self) -> list[Row]:
         taken = self._rows
@@ -189,20 +208,26 @@ class RunStore:
     def _read(self, read: Callable[[], T], otherwise: T) -> T:
         """The result of `read`; `otherwise` if the file is damaged."""
         try:
-            return self._retry_io(read, self._location)
+            return self._retry(read, self._location)
         except StorageError:
             raise
         except UserError as error:
             self.warn(f"{error}; it will be rewritten from {self._images_seen} images on")
             return otherwise
 
-    def _retry_io(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
-        return checkpoint_manager.retry(call, where, min(self._timeout_s, most_s), self.warn)
+    def _retry(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
+        return checkpoint_manager.retry_in_folder(call, where, min(self._timeout_s, most_s), self.warn)
 
     def _write_status(self) -> None:
         self._status_at = time.monotonic()
         minutes = self._minutes_before + (self._status_at - self._began_at) / 60
-        status = Status("RUNNING", self._images_seen, self._images_lost, minutes, self._hardware)
+        status = Status(
+            status="RUNNING",
+            images_seen=self._images_seen,
+            images_lost=self._images_lost,
+            minutes=minutes,
+            hardware=self._hardware,
+        )
         self.publish(runs.STATUS, runs.status_json(status))
 
     # The methods below run in the thread.
@@ -243,17 +268,18 @@ class RunStore:
 
     def _merge_curves(self) -> None:
         try:
-            self._retry_io(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
+            self._retry(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"the curves are not merged: {error}")
 
     def _save(
         self, snapshot: Snapshot, rows: list[Row], before: Mapping[str, bytes], best: bool, began: float
     ) -> None:
-        seen, run = snapshot.images_seen, self._location
+        seen = snapshot.images_seen
+        run = self._location
         try:
             files = {**self._packed(rows), **before}
-            checkpoint_manager.store(snapshot, run, files, best, self._retry_io)
+            checkpoint_manager.store(snapshot, run, files, best, self._retry)
         finally:
             self._room.release()
         self.newest = checkpoint.name_at(seen)
@@ -261,6 +287,6 @@ class RunStore:
         self._notify(run_state.METRICS, ({"checkpoint_seconds": time.monotonic() - began}, seen))
         try:
             keep = self._config.train.keep_checkpoints
-            self._retry_io(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
+            self._retry(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"an old checkpoint could not be removed: {error}")

@@ -49,7 +49,7 @@ class DeviceToHost:
     def __call__(self, parts: Parts) -> tuple[Parts, Callable[[], object]]:
         """Row-major copies, and a function that returns when they can be read."""
         if self._stream is None:
-            return _copies(parts), bool
+            return _copies(parts), lambda: None
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
             copies = _copies(parts, pin_memory=True)

@@ -23,8 +23,8 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from ddpm.checkpoints.checkpoint import position
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.checkpoint import images_seen_at
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.data import ray_dataset
 from ddpm.data.plan import ReadOrder
@@ -53,21 +53,32 @@ class RayRuntime(Runtime):
     """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, state: Any, store: RunStore | None, folder: str
+        self,
+        config: Config,
+        data_set: DataSet,
+        run: RunFolder,
+        state: Any,
+        store: RunStore | None,
+        folder: str,
     ) -> None:
         super().__init__(config, data_set, data_set.held_out(), store)
         context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device != devices.CPU:
             torch.accelerator.set_device_index(self.device)
-        self._run, self._state, self._reading = run, state, ExitStack()
+        self._run = run
+        self._state = state
+        self._reading = ExitStack()
         if self.device == devices.CPU:
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
-        self._reported, self._reported_at = "", time.monotonic()
-        self._stop, self._closed = threading.Event(), threading.Event()
+        self._reported = ""
+        self._reported_at = time.monotonic()
+        self._stop = threading.Event()
+        self._closed = threading.Event()
         self._listening_failed: Exception | None = None
         if store is not None:
             state.set.remote(run_state.WORKERS, self.world_size)
@@ -88,16 +99,18 @@ class RayRuntime(Runtime):
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         """`Runtime.any_of`; also reports to Ray when due, since all workers must do that in the same step."""
         due = self.store is not None and time.monotonic() - self._reported_at > REPORT_INTERVAL_S
-        agreed, (*counts, reports) = super().any_of(*flags, due, at_once=at_once)
-        if reports:
+        agreed, counts = super().any_of(*flags, due, at_once=at_once)
+        if counts[-1]:
             self.report()
-        return agreed[:-1], counts
+        return agreed[:-1], counts[:-1]
 
     def report(self) -> None:
         """Report progress to Ray Train, and a checkpoint that is new; every rank calls it."""
-        metrics, pointer = dict[str, Any](), None
+        metrics = dict[str, Any]()
+        pointer = None
         if self.store is not None:
-            self._reported_at, newest = time.monotonic(), self.store.newest
+            self._reported_at = time.monotonic()
+            newest = self.store.newest
             metrics = dataclasses.asdict(self.store.last_progress) if self.store.last_progress else {}
             pointer = self._pointer(newest) if newest != self._reported else None
             self._reported = newest
@@ -140,11 +153,12 @@ class RayRuntime(Runtime):
                 reached = progress.images_seen if progress else 0
                 folder = stack.enter_context(self.store.latest_checkpoint(reached))
                 if progress:  # what is lost is counted once, also if this group dies before its first step
-                    progress = dataclasses.replace(progress, images_seen=position(folder))
+                    progress = dataclasses.replace(progress, images_seen=images_seen_at(folder))
                     self._state.set.remote(run_state.PROGRESS, progress)
             name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)
             if self.store is None and name:
-                location, timeout_s = self._run.location.child(name), self._config.run.storage_timeout_s
+                location = self._run.location.child(name)
+                timeout_s = self._config.run.storage_timeout_s
                 folder = stack.enter_context(resolve.as_folder(location, timeout_s))
             yield folder
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 import tempfile
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ import ray.util
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.cluster import ray_init, resources
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
@@ -27,6 +28,17 @@ from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 
 NEVER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers of a group train."""
+
+    config: Config
+    data_set: DataSet
+    run: RunFolder
+    rungs: Rungs | None
+    """Where the loop measures what ranks the trials of a search; None: the run is no trial."""
 
 
 class WorkerGroup:
@@ -44,12 +56,19 @@ class WorkerGroup:
     """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, rungs: Rungs | None = None, verbose: bool = False
+        self,
+        config: Config,
+        data_set: DataSet,
+        run: RunFolder,
+        rungs: Rungs | None = None,
+        verbose: bool = False,
     ) -> None:
-        self.state, self.per_worker = RunStateClient(), resources.resources_per_worker(config)
+        self.state = RunStateClient()
+        self.per_worker = resources.resources_per_worker(config)
+        self._config = config
         # A reference: Ray Train does not copy it to the controller.
-        trained = ray.put({"config": config, "data_set": data_set, "run": run, "rungs": rungs})
-        self._config, self._spec = config, {"run": trained, "verbose": verbose}
+        self._task = ray.put(Task(config, data_set, run, rungs))
+        self._verbose = verbose
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._workers: threading.Thread | None = None
@@ -81,7 +100,12 @@ class WorkerGroup:
         sizes = config.cluster.world_sizes()
         return TorchTrainer(
             work,
-            train_loop_config={**self._spec, "state": self.state.actor, "folder": folder},
+            train_loop_config={
+                "task": self._task,
+                "state": self.state.actor,
+                "folder": folder,
+                "verbose": self._verbose,
+            },
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
                 num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
                 use_gpu="GPU" in self.per_worker,
@@ -111,28 +135,32 @@ class WorkerGroup:
             ray.util.remove_placement_group(placement_group)
 
 
-def work(spec: dict[str, Any]) -> None:
+def work(given: dict[str, Any]) -> None:
     """The main function of a worker: train the run."""
-    if not spec["verbose"]:
+    if not given["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
-    spec["state"].set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
-    ended = train_run(spec, **ray.get(spec["run"]))
+    state = given["state"]
+    state.set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
+    ended = train_run(ray.get(given["task"]), state, given["folder"])
     if ended is not None:
-        ray.get(spec["state"].set.remote(run_state.ENDED, ended))
+        ray.get(state.set.remote(run_state.ENDED, ended))
 
 
-def train_run(
-    spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, rungs: Rungs | None
-) -> int | None:
-    """Train a run on this worker; rank 0 returns images_seen at the end."""
-    state, store = spec["state"], None
+def train_run(task: Task, state: Any, folder: str) -> int | None:
+    """Train a run on this worker; rank 0 returns images_seen at the end.
+
+    Args:
+        state: the run's RunState actor.
+        folder: Ray Train's storage_path, on the driver's node.
+    """
+    store = None
     if ray.train.get_context().get_world_rank() == 0:
-        hardware = devices.hardware()
-        store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote, hardware)
-    runtime = RayRuntime(config, data_set, run, state, store, spec["folder"])
-    runtime.rungs = rungs
+        fingerprint = task.data_set.rows.fingerprint
+        store = RunStore(task.config, task.run, fingerprint, state.set.remote, devices.hardware())
+    runtime = RayRuntime(task.config, task.data_set, task.run, state, store, folder)
+    runtime.rungs = task.rungs
     try:
-        images_seen = loop.train(config, runtime).images_seen
+        images_seen = loop.train(task.config, runtime).images_seen
         if store is not None:
             store.flush()
         runtime.report()  # the last checkpoint

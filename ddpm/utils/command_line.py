@@ -19,6 +19,9 @@ def installed(text: str) -> str:
 
 def typed() -> str:
     """The command line of this process."""
-    program, *words = sys.argv
+    call = CALL.get()
+    if call:
+        return call
+    program = sys.argv[0]
     started = program if program.startswith("ddpm ") else f"python {shlex.quote(program)}"
-    return CALL.get() or f"{started} {shlex.join(words)}".rstrip()
+    return f"{started} {shlex.join(sys.argv[1:])}".rstrip()

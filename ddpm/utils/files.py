@@ -7,6 +7,7 @@ other, and leftovers of dead writers can be removed.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -18,6 +19,8 @@ from ddpm.utils.errors import UserError
 MAX_BYTES = 64 << 20
 """Largest file that is read whole, unless its reader sets another limit."""
 SUFFIX = ".tmp"
+TEMPORARY = re.compile(rf".*\.(?P<writer>[^.]*)\.[^.]*{re.escape(SUFFIX)}", re.DOTALL)
+"""The name of a temporary file, with the token of the process that writes it."""
 ABANDONED_S = 24 * 3600.0
 """Age at which a temporary file is removed if its writer ran on another machine and cannot be checked."""
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP)
@@ -114,8 +117,8 @@ def sweep(folder: Path) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    *_, writer, _, _ = [""] * 3 + path.name.split(".")
-    state = process.state(writer)
+    named = TEMPORARY.fullmatch(path.name)
+    state = "unknown" if named is None else process.state(named["writer"])
     with contextlib.suppress(FileNotFoundError):
         return state == "gone" or (state == "unknown" and time.time() - path.stat().st_mtime > ABANDONED_S)
     return False

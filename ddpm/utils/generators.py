@@ -53,7 +53,8 @@ class TorchGenerator:
     """PyTorch's generator of a GPU, seeded with 64 bits; numbers are drawn on the GPU."""
 
     def __init__(self, *counters: int, device: torch.device) -> None:
-        self._generator, self._device = torch.Generator(device).manual_seed(torch_seed(*counters)), device
+        self._generator = torch.Generator(device).manual_seed(torch_seed(*counters))
+        self._device = device
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(tuple(shape), generator=self._generator, device=self._device, dtype=dtype)

@@ -72,11 +72,13 @@ def grid(images: Pixels, columns: int | None = None) -> Pixels:
         columns = math.ceil(math.sqrt(len(tiles)))
     if columns < 1:
         raise ValueError(f"columns is {columns}; it must be 1, 2, ...")
-    height, width = (side + PADDING for side in tiles.shape[1:3])
+    height = tiles.shape[1] + PADDING
+    width = tiles.shape[2] + PADDING
     rows = math.ceil(len(tiles) / columns)
     picture = np.full((rows * height + PADDING, columns * width + PADDING, 3), BACKGROUND, np.uint8)
     for i, tile in enumerate(tiles):
-        top, left = i // columns * height + PADDING, i % columns * width + PADDING
+        top = i // columns * height + PADDING
+        left = i % columns * width + PADDING
         picture[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return picture
 
@@ -102,7 +104,8 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
             f"there are {len(captions)} captions; there must be one for each of {columns} columns"
         )
     header = Image.new("RGB", (picture.shape[1], 14), (BACKGROUND,) * 3)
-    draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=10)
+    draw = ImageDraw.Draw(header)
+    font = ImageFont.load_default(size=10)
     width = (picture.shape[1] - PADDING) // columns
     for i, caption in enumerate(captions):
         draw.text((PADDING + i * width, 1), caption, fill=(0, 0, 0), font=font)

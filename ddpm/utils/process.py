@@ -6,9 +6,12 @@ A pid alone is not enough: pids are reused, and mean other processes on other ma
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
+TOKEN = re.compile(r"(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)")
+"""The name of a process whose start time and machine are known."""
 ENDED = ("Z", "X")
 """States in /proc of a process that has ended and still has a pid."""
 
@@ -20,10 +23,10 @@ def token() -> str:
 
 def state(name: str) -> Literal["running", "gone", "unknown"]:
     """Whether the process called `name` runs; unknown: it is on another machine, or there is no /proc here."""
-    machine, pid, start = [*name.split("-"), "", "", ""][:3]
-    if machine != _machine() or machine == "unknown" or not (pid.isdecimal() and start.isdecimal()):
+    named = TOKEN.fullmatch(name)
+    if named is None or named["machine"] != _machine():
         return "unknown"
-    return "running" if _start(int(pid)) == start else "gone"
+    return "running" if _start(int(named["pid"])) == named["start"] else "gone"
 
 
 @functools.cache

@@ -64,12 +64,15 @@ class Display:
     """A context that shows how many of `total` are done; `description` names what is counted."""
 
     def __init__(self, description: str, total: int) -> None:
-        self._description, self._total = description, total
+        self._description = description
+        self._total = total
         self._live = sys.stdout.isatty()
-        self._began, self._line_at = time.monotonic(), float("-inf")
+        self._began = time.monotonic()
+        self._line_at = float("-inf")
         self._first: int | None = None
         self._shown = -1
-        self._last = (0, "")
+        self._done = 0
+        self._detail = ""
         if self._live:
             from rich import progress  # imported here, since most processes show nothing
 
@@ -91,14 +94,15 @@ class Display:
         if self._live:
             self._bar.stop()
         elif self._first is not None:
-            self._print(*self._last)
+            self._print(self._done, self._detail)
 
     def update(self, done: int, detail: str = "") -> None:
         """Show that `done` of the total are done, with `detail` beside it."""
         if self._live:
             self._bar.update(self._task, completed=done, detail=detail)
             return
-        self._last = (done, detail)
+        self._done = done
+        self._detail = detail
         if done >= self._total or time.monotonic() - self._line_at >= LINE_INTERVAL_S:
             self._print(done, detail)
 
@@ -108,8 +112,10 @@ class Display:
             return
         now = time.monotonic()
         if self._first is None:
-            self._first, self._began = done, now
-        self._line_at, self._shown = now, done
+            self._first = done
+            self._began = now
+        self._line_at = now
+        self._shown = done
         speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
         left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
         parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]

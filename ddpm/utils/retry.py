@@ -14,7 +14,8 @@ from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 10.0
 WARN_AFTER_S = 2.0
 """Seconds of failed tries after which `warn` is called, at the latest ten seconds later."""
 MAX_ERROR = 400
@@ -60,7 +61,8 @@ def retry_io(
             has_warned = True
             warn(f"{where}: {error_line(state.outcome.exception())}; trying again for up to {timeout_s:g} s")
 
-    began, not_missing = time.monotonic(), tenacity.retry_if_not_exception_type(FileNotFoundError)
+    began = time.monotonic()
+    not_missing = tenacity.retry_if_not_exception_type(FileNotFoundError)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(OSError) & not_missing,
         wait=wait,

@@ -59,21 +59,26 @@ def _model(kind: Any) -> Any:
 def _line(error: Any, kind: Any, within: str) -> str:
     first = error.errors(include_url=False)[0]
     # Keys may hold control characters.
-    *parents, key = [*filter(None, [within]), *(reprlib.repr(key).strip("'") for key in first["loc"])] or [""]
-    inside = f"{'.'.join(parents)}: " if parents else ""
+    keys = [within] if within else []
+    keys += [reprlib.repr(key).strip("'") for key in first["loc"]]
+    where = ".".join(keys)
+    key = keys[-1] if keys else ""
+    inside = f"{'.'.join(keys[:-1])}: " if len(keys) > 1 else ""
     match first["type"]:
         case "json_invalid":
             return f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
         case "missing":
             return f"{inside}it lacks {key!r}"
         case "union_tag_invalid" | "union_tag_not_found":
-            return f"{'.'.join([*parents, key])} has no known {first['ctx']['discriminator']}"
+            return f"{where} has no known {first['ctx']['discriminator']}"
         case "unexpected_keyword_argument" | "extra_forbidden":
             for parent in first["loc"][:-1]:
                 kind = typing.get_type_hints(kind).get(parent) if dataclasses.is_dataclass(kind) else None
-            known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-            return f"{inside}unknown key {key!r}" + (f"; known are {', '.join(known)}" if known else "")
+            if not dataclasses.is_dataclass(kind):
+                return f"{inside}unknown key {key!r}"
+            known = ", ".join(field.name for field in dataclasses.fields(kind))
+            return f"{inside}unknown key {key!r}; known are {known}"
     must = first["msg"].partition(" should ")[2] or first["msg"]
     for bound, words in (("greater than or equal to", "at least"), ("less than or equal to", "at most")):
         must = must.replace(bound, words)
-    return f"{'.'.join([*parents, key]) or 'it'} is {reprlib.repr(first['input'])}; it must {must}"
+    return f"{where or 'it'} is {reprlib.repr(first['input'])}; it must {must}"

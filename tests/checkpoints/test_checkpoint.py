@@ -159,7 +159,7 @@ def test_json_with_wrong_content_is_rejected(
     alter_json(folder, name, wrong) if isinstance(wrong, dict) else replace(folder, name, wrong)
     readers: list[Callable[[], object]] = [lambda: State.create(tiny, CPU).restore(folder, tiny)]
     if name == "state.json":
-        readers.append(lambda: checkpoint.position(folder))
+        readers.append(lambda: checkpoint.images_seen_at(folder))
     else:
         readers.append(lambda: checkpoint.load_net(folder, CPU))
     for read in readers:

@@ -16,7 +16,7 @@ from support.local import finished
 
 from ddpm.checkpoints import checkpoint, curves
 from ddpm.checkpoints.curves import Point, Row
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.storage import locations
@@ -41,9 +41,9 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
     def notify(subject: str, value: Any) -> None:
         told.append((subject, value))
 
-    with finished(RunStore(config, Run("one", run, "a"), "b", notify)) as store:
+    with finished(RunStore(config, RunFolder("one", run, "a"), "b", notify)) as store:
         with store.latest_checkpoint() as folder:
-            resumed_at = checkpoint.position(folder)
+            resumed_at = checkpoint.images_seen_at(folder)
         for seen in positions:
             state = State.create(config, torch.device("cpu"))
             state.step, state.images_seen = seen // 32, seen
@@ -119,7 +119,7 @@ def test_a_point_that_is_measured_again_is_not_recorded_again(
 
 def test_a_failed_run_keeps_its_last_points(tiny: Config, run: Location) -> None:
     save(run, tiny, 32)
-    with finished(RunStore(tiny, Run("one", run, "a"), "b")) as store:
+    with finished(RunStore(tiny, RunFolder("one", run, "a"), "b")) as store:
         with store.latest_checkpoint():
             store.metrics({"loss": 1.0}, 64)
         store.flush_on_error()
@@ -130,7 +130,7 @@ def test_a_failed_run_keeps_its_last_points(tiny: Config, run: Location) -> None
 
 def test_a_start_that_could_not_read_the_curves_writes_none(tiny: Config, run: Location) -> None:
     save(run, tiny, 32)
-    with finished(RunStore(tiny, Run("one", run, "a"), "b")) as store:
+    with finished(RunStore(tiny, RunFolder("one", run, "a"), "b")) as store:
         store.metrics({"loss": 1.0}, 0)
         store.flush_on_error()
     assert values(run) == [(32, 32)] and len(parts(run)) == 1

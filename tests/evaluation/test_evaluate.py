@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import SampleConfig
 from ddpm.config_io import override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
@@ -49,7 +49,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> RunFolder:
     return make_run(tmp_path_factory.mktemp("runs"), shards)
 
 
@@ -58,12 +58,12 @@ def evaluated(uri: str, *, every: bool = False, num_workers: int | None = 1, **s
 
 
 @pytest.fixture(scope="module")
-def one_worker(run: Run) -> Report:
+def one_worker(run: RunFolder) -> Report:
     """All checkpoints with two numbers of sampling steps, by one worker."""
     return evaluated(run.location.uri, every=True, num_sample_steps=(2, 4))
 
 
-def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: str) -> None:
+def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, shards: str) -> None:
     """Known answers: the bound and the scores that the library computes from all images at once."""
     assert [result.images_seen for result in one_worker.results] == list(POSITIONS)
     (candidate,) = context.read([run.location.uri])
@@ -93,7 +93,7 @@ def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: 
     assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1500)
 
 
-def test_num_train_images_limits_the_search(run: Run, one_worker: Report, tmp_path: Path) -> None:
+def test_num_train_images_limits_the_search(run: RunFolder, one_worker: Report, tmp_path: Path) -> None:
     for result in one_worker.results:
         for drawn in result.drawn:
             assert isinstance(share := drawn.scores[-1], NearerShare)
@@ -110,7 +110,7 @@ def test_num_train_images_limits_the_search(run: Run, one_worker: Report, tmp_pa
 
 @pytest.mark.parametrize("num_workers", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_several_workers_give_the_same_results_as_one(
-    run: Run, one_worker: Report, num_workers: int | None
+    run: RunFolder, one_worker: Report, num_workers: int | None
 ) -> None:
     """Bit for bit, with threads of this process and with actors of a Ray cluster."""
     import ray
@@ -125,7 +125,9 @@ def test_several_workers_give_the_same_results_as_one(
     assert again.key == one_worker.key
 
 
-def test_reference_features_are_cached(run: Run, one_worker: Report, shards: str, tmp_path: Path) -> None:
+def test_reference_features_are_cached(
+    run: RunFolder, one_worker: Report, shards: str, tmp_path: Path
+) -> None:
     kept = {path.name for path in Path(shards, "evaluation").iterdir()}
     manifest = read_manifest(locations.resolve(shards))
     digest = one_worker.settings["features"]["digest"][:16]
@@ -150,7 +152,7 @@ def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp
     assert [evaluate.grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
-def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_worker: Report) -> None:
+def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, one_worker: Report) -> None:
     """`measured` gives the smallest bound, and does not change sampling."""
     of_bound, drawn = {}, {}
     for variance in ("auto", "measured", "beta_tilde", "beta"):
@@ -164,7 +166,7 @@ def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_wor
     assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4", "ddpm-4", "ddpm-4 variance beta"]
 
 
-def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: Run) -> None:
+def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
     uris = resolve.checkpoints_of(run.location.uri)
     found = context.read([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
@@ -252,7 +254,7 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
     ids=str,
 )
 def test_user_errors(
-    run: Run, tmp_path: Path, data: dict[str, int], settings: dict[str, Any], message: str
+    run: RunFolder, tmp_path: Path, data: dict[str, int], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         evaluated(run.location.uri, shards=other_data(tmp_path / "d", **data), **settings)
@@ -275,7 +277,9 @@ def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, sha
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
 
 
-def test_checkpoints_of_different_data_need_the_data_set_flag(run: Run, tmp_path: Path, shards: str) -> None:
+def test_checkpoints_of_different_data_need_the_data_set_flag(
+    run: RunFolder, tmp_path: Path, shards: str
+) -> None:
     noise = other_data(tmp_path / "d", train=100, test=30)
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
     candidates = context.read([run.location.uri, other.location.uri])

@@ -12,7 +12,7 @@ from support import compared, servers, tracked
 from support.reported import drawn, made, near, result
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import CheckpointResult, Report
 from ddpm.storage import locations
@@ -28,17 +28,17 @@ def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     return MlflowClient(mlflow_server)
 
 
-def make_run(folder: Path, name: str = "a") -> Run:
+def make_run(folder: Path, name: str = "a") -> RunFolder:
     uri, _ = compared.make_run(str(folder), name)
     return runs.existing_run(uri)
 
 
-def of_run(run: Run, original: CheckpointResult) -> CheckpointResult:
+def of_run(run: RunFolder, original: CheckpointResult) -> CheckpointResult:
     """The result, of a checkpoint of `run`."""
     return replace(original, run=run.name, run_key=run.key, checkpoint=f"{run.location.uri}/checkpoint-1")
 
 
-def report_on(run: Run, *steps: int, change: int = 0, **settings: object) -> Report:
+def report_on(run: RunFolder, *steps: int, change: int = 0, **settings: object) -> Report:
     results = (of_run(run, result(i, drawn(i + change), drawn(i, 10, own=False))) for i in steps)
     return Report({**made().settings, **settings}, tuple(results))
 

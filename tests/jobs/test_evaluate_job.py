@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from support.evaluated import POSITIONS, make_data, make_run
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.hub import resolve
 from ddpm.tracking.push import push
 
@@ -19,14 +19,14 @@ FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return make_run(tmp_path_factory.mktemp("runs"), make_data(tmp_path_factory.mktemp("data")))
 
 
 @pytest.mark.slow
 def test_all_checkpoints_of_a_run_that_is_still_training(
     run_job: Callable[..., Any],
-    run: Run,
+    run: RunFolder,
     mlflow_server: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support import processes
 
-from ddpm.cluster import package
+from ddpm.cluster import job_folder
 from ddpm.commands import prepare
 from ddpm.data import prepare as data_prepare
 from ddpm.data.manifest import MANIFEST, read_manifest
@@ -63,7 +63,7 @@ def test_a_cluster_is_not_asked_for_files_of_this_machine(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(data_prepare, "LARGE_ENCODED", 0)
-    monkeypatch.setattr(package, "leave", lambda: None)
+    monkeypatch.setattr(job_folder, "set_home", lambda: None)
     (tmp_path / "in").mkdir()
     for i in range(2):
         Image.new("L", (16, 16)).save(tmp_path / f"in/{i}.png")

@@ -10,11 +10,11 @@ import pytest
 from support import servers, tracked
 
 from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     """A finished run that MLflow does not have."""
     return tracked.write_run(tmp_path / "runs")
 
@@ -23,7 +23,9 @@ def sync(run_job: Callable[..., Any], *args: object, uri: str) -> Any:
     return run_job("sync", *args, env={"MLFLOW_TRACKING_URI": uri})
 
 
-def test_a_run_is_sent_once_mlflow_answers(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
+def test_a_run_is_sent_once_mlflow_answers(
+    run_job: Callable[..., Any], run: RunFolder, mlflow_server: str
+) -> None:
     (port,) = servers.free_ports(1)
     absent = f"http://{servers.LOOPBACK}:{port}"
     away = sync(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
@@ -62,7 +64,7 @@ def test_a_run_that_trains_in_a_bucket(
 
 
 def test_what_is_no_run_is_one_line_with_exit_code_2(
-    user_error: Callable[..., str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user_error: Callable[..., str], run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/never.db")
     empty = tmp_path / "empty"
@@ -77,7 +79,7 @@ def test_what_is_no_run_is_one_line_with_exit_code_2(
 
 
 def test_a_half_made_database_is_reported_and_a_new_one_gets_everything(
-    run_job: Callable[..., Any], run: Run, tmp_path: Path
+    run_job: Callable[..., Any], run: RunFolder, tmp_path: Path
 ) -> None:
     """As after a first run that was killed while MLflow created its tables."""
     database = tmp_path / "mlflow.db"

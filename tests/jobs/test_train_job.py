@@ -123,11 +123,11 @@ def test_the_same_command_is_the_same_run(
     assert "train.seed 1" in error and "--run.name" in error and card.versions["version.ddpm"] in error
 
 
-def newest(run: runs.Run) -> Path:
+def newest(run: runs.RunFolder) -> Path:
     return Path(runs.checkpoints(run.location)[-1].path)
 
 
-def contents(run: runs.Run) -> dict[str, bytes]:
+def contents(run: runs.RunFolder) -> dict[str, bytes]:
     """All files of a run."""
     files = [path for path in Path(run.location.path).rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in files}

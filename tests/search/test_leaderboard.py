@@ -22,9 +22,9 @@ from ddpm.diffusion.objectives import Denoised
 from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation, Rungs, file_name
 from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.presets import DIGITS
-from ddpm.search import leaderboard, plots, publish, space
+from ddpm.search import leaderboard, plots, publish, results, space
 from ddpm.search.config import Arguments
-from ddpm.search.publish import Parent
+from ddpm.search.publisher import Parent
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Outcome, Trial, Trials
 from ddpm.storage import locations
@@ -125,13 +125,13 @@ def test_ranks_ties_and_flags(trials: Trials) -> None:
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
-    lines = "\n".join(leaderboard.remarks(found, grey_levels=17))
+    lines = "\n".join(results.remarks(found, grey_levels=17))
     assert "held-out images have 17 grey levels" in lines and lines.count("log2(17) = 4.09.") == 1
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
     assert "The best by bits/dim: digits-1.\n" in lines
     assert lines.endswith("The best by KID: digits-0, digits-4, which are tied.")
     assert "digits-1, has 2.3750 ± 0." in lines and "--finalist-seeds 3 ranks configurations" in lines
-    assert f"of the digits {leaderboard.FEWER_TIMESTEPS}" in lines
+    assert f"of the digits {results.FEWER_TIMESTEPS}" in lines
 
 
 def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None:
@@ -147,14 +147,14 @@ def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None
     best, lucky = rows[:2]
     assert best.mean and best.reported and lucky.reported and best.mean.error > 0.02 / 3**0.5
     assert (best.mean.value, best.reported.value, lucky.reported.value) == pytest.approx((2.5, 2.625, 2.825))
-    lines = "\n".join(leaderboard.remarks(rows))
+    lines = "\n".join(results.remarks(rows))
     assert "grey levels" not in lines
     assert "digits-0, has 2.6250 ± " in lines and "trained again after the search" in lines
     assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
-    text = leaderboard.markdown(rows, [])
+    text = results.markdown(rows, [])
     assert "| finished, digits-0 again |" in text and "| mean of trainings | rank |" in text
-    assert json.loads(str(leaderboard.best_config(rows, GIVEN)))["train"]["seed"] == 0
-    table = pq.read_table(io.BytesIO(leaderboard.parquet(rows))).to_pylist()
+    assert json.loads(str(results.best_config(rows, GIVEN)))["train"]["seed"] == 0
+    table = pq.read_table(io.BytesIO(results.parquet(rows))).to_pylist()
     assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "digits-0"
     assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
     assert plots.parallel(trials.all(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
@@ -202,21 +202,21 @@ def test_the_leftover_signal_biases_samples() -> None:
 
 def test_all_forms_of_the_leaderboard_agree(trials: Trials, tmp_path: Path) -> None:
     found = rows_of(trials)
-    (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
+    (tmp_path / "results.parquet").write_bytes(results.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["digits-1", "digits-0", "digits-4", "digits-2", "digits-3"]
     first, *_, last = rows
     assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
     assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
     assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
-    text = leaderboard.markdown(found, ["a remark"])
+    text = results.markdown(found, ["a remark"])
     assert "| digits-1 ! | finished | 128 | linear |" in text and "failed: it broke" in text
     assert text.endswith("- a remark\n")
-    assert len(leaderboard.table(found).rows) == 5
+    assert len(results.table(found).rows) == 5
 
 
 def test_the_best_config_can_be_trained(trials: Trials) -> None:
-    text = leaderboard.best_config(rows_of(trials), GIVEN)
+    text = results.best_config(rows_of(trials), GIVEN)
     assert text is not None
     found = from_json(text, "best.json", DIGITS)
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -230,15 +230,15 @@ def test_kid_of_another_feature_net_is_not_ranked(trials: Trials) -> None:
     trials.score("digits-4", Score("KID-lite0", 0.001, 0.0001, 100))
     found = rows_of(trials)
     assert [str(s.by_kid) for s in found] == ["2", "1", "None", "None", "None"]
-    assert "KID-pixels" in leaderboard.table(found).names
-    assert [line[-2:] for line in leaderboard.table(found).rows[2:3]] == [["", ""]]
+    assert "KID-pixels" in results.table(found).names
+    assert [line[-2:] for line in results.table(found).rows[2:3]] == [["", ""]]
 
 
 def test_a_search_without_finished_trials(place: Location) -> None:
     found = rows_of(make_trials(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})]))
     assert [s.by_bits for s in found] == [None, None]
-    assert leaderboard.best_config(found, GIVEN) is None
-    assert leaderboard.parquet(found) and len(leaderboard.table(found).rows) == 2
+    assert results.best_config(found, GIVEN) is None
+    assert results.parquet(found) and len(results.table(found).rows) == 2
 
 
 def test_plots(trials: Trials) -> None:

@@ -1,11 +1,13 @@
 """Setups that are rejected before anything starts, and whether the reasons in the error messages are true."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import REPO
 
 from ddpm.cluster import ray_init, resources
 from ddpm.commands import search
@@ -93,6 +95,17 @@ def run_search(*flags: str) -> int:
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
         return search.main()
+
+
+def test_a_search_of_0_1_is_refused_before_a_cluster_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_init, "connect", lambda verbose: pytest.fail("a cluster was joined"))
+    shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "s")
+    found = prepared(space=LR, name="s", storage=str(tmp_path))
+    with pytest.raises(UserError, match="of another version"):
+        whole_search.search(found.arguments)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["search.json"]
 
 
 def test_a_too_small_cluster_is_an_error_before_the_search_is_saved(tmp_path: Path) -> None:

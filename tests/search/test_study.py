@@ -18,9 +18,10 @@ from ddpm.presets import DIGITS
 from ddpm.search import space, trainables
 from ddpm.search.config import Arguments
 from ddpm.search.default_space import DEFAULT
-from ddpm.search.study import Outcomes, Study
+from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
 from ddpm.search.trials import Trial, Trials
+from ddpm.search.tune_callbacks import Outcomes
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
@@ -57,8 +58,15 @@ class Simulated(Study):
         self, search: Any, scheduler: Any, num_samples: int, repeats: Any = lambda changes: None
     ) -> None:
         """What Tune does, one trial after another."""
-        given = self.trials, self.spec, self.publisher, self.interruption, self.news, self.tick, repeats
-        outcomes = Outcomes(*given)
+        outcomes = Outcomes(
+            trials=self.trials,
+            spec=self.spec,
+            publisher=self.publisher,
+            interruption=self.interruption,
+            news=self.news,
+            tick=self.tick,
+            repeats=repeats,
+        )
         for number in range(num_samples):
             config = search.suggest(str(number))
             trial: Any = SimpleNamespace(trial_id=str(number), config=config, last_result={})

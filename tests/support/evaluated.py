@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.manifest import read_manifest
@@ -38,7 +38,7 @@ def make_data(folder: Path) -> str:
     return location.uri
 
 
-def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
+def make_run(folder: Path, shards: str, config: Config = CONFIG) -> RunFolder:
     """Write a run to `folder` whose checkpoints claim to be trained on `shards`."""
     config = override(config, {"data.shards": shards, "run.storage": str(folder)})
     place = locations.resolve(shards)

@@ -14,7 +14,7 @@ from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.hub import resolve
 from ddpm.storage import locations
-from ddpm.tracking import pages
+from ddpm.tracking import mlflow_pages
 from ddpm.utils.images import time_ms_of
 from support import local, processes, tracked
 
@@ -108,7 +108,7 @@ def assert_tracked_once(run: Run) -> None:
     """One finished MLflow run has what the run's folder has, each point and each picture once."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
-    content = tracked.content(uri, runs.Run(name, run.location, runs.read_card(run.location).run_key))
+    content = tracked.content(uri, runs.RunFolder(name, run.location, runs.read_card(run.location).run_key))
     status = runs.read_status(run.location)
     assert status is not None and status.status == content["status"] == "FINISHED"
     assert found.info.end_time == status.ended_ms
@@ -127,7 +127,7 @@ def assert_tracked_once(run: Run) -> None:
         for step, file in runs.pictures(run.location, series).items():
             expected += [(series, step, time_ms_of(file.read()), kind) for kind in ("png", "webp")]
     pictures = tracked.pictures_in(content["artifacts"])
-    assert [picture for picture in pictures if picture[0] != pages.LAST_GRID] == sorted(expected)
+    assert [picture for picture in pictures if picture[0] != mlflow_pages.LAST_GRID] == sorted(expected)
     assert len(expected) == 8  # two steps
     assert len(pictures) == 10  # and the last grid
     folder = run.location.child(runs.PICTURES)

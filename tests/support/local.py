@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
@@ -45,7 +45,7 @@ def fit(
     runtime: Callable[..., Runtime] = Runtime,
 ) -> State:
     """Train in `folder`, from its newest checkpoint."""
-    run = Run(folder.name, locations.resolve(str(folder)), "")
+    run = RunFolder(folder.name, locations.resolve(str(folder)), "")
     with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         if logged is not None:
             store.metrics = logged.metrics  # type: ignore[method-assign]

@@ -14,11 +14,11 @@ from mlflow import MlflowClient, entities
 
 from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Data, Facts, Run, Search, Status, StatusName
+from ddpm.checkpoints.runs import Data, Facts, RunFolder, Search, Status, StatusName
 from ddpm.config import Config
 from ddpm.config_io import override, to_json
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
-from ddpm.tracking.push import SENT_TAG
+from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
 from support.front_end import Answer, FrontEnd
 from support.tiny import TINY_NET
@@ -37,7 +37,7 @@ EVALUATED = {"eval/bits_per_dim": 4.0, "eval_error/bits_per_dim": 0.1, "eval/KID
 
 def begin(
     storage: Path | str, name: str = "a-run", config: Config = CONFIG, search: Search | None = None
-) -> Run:
+) -> RunFolder:
     """A new run, which has not trained yet."""
     facts = Facts(
         preset="digits",
@@ -59,27 +59,27 @@ def loss_at(images_seen: int) -> float:
     return 1 / (images_seen + 1)
 
 
-def append(run: Run, rows: Iterable[Row]) -> None:
+def append(run: RunFolder, rows: Iterable[Row]) -> None:
     """Write a part of the curves."""
     name, data = curves.part(curves.num_rows(run.location), list(rows))
     run.location.child(name).write(data)
 
 
-def draw(run: Run, series: str, images_seen: int) -> None:
+def draw(run: RunFolder, series: str, images_seen: int) -> None:
     """Write a picture of a series."""
     image = np.full((8, 12, 3), images_seen % 256, np.uint8)
     file = run.location.child(f"{series}/{images_seen:012d}.png")
     file.write(png_bytes(image, time_at(images_seen)))
 
 
-def store(run: Run, images_seen: int, config: Config = CONFIG) -> None:
+def store(run: RunFolder, images_seen: int, config: Config = CONFIG) -> None:
     """Write what tells a push of a checkpoint."""
     folder = run.location.child(checkpoint.name_at(images_seen))
     folder.child("config.json").write(to_json(config).encode())
     folder.child(runs.CHECKSUMS).write(b"{}")
 
 
-def train(run: Run, *steps: int, config: Config = CONFIG) -> None:
+def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
     """Write two metrics, a grid and a strip at each of `steps`, and a checkpoint at the last one."""
     rows = []
     for step in steps:
@@ -92,18 +92,18 @@ def train(run: Run, *steps: int, config: Config = CONFIG) -> None:
     set_status(run, "RUNNING", steps[-1])
 
 
-def set_status(run: Run, status: StatusName, images_seen: int) -> None:
+def set_status(run: RunFolder, status: StatusName, images_seen: int) -> None:
     ended_ms = None if status == "RUNNING" else time_at(images_seen) + 1
     runs.write_status(run.location, Status(status, images_seen, 0, 0.5, "2 cores", ended_ms))
 
 
-def finish(run: Run, images_seen: int = 128) -> None:
+def finish(run: RunFolder, images_seen: int = 128) -> None:
     """Write what a run writes at its end."""
     run.location.child(f"{runs.PICTURES}/noising.png").write(PICTURE)
     set_status(run, "FINISHED", images_seen)
 
 
-def evaluate(run: Run, images_seen: int = 128, name: str = "at-128", **values: float) -> None:
+def evaluate(run: RunFolder, images_seen: int = 128, name: str = "at-128", **values: float) -> None:
     """Write an evaluation with its picture."""
     folder = run.location.child(runs.EVALUATIONS)
     points = {"time_ms": time_at(images_seen) + 2, "values": {str(images_seen): values or EVALUATED}}
@@ -111,7 +111,7 @@ def evaluate(run: Run, images_seen: int = 128, name: str = "at-128", **values: f
     folder.child(f"{name}.png").write(PICTURE)
 
 
-def write_run(storage: Path | str, name: str = "a-run") -> Run:
+def write_run(storage: Path | str, name: str = "a-run") -> RunFolder:
     """A finished and evaluated run, with values that are not finite."""
     run = begin(storage, name)
     train(run, 32, 64)
@@ -151,7 +151,7 @@ def artifacts(uri: str, run: entities.Run) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def content(uri: str, run: Run) -> dict[str, Any]:
+def content(uri: str, run: RunFolder) -> dict[str, Any]:
     """Everything that MLflow has of a run, except what depends on the server or on where the folder is."""
     found = run_with_key(uri, run.key)
     client, run_id = MlflowClient(uri), found.info.run_id

@@ -19,7 +19,7 @@ from ddpm.checkpoints.runs import SAMPLES, StatusName
 from ddpm.config_io import override
 from ddpm.presets import DIGITS
 from ddpm.tracking.mlflow_client import tracking_uri
-from ddpm.tracking.pages import GRID, WORKFLOW
+from ddpm.tracking.mlflow_pages import GRID, WORKFLOW
 from ddpm.tracking.push import push
 
 PATIENCE_MS = 300_000

@@ -26,12 +26,13 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run, Search, Status
+from ddpm.checkpoints.runs import RunFolder, Search, Status
 from ddpm.config_io import override
-from ddpm.tracking import mlflow_run, pages
+from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import SENT_TAG, is_in_mlflow, push
+from ddpm.tracking.push import is_in_mlflow, push
 from ddpm.tracking.pusher import push_patiently
+from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
 
 SAMPLED = [
@@ -43,7 +44,7 @@ SAMPLED = [
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     return tracked.write_run(tmp_path)
 
 
@@ -63,7 +64,7 @@ def proxy(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflo
         yield proxy
 
 
-def reference(run: Run) -> dict[str, Any]:
+def reference(run: RunFolder) -> dict[str, Any]:
     """What MLflow has of a run after one undisturbed push, to the database that all tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI")
@@ -71,7 +72,7 @@ def reference(run: Run) -> dict[str, Any]:
         return content(tracking_uri(), run)
 
 
-def unmark(uri: str, run: Run) -> None:
+def unmark(uri: str, run: RunFolder) -> None:
     """Let MLflow forget what it has."""
     MlflowClient(uri).delete_tag(tracked.run_with_key(uri, run.key).info.run_id, SENT_TAG)
 
@@ -79,7 +80,7 @@ def unmark(uri: str, run: Run) -> None:
 # What a push sends.
 
 
-def test_a_push_sends_everything(uri: str, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
     found, sent = tracked.run_with_key(uri, run.key), content(uri, run)
     assert (pushed.run_id, pushed.experiment_id) == (found.info.run_id, found.info.experiment_id)
@@ -93,7 +94,7 @@ def test_a_push_sends_everything(uri: str, run: Run, caplog: pytest.LogCaptureFi
     assert (tags["preset"], tags["changed"]) == ("digits", "optim.lr=0.5")
     assert (tags["command"], tags["hardware"]) == (tracked.COMMAND, "2 cores")
     assert (tags["version.ddpm"], tags["checkpoint"]) == ("0.2.0", "RUN/checkpoint-000000000128")
-    assert "Finished at 128 of 128 images" in tags[pages.NOTE_TAG]
+    assert "Finished at 128 of 128 images" in tags[mlflow_pages.NOTE_TAG]
     ((data, tags_of_data),) = sent["data"]
     assert (data["name"], json.loads(data["source"])) == ("digits", {"uri": tracked.DATA.uri})
     assert json.loads(data["profile"])["images"] == 1500
@@ -113,13 +114,13 @@ def test_a_push_sends_everything(uri: str, run: Run, caplog: pytest.LogCaptureFi
 
     files = sent["artifacts"]
     created_ms = runs.read_card(run.location).created_ms
-    last = [(pages.LAST_GRID, 0, created_ms, kind) for kind in ("png", "webp")]
+    last = [(mlflow_pages.LAST_GRID, 0, created_ms, kind) for kind in ("png", "webp")]
     assert tracked.pictures_in(files) == sorted([*SAMPLED, *last])
     others = {name: data for name, data in files.items() if not name.startswith("images/")}
     folder = Path(run.location.path)
     assert others == {
         "config.json": (folder / "checkpoint-000000000128/config.json").read_bytes(),
-        pages.GRID: (folder / "samples/000000000128.png").read_bytes(),
+        mlflow_pages.GRID: (folder / "samples/000000000128.png").read_bytes(),
         "pictures/noising.png": tracked.PICTURE,
         "evaluation/at-128.json": (folder / "evaluations/at-128.json").read_bytes(),
         "evaluation/at-128.png": tracked.PICTURE,
@@ -154,8 +155,8 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
     tracked.set_status(run, "STOPPED", 64)
     push(run)
     stopped = tracked.run_with_key(uri, run.key)
-    assert (stopped.info.status, stopped.info.end_time) == (pages.STOPPED, tracked.time_at(64) + 1)
-    assert "Stopped at 64 of 128 images" in stopped.data.tags[pages.NOTE_TAG]
+    assert (stopped.info.status, stopped.info.end_time) == (mlflow_pages.STOPPED, tracked.time_at(64) + 1)
+    assert "Stopped at 64 of 128 images" in stopped.data.tags[mlflow_pages.NOTE_TAG]
     tracked.train(run, 96, 128)
     assert push(run).num_points == 4
     assert tracked.run_with_key(uri, run.key).info.status == "RUNNING"
@@ -169,7 +170,7 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
 # A push can be repeated.
 
 
-def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: Run) -> None:
+def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: RunFolder) -> None:
     push(run)
     before = tracked.run_with_key(uri, run.key)
     calls: list[None] = []
@@ -180,7 +181,9 @@ def test_a_second_push_makes_few_calls_and_no_change(uri: str, run: Run) -> None
 
 
 @pytest.mark.parametrize("who", ["nothing was marked", "a copy of the folder"])
-def test_everything_sent_again_gives_the_same_content(uri: str, run: Run, tmp_path: Path, who: str) -> None:
+def test_everything_sent_again_gives_the_same_content(
+    uri: str, run: RunFolder, tmp_path: Path, who: str
+) -> None:
     push(run)
     before = content(uri, run)
     unmark(uri, run)
@@ -193,7 +196,7 @@ def test_everything_sent_again_gives_the_same_content(uri: str, run: Run, tmp_pa
 
 
 def test_another_server_gets_the_same_content(
-    run: Run, database: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, database: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run)
     first = content(tracking_uri(), run)
@@ -202,7 +205,7 @@ def test_another_server_gets_the_same_content(
     assert content(mlflow_server, run) == first
 
 
-def test_a_database_that_was_deleted_gets_the_same_content(run: Run, database: Path) -> None:
+def test_a_database_that_was_deleted_gets_the_same_content(run: RunFolder, database: Path) -> None:
     push(run)
     before = content(tracking_uri(), run)
     database.unlink()
@@ -210,7 +213,7 @@ def test_a_database_that_was_deleted_gets_the_same_content(run: Run, database: P
     assert content(tracking_uri(), run) == before
 
 
-def test_merged_curves_are_not_sent_again(database: Path, run: Run) -> None:
+def test_merged_curves_are_not_sent_again(database: Path, run: RunFolder) -> None:
     push(run)
     before = content(tracking_uri(), run)
     curves.merge(run.location, pytest.fail)
@@ -220,16 +223,16 @@ def test_merged_curves_are_not_sent_again(database: Path, run: Run) -> None:
     assert content(tracking_uri(), run) == before
 
 
-def test_a_user_s_own_description_stays(database: Path, run: Run) -> None:
+def test_a_user_s_own_description_stays(database: Path, run: RunFolder) -> None:
     push(run)
     run_id = tracked.run_with_key(tracking_uri(), run.key).info.run_id
-    MlflowClient(tracking_uri()).set_tag(run_id, pages.NOTE_TAG, "My best run.")
+    MlflowClient(tracking_uri()).set_tag(run_id, mlflow_pages.NOTE_TAG, "My best run.")
     unmark(tracking_uri(), run)
     push(run)
-    assert tracked.run_with_key(tracking_uri(), run.key).data.tags[pages.NOTE_TAG] == "My best run."
+    assert tracked.run_with_key(tracking_uri(), run.key).data.tags[mlflow_pages.NOTE_TAG] == "My best run."
 
 
-def test_a_run_that_was_deleted_in_mlflow_is_one_line(uri: str, run: Run) -> None:
+def test_a_run_that_was_deleted_in_mlflow_is_one_line(uri: str, run: RunFolder) -> None:
     run_id = push(run).run_id
     MlflowClient(uri).delete_run(run_id)
     with pytest.raises(MlflowError, match=run_id) as raised:
@@ -284,7 +287,9 @@ class TwoCreations(FrontEnd):
         return None
 
 
-def test_two_pushes_at_once_make_one_run(forkserver: ForkServerContext, mlflow_server: str, run: Run) -> None:
+def test_two_pushes_at_once_make_one_run(
+    forkserver: ForkServerContext, mlflow_server: str, run: RunFolder
+) -> None:
     """Both processes find no run, and create one."""
     with TwoCreations(mlflow_server) as front:
         arguments = (front.uri, run.location.uri)
@@ -297,7 +302,7 @@ def test_two_pushes_at_once_make_one_run(forkserver: ForkServerContext, mlflow_s
     assert content(mlflow_server, run) == reference(run)
 
 
-def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: Run) -> None:
+def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: RunFolder) -> None:
     client = MlflowClient(uri)
     experiment_id = mlflow_run.experiment_id(Connection(uri), tracked.EXPERIMENT)
     tags = {mlflow_run.RUN_KEY_TAG: run.key}
@@ -309,7 +314,9 @@ def test_of_two_mlflow_runs_of_a_run_the_older_stays(uri: str, run: Run) -> None
     assert client.get_run(younger).info.lifecycle_stage == "deleted"
 
 
-def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one(uri: str, run: Run) -> None:
+def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one(
+    uri: str, run: RunFolder
+) -> None:
     """The other process has created an older run, and finds ours."""
     mlflow, older = Connection(uri), list[str]()
 
@@ -355,7 +362,7 @@ def test_what_mlflow_refuses_is_skipped(
 
 
 def test_a_damaged_part_of_the_curves_is_one_line(
-    database: Path, run: Run, caplog: pytest.LogCaptureFixture
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     (damaged,) = (Path(run.location.path) / curves.FOLDER).glob("000000000-*.parquet")
     damaged.write_bytes(damaged.read_bytes()[:-9])
@@ -369,7 +376,9 @@ def test_a_damaged_part_of_the_curves_is_one_line(
     assert len(warnings_of(caplog)) == 1
 
 
-def test_a_damaged_evaluation_is_one_line(database: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_evaluation_is_one_line(
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged = run.location.child(f"{runs.EVALUATIONS}/a-broken.json")
     damaged.write(b'{"points": [')
     push(run)
@@ -379,7 +388,9 @@ def test_a_damaged_evaluation_is_one_line(database: Path, run: Run, caplog: pyte
     assert found["status"] == "FINISHED"
 
 
-def test_a_damaged_status_is_one_line(database: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_status_is_one_line(
+    database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     """The next start of the run writes it again."""
     status = run.location.child(runs.STATUS)
     status.write(b"{")
@@ -391,7 +402,7 @@ def test_a_damaged_status_is_one_line(database: Path, run: Run, caplog: pytest.L
 
 @pytest.mark.parametrize("server", ["works", "is down"])
 def test_no_password_is_in_any_output(
-    run: Run,
+    run: RunFolder,
     mlflow_server: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -428,7 +439,18 @@ def test_changed_settings_of_a_resumed_run_are_tags(database: Path, tmp_path: Pa
     assert found["params"]["optim.lr"] == str(tracked.CONFIG.optim.lr)  # params never change in MLflow
     resumed = {name: value for name, value in found["tags"].items() if name.startswith("resumed.")}
     assert resumed == {"resumed.optim.lr": "0.25", "resumed.train.total_images": "192"}
-    assert "128 of 192 images" in found["tags"][pages.NOTE_TAG]
+    assert "128 of 192 images" in found["tags"][mlflow_pages.NOTE_TAG]
+    assert found == reference(run)
+
+
+def test_a_setting_that_is_changed_back_has_no_tag(database: Path, tmp_path: Path) -> None:
+    run = tracked.begin(tmp_path)
+    changed = override(tracked.CONFIG, {"optim.lr": 0.25})
+    for step, config in ((32, tracked.CONFIG), (64, changed), (128, tracked.CONFIG)):
+        tracked.train(run, step, config=config)
+        push(run)
+    found = content(tracking_uri(), run)
+    assert [name for name in found["tags"] if name.startswith("resumed.")] == []
     assert found == reference(run)
 
 
@@ -460,7 +482,7 @@ def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
     assert found["tags"].items() >= tags.items()
     assert found["params"]["train.batch_size"]
     assert found["status"] == "FINISHED"
-    assert found["artifacts"][pages.GRID] == grid
+    assert found["artifacts"][mlflow_pages.GRID] == grid
     unmark(tracking_uri(), run)
     push(run)
     assert content(tracking_uri(), run) == found
@@ -469,7 +491,7 @@ def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
 # Connections.
 
 
-def test_whether_mlflow_has_a_run_changes_nothing_there(run: Run, database: Path) -> None:
+def test_whether_mlflow_has_a_run_changes_nothing_there(run: RunFolder, database: Path) -> None:
     assert not is_in_mlflow(run)
     assert [found.name for found in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
     push(run)
@@ -504,7 +526,7 @@ def test_a_relative_database_path_is_relative_to_the_driver(
     assert tracking_uri() == "http://host:5000"
 
 
-def test_artifacts_are_stored_beside_the_database(run: Run, database: Path, tmp_path: Path) -> None:
+def test_artifacts_are_stored_beside_the_database(run: RunFolder, database: Path, tmp_path: Path) -> None:
     push(run)
     (stored,) = tmp_path.rglob("artifacts/**/noising.png")
     assert stored.is_relative_to(database.parent / "mlruns")

@@ -18,18 +18,20 @@ from support.processes import wait_for
 from support.proxy import FaultyProxy
 from support.tracked import MlflowFaultProxy, content, warnings_of
 
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints import runs
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.storage import locations
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
 from ddpm.tracking.pusher import MIN_BEGIN_S, Delivery, Pusher
+from ddpm.utils.errors import UserError
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
 LONG_S = 60.0
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     """A run that trains."""
     run = tracked.begin(tmp_path)
     tracked.train(run, 32, 64)
@@ -64,18 +66,18 @@ def within(patience_s: float, call: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def train_on(run: Run, pusher: Pusher, *steps: int) -> None:
+def train_on(run: RunFolder, pusher: Pusher, *steps: int) -> None:
     """A checkpoint, which the pusher is told of; nothing here may wait."""
     tracked.train(run, *steps)
     within(LONG_S, pusher.notify)
 
 
-def has_pushed(uri: str, run: Run, images_seen: int) -> bool:
+def has_pushed(uri: str, run: RunFolder, images_seen: int) -> bool:
     points = tracked.history(uri, tracked.run_with_key(uri, run.key), "train/loss")
     return bool(points) and points[-1][0] == images_seen
 
 
-def assert_complete(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_complete(run: RunFolder, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow has the same as after one push of the finished run, to the database that all tests share."""
     found = content(uri, run)
     assert found["status"] == "FINISHED"
@@ -85,7 +87,7 @@ def assert_complete(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_each_checkpoint_is_pushed_while_the_run_trains(
-    run: Run,
+    run: RunFolder,
     mlflow_server: str,
     s3_bucket: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +114,7 @@ def test_each_checkpoint_is_pushed_while_the_run_trains(
 
 
 def test_a_server_that_is_down_blocks_nothing(
-    run: Run, absent_server: str, caplog: pytest.LogCaptureFixture
+    run: RunFolder, absent_server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pusher = Pusher(run)
     within(LONG_S, pusher.begin)
@@ -125,14 +127,14 @@ def test_a_server_that_is_down_blocks_nothing(
     assert absent_server in line and "\n" not in line
 
 
-def test_a_server_that_hangs_blocks_nothing(run: Run, hanging_server: str) -> None:
+def test_a_server_that_hangs_blocks_nothing(run: RunFolder, hanging_server: str) -> None:
     pusher = Pusher(run)
     within(LONG_S, pusher.begin)
     train_on(run, pusher, 96)
     assert within(LONG_S, lambda: pusher.close(patience_s=2)) == Delivery(None, False)
 
 
-def test_close_with_little_patience_does_not_import_mlflow(run: Run, absent_server: str) -> None:
+def test_close_with_little_patience_does_not_import_mlflow(run: RunFolder, absent_server: str) -> None:
     hasty, patient = Pusher(run), Pusher(run)
     assert hasty.close(patience_s=MIN_BEGIN_S - 1) == Delivery(None, False)
     assert patient.close(patience_s=MIN_BEGIN_S) == Delivery(None, False)
@@ -141,7 +143,7 @@ def test_close_with_little_patience_does_not_import_mlflow(run: Run, absent_serv
 
 @pytest.mark.slow
 def test_close_waits_for_a_slow_server_that_accepts(
-    run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All calls together take longer than its patience."""
     use(monkeypatch, mlflow_server)
@@ -156,7 +158,7 @@ def test_close_waits_for_a_slow_server_that_accepts(
 
 
 def test_each_outage_is_one_line_and_everything_arrives(
-    run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunFolder, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused: list[tuple[object, ...]] = []
 
@@ -184,7 +186,7 @@ def test_each_outage_is_one_line_and_everything_arrives(
 
 
 def test_a_server_that_refuses_the_run_is_one_line(
-    run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunFolder, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`close` does not wait for what is useless to repeat."""
     with MlflowFaultProxy(mlflow_server) as proxy:
@@ -199,7 +201,7 @@ def test_a_server_that_refuses_the_run_is_one_line(
 
 @pytest.mark.slow
 def test_a_server_that_starts_late_and_is_killed_gets_everything(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It loses everything in between, as if somebody had deleted its folder."""
     server = servers.MlflowServer(tmp_path / "server")
@@ -226,7 +228,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_everything(
 
 
 def test_a_locked_database_is_waited_for(
-    run: Run, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As by another `mlflow ui` that migrates it, or by a backup."""
     uri = tracking_uri()
@@ -244,7 +246,7 @@ def test_a_locked_database_is_waited_for(
 
 
 def test_a_database_deleted_while_training_gets_everything(
-    run: Run,
+    run: RunFolder,
     database: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -276,7 +278,7 @@ def test_storage_that_does_not_answer_is_waited_for(
     uri, run = tracking_uri(), tracked.write_run(f"{s3_bucket}/runs")
     with FaultyProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        behind = Run(run.name, locations.resolve(run.location.uri), run.key)
+        behind = RunFolder(run.name, locations.resolve(run.location.uri), run.key)
         proxy.switch("down")
         pusher = Pusher(behind)
         pusher.begin()
@@ -286,3 +288,14 @@ def test_storage_that_does_not_answer_is_waited_for(
     (line,) = warnings_of(caplog)
     assert run.location.uri in line
     assert_complete(run, uri, monkeypatch)
+
+
+def test_close_does_not_wait_for_a_folder_that_cannot_be_read(
+    run: RunFolder, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.location.child(runs.CARD).write(b"{")
+    with pytest.raises(UserError):
+        push(run)
+    assert within(LONG_S, lambda: Pusher(run).close(patience_s=10 * LONG_S)) == Delivery(None, False)
+    (line,) = warnings_of(caplog)
+    assert run.location.child(runs.CARD).uri in line

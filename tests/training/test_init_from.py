@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.local import assert_same, fit, tensors
 
 from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.reading import DataSet
@@ -36,7 +36,7 @@ def source(tiny: Config, tmp_path: Path) -> Path:
 
 def begin(config: Config, folder: Path) -> list[str]:
     warnings: list[str] = []
-    run = Run("run", locations.resolve(str(folder)), "")
+    run = RunFolder("run", locations.resolve(str(folder)), "")
     checkpoint_manager.begin(run, config, "f", warnings.append)
     return warnings
 

@@ -30,7 +30,6 @@ from ddpm.presets import DIGITS, PRESETS
 from ddpm.sampling import generate
 from ddpm.storage.locations import resolve
 from ddpm.training import loop
-from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -284,7 +283,7 @@ def test_a_held_out_loss_that_has_risen_is_said_once(
     helps: str,
 ) -> None:
     losses = iter([0.6, 0.5, 0.505, 0.495, 0.5, 0.51, 0.6, 0.7])  # a little above the lowest is not a turn
-    monkeypatch.setattr(Recorder, "_held_out_loss", lambda self: next(losses))
+    monkeypatch.setattr("ddpm.training.held_out.mean_loss", lambda *args: next(losses))
     logged = Logged()
     changes = {"train.checkpoint_every_images": 32, "train.sample_every_images": 0, "data.augment": augment}
     fit(override(tiny, changes), train_set, run_folder, logged)

@@ -11,7 +11,7 @@ from support.local import finished
 from support.power import Disk
 
 from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.storage import locations
@@ -31,7 +31,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
         if subject == run_state.COMMITTED:
             committed.append(value)
 
-    run = Run("one", locations.resolve(str(root)).child("runs").child("one"), "a")
+    run = RunFolder("one", locations.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
     changes = {"train.keep_checkpoints": 1, "train.total_images": 64, "run.storage_timeout_s": 300.0}
     config = override(config, changes)
@@ -51,7 +51,7 @@ def checkpoints(root: Path) -> list[int]:
     ]
     for folder in map(Path, names):
         checkpoint.verify(folder)
-        seen = checkpoint.position(folder)
+        seen = checkpoint.images_seen_at(folder)
         points = [(point.images_seen, point.value) for point in curves.read(location)["train/loss"]]
         assert points[: seen // 32] == [(at, 0.5) for at in range(32, seen + 1, 32)]
         found.append(seen)

@@ -8,7 +8,7 @@ import pytest
 from support.local import finished
 
 from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.storage import locations
@@ -17,11 +17,11 @@ from ddpm.utils.images import from_png, time_ms_of
 
 
 @pytest.fixture
-def run(root_uri: str) -> Run:
-    return Run("one", locations.resolve(root_uri).child("one"), "a")
+def run(root_uri: str) -> RunFolder:
+    return RunFolder("one", locations.resolve(root_uri).child("one"), "a")
 
 
-def test_a_recorded_picture_is_final_and_has_its_time(tiny: Config, run: Run) -> None:
+def test_a_recorded_picture_is_final_and_has_its_time(tiny: Config, run: RunFolder) -> None:
     """A resumed run draws the same picture again, at another time; only `latest.png` is replaced."""
     began_ms, found = int(time.time() * 1000), list[bytes]()
     for level in (1, 2):
@@ -39,7 +39,7 @@ def test_a_recorded_picture_is_final_and_has_its_time(tiny: Config, run: Run) ->
     assert run.location.child(f"{runs.SAMPLES}/latest.png").read() == b"\2"
 
 
-def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: Run) -> None:
+def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: RunFolder) -> None:
     runs.write_status(run.location, runs.Status("STOPPED", 96, 32, 5.0, "1 core", ended_ms=1))
     with finished(RunStore(tiny, run, "b", hardware="2 cores")) as store, store.latest_checkpoint(128):
         pass
@@ -50,7 +50,7 @@ def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: Run) ->
 
 
 def test_a_damaged_status_is_rewritten(tiny: Config, tmp_path: Path) -> None:
-    run, lines = Run("one", locations.resolve(str(tmp_path)), "a"), list[str]()
+    run, lines = RunFolder("one", locations.resolve(str(tmp_path)), "a"), list[str]()
     run.location.child(runs.STATUS).write(b"{")
     store = RunStore(override(tiny, {"train.total_images": 64}), run, "b")
     store.warn = lines.append  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The package of a Ray job: its working folder, which Ray unpacks, names by a hash of the content, removes later."""
+"""The working folder of a Ray job, which Ray unpacks, names by a hash of its content, and removes later."""
 
 import os
 from pathlib import Path
@@ -6,15 +6,11 @@ from pathlib import Path
 from ddpm.storage.locations import HOME
 
 
-def leave(verbose: bool = False) -> None:
-    """In a Ray job, make relative paths start from ~/ddpm, where the next submission finds what this one writes.
-
-    Raises:
-        NoCluster: this is a job (RAY_ADDRESS is set), and the cluster cannot be joined.
-    """
+def set_home(verbose: bool = False) -> None:
+    """In a Ray job, make relative paths start from ~/ddpm, where the next submission finds what this one writes."""
     if "RAY_ADDRESS" not in os.environ or HOME in os.environ:
         return
-    from ddpm.cluster import ray_init  # seconds: Ray
+    from ddpm.cluster import ray_init  # imported here: Ray takes seconds
 
     ray_init.connect(verbose)
     if Path.cwd().is_relative_to(ray_init.temp_dir()):

@@ -12,12 +12,12 @@ from support.tiny import TINY_NET
 from ddpm import presets
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import RunFolder
 from ddpm.config import Config
 from ddpm.config_io import flatten, override
 from ddpm.diffusion import schedules
 from ddpm.sampling import generate
-from ddpm.tracking import pages, run_params
+from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
 
@@ -114,7 +114,7 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     assert description(run).split("\n\n") == [
         "**digits**, optim.lr=0.5: predicts eps, linear schedule of 500 steps.",
         "Stopped at 64 of 128 images; bits/dim 4.2500 ± 0.5000.",
-        f"![samples](get-artifact?path={pages.GRID}&run_uuid={run_id})",
+        f"![samples](get-artifact?path={mlflow_pages.GRID}&run_uuid={run_id})",
         f"Resume: `{tracked.COMMAND}`",
         f"Sample: `python jobs/sample.py {run.location.uri}`",
         "*Written by the run; another text in its place stays.*",
@@ -127,5 +127,5 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     assert "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
 
 
-def description(run: Run) -> str:
-    return tracked.run_with_key(tracking_uri(), run.key).data.tags[pages.NOTE_TAG]
+def description(run: RunFolder) -> str:
+    return tracked.run_with_key(tracking_uri(), run.key).data.tags[mlflow_pages.NOTE_TAG]

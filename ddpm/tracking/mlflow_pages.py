@@ -14,8 +14,10 @@ WORKFLOW = "workflowType=machine_learning"
 (3.17)."""
 NOTE_TAG = "mlflow.note.content"
 NOTE_END = "\n\n*Written by the run; another text in its place stays.*"
-GRID, LAST_GRID = "samples.png", "samples_last"
-"""The newest grid as an artifact, and the key of the last one among the images."""
+GRID = "samples.png"
+"""Name of the newest grid as an artifact."""
+LAST_GRID = "samples_last"
+"""Key of the last grid among the images."""
 STOPPED = "SCHEDULED"
 """MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
 STATUS: dict[str, str] = {
@@ -31,7 +33,7 @@ LOCAL_UI = "http://127.0.0.1:5000"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the description of a run tells."""
+    """What the description of a run contains."""
 
     tags: Mapping[str, str]
     config: Config
@@ -56,20 +58,23 @@ def experiment_link(uri: str, experiment_id: str) -> str:
 
 def ui_command(database: Path) -> str:
     """The command that serves MLflow's pages of a SQLite file at LOCAL_UI."""
-    is_default = database == Path("mlflow.db").absolute()
-    return (
-        "mlflow ui" if is_default else f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
-    )
+    if database == Path("mlflow.db").absolute():
+        return "mlflow ui"
+    return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
 
 
 def description(facts: Facts) -> str:
     """The description of a run in Markdown."""
-    tags, config = facts.tags, facts.config
-    what = f"**{tags['preset']}**" + (f", {tags['changed']}" if tags["changed"] != "nothing" else "")
-    what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of "
-    what += f"{config.schedule.num_timesteps} steps."
-    position = f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"
-    lines = [what, "; ".join([position, *_scores(facts.metrics)]) + "."]
+    tags = facts.tags
+    config = facts.config
+    what = f"**{tags['preset']}**"
+    if tags["changed"] != "nothing":
+        what += f", {tags['changed']}"
+    schedule = f"{config.schedule.kind} schedule of {config.schedule.num_timesteps} steps"
+    what += f": predicts {config.objective.predict}, {schedule}."
+    found = [f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"]
+    found += _scores(facts.metrics)
+    lines = [what, "; ".join(found) + "."]
     if "mlflow.loggedImages" in tags:
         lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={facts.run_id})")
     if "command" in tags:
