@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.build import TrainedNet, build_objective, build_sampler
+from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import Config
 from ddpm.data import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES
+from ddpm.diffusion.objectives import PROCESSES, Denoised
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -157,7 +158,11 @@ def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
     """The net as a function for samplers: with `label`, and guidance if it is configured."""
 
     def given(label: Tensor | None) -> Denoise:
-        return lambda x_t, t: trained.objective.denoise(trained.net, x_t, t, label)
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            check_cancelled()
+            return trained.objective.denoise(trained.net, x_t, t, label)
+
+        return denoise
 
     if label is None:
         return given(None)
