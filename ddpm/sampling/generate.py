@@ -145,7 +145,13 @@ def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = Non
 
 def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple[Pixels, bytes]:
     """The reverse process, from noise to images: a strip (a row per image) and a GIF of a grid; `how` as in `draw`."""
-    frames = list(denoising(trained, indices, **how))
+    frames: list[Pixels] = []
+
+    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
+        frames.append(images.to_uint8(x_t).cpu().numpy())
+
+    drawn = draw(trained, indices, on_step=keep, **how)
+    frames.append(drawn.cpu().numpy())
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
     rows = np.stack([frames[i] for i in picked], axis=1)
     moving = [images.grid(frames[i]) for i in range(0, len(frames), max(1, len(frames) // 50))]
