@@ -1,20 +1,19 @@
-"""A pool of workers for independent pieces of work: sampling and evaluation. A worker holds an object, such as a net.
+"""A pool of workers for independent pieces of work, such as sampling and evaluation.
+
+On one machine the workers are threads of this process. On a Ray cluster every piece is a Ray task: if its worker
+process or its node dies, Ray repeats the piece.
 
 A worker has one GPU, or else one core. CPU kernels may round differently with another number of threads; with one
 thread per piece, every worker computes the same result, bit for bit. Several cores compute several pieces at once,
 which is as fast as all cores on one piece, and twice as fast beside a busy process (benchmarks/sampling.md).
-
-If a worker dies, another one repeats its piece. Workers without free resources in the cluster stay pending while the
-others work, so a pool shrinks and grows with its cluster.
 """
 
-import ctypes
+import functools
 import logging
 import os
 import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -30,37 +29,56 @@ Held = TypeVar("Held")
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-MAX_DEATHS = 3
-"""Worker deaths after which the pool gives up: in a row before they started, or on the same piece."""
-NO_WORKER_S = 15.0
-"""Seconds without any worker after which the pool logs a warning."""
+MAX_RETRIES = 3
+"""How often Ray repeats a piece whose worker process or node died."""
+FIRST_RESULT_S = 15.0
+"""Seconds without a first result after which the pool logs that the cluster has no free GPU or core."""
+
+_this_thread = threading.local()
+"""`cancelled` is the event of the pool that this thread works for."""
 
 
 class WorkersDied(UserError):
-    """Workers died repeatedly, or their cluster died."""
+    """The worker of a piece died, and so did the workers of its repetitions."""
 
     exit_code = 1
 
 
+def check_cancelled() -> None:
+    """Raise CancelledError if the result of this thread's piece is no longer wanted, after an error or Ctrl-C.
+
+    Work that takes more than a few seconds calls this in each of its steps. Elsewhere it does nothing.
+    """
+    cancelled = getattr(_this_thread, "cancelled", None)
+    if cancelled is not None and cancelled.is_set():
+        raise CancelledError
+
+
 class WorkerPool(Generic[Held]):
-    """A context with workers: threads of this process, or actors of a Ray cluster.
+    """A context with workers: threads of this process, or tasks of a Ray cluster.
 
     Without a cluster in the environment (RAY_ADDRESS), the workers are this machine's GPU or all its cores, and Ray
     is not started, unless several workers are requested or there are several GPUs.
 
     Args:
-        make: `make(device)` returns what a worker holds; threads of one process share it. `make` is sent to every
-            worker once, with its weights: a `functools.partial` of an importable function or class.
-        num_workers: actors, with a GPU each if the cluster has any, else with a core each. 1, without a cluster: one
-            piece at a time. None: all GPUs, or all cores.
+        make: `make(device)` returns what a worker holds, such as a net. It is called once in every process; threads
+            share the object. Ray stores `make`, with its weights, once: a `functools.partial` of an importable
+            function or class.
+        num_workers: pieces at a time, with a GPU each if the cluster has any, else with a core each. 1, without a
+            cluster: one thread. None: all GPUs, or all cores.
     """
 
     def __init__(self, make: Callable[[torch.device], Held], num_workers: int | None = None) -> None:
-        joined = "RAY_ADDRESS" in os.environ  # then this machine's GPUs do not matter
-        self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else devices.count() > 0
+        is_joined = "RAY_ADDRESS" in os.environ
+        self.has_gpus: bool
         """Whether the workers have GPUs."""
-        if joined or (num_workers or devices.count()) > 1:
-            self._workers: _Actors | _Threads = _Actors(make, num_workers, self.has_gpus)
+        if is_joined:  # then this machine's GPUs do not matter
+            self.has_gpus = _resources().get("GPU", 0) >= 1
+        else:
+            self.has_gpus = devices.count() > 0
+        self._workers: _Threads | _RayTasks
+        if is_joined or (num_workers or devices.count()) > 1:
+            self._workers = _RayTasks(make, num_workers, self.has_gpus)
         else:
             self._workers = _Threads(make, num_workers, self.has_gpus)
 
@@ -69,16 +87,15 @@ class WorkerPool(Generic[Held]):
     ) -> Iterator[tuple[Piece, Result]]:
         """Yield (piece, work(held, piece)) for every piece, in order of completion.
 
-        Every worker has one piece, and gets the next one before a result is yielded. If a worker dies, its piece
-        is repeated; a result is yielded once.
+        As many pieces as there are workers are in progress. A worker gets its next piece before a result is yielded.
 
         Args:
             work: a method of the held object, or an importable function; threads may run it concurrently.
-            pieces: small and hashable; consumed as needed.
+            pieces: small; consumed as needed.
 
         Raises:
             UserError: what `make` or `work` raised.
-            WorkersDied: MAX_DEATHS workers died on one piece, or in a row before they started.
+            WorkersDied: the worker of a piece died, and so did the workers of its repetitions.
         """
         return self._workers.map(work, iter(pieces))
 
@@ -86,168 +103,119 @@ class WorkerPool(Generic[Held]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._workers.close()
+        del self._workers  # and with it the held object
 
 
 class _Threads:
     """Workers in this process: a thread for its GPU, or one per core."""
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
-        self._make, self._device = make, devices.default() if has_gpus else devices.CPU
+        self._make = make
+        self._device = devices.default() if has_gpus else devices.CPU
         self._num_workers = num_workers or (1 if has_gpus else len(os.sched_getaffinity(0)))
-        self._held: Any = None
-        self._busy: set[int] = set()
+
+    @functools.cached_property
+    def _held(self) -> Any:
+        return self._make(self._device)
 
     def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-        if self._held is None:
-            self._held = self._make(self._device)
-
-        def do(piece: Any) -> Any:
-            self._busy.add(threading.get_ident())
-            try:
-                return work(self._held, piece)
-            finally:
-                self._busy.discard(threading.get_ident())
-
+        held = self._held
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for every thread that computes, also for later ones
-        pool = ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,))
-        jobs: dict[Future[Any], Any] = {}
-
-        def submit() -> None:
-            for piece in islice(pieces, self._num_workers - len(jobs)):
-                jobs[pool.submit(do, piece)] = piece
-
+        cancelled = threading.Event()
+        threads = ThreadPoolExecutor(self._num_workers, initializer=_begin_thread, initargs=(cancelled,))
+        running: dict[Future[Any], Any] = {}
         try:
-            submit()
-            while jobs:
-                done = wait(jobs, return_when=FIRST_COMPLETED).done.pop()
-                piece = jobs.pop(done)
-                submit()
-                yield piece, done.result()
+            for piece in islice(pieces, self._num_workers):
+                running[threads.submit(work, held, piece)] = piece
+            while running:
+                finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+                finished_piece = running.pop(finished)
+                for piece in islice(pieces, 1):
+                    running[threads.submit(work, held, piece)] = piece
+                yield finished_piece, finished.result()
         finally:
-            # After an error or Ctrl-C, do not wait for running pieces, which may take minutes.
-            for thread in tuple(self._busy):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(thread), ctypes.py_object(SystemExit)
-                )
-            pool.shutdown(cancel_futures=True)
+            cancelled.set()  # after an error or Ctrl-C, running pieces end at their next step
+            threads.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
 
-    def close(self) -> None:
-        self._held = None
+
+def _begin_thread(cancelled: threading.Event) -> None:
+    torch.set_num_threads(1)
+    _this_thread.cancelled = cancelled
 
 
-class _Actors:
-    """Workers in a Ray cluster: actors with a GPU or a core each.
-
-    Ray could restart an actor and repeat its piece, but a restarted actor without free resources would hold its
-    piece forever. This class gives a piece only to a worker that runs.
-    """
+class _RayTasks:
+    """Workers in a Ray cluster: a task per piece, with a GPU or a core."""
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
         import ray
 
         have = _resources()
-        self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
         self._kind = "GPU" if has_gpus else "CPU"
-        share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
-        self._new_worker: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
-        self._make = ray.put(make)
-        self._idle: list[Any] = []
-        self._joining: dict[Any, Any] = {}
-        self._jobs: dict[Any, tuple[Any, Any]] = {}
-        self._todo = deque[Any]()
-        self._deaths = Counter[Any]()
+        self._num_workers = num_workers or max(1, int(have.get(self._kind, 1)))
+        options: dict[str, Any] = {"max_retries": MAX_RETRIES, "num_cpus": 1}
+        if has_gpus:
+            # By default Ray ends the process of a GPU task, and with it the net on its GPU, after one call.
+            options |= {"num_cpus": 0, "num_gpus": 1, "max_calls": 0}
+        self._task: Any = ray.remote(**options)(run_piece)
+        # Ray would load an argument for every piece, but leaves a reference in a list as it is.
+        self._make = [ray.put(make)]
 
     def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         import ray
 
-        self._todo.extend(islice(pieces, self._num_workers))
+        has_gpu = self._kind == "GPU"
+        running: dict[Any, Any] = {}
         try:
-            while self._todo or self._jobs:
-                self._start_workers(min(self._num_workers, len(self._todo) + len(self._jobs)))
-                self._submit(work)
-                ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_WORKER_S)
-                if not ready and not self._jobs:
-                    log.warning("no worker has found a free %s in the Ray cluster yet; waiting", self._kind)
-                if ready and (finished := self._receive(ready[0])):
-                    self._todo.extend(islice(pieces, 1))
-                    self._submit(work)
-                    yield finished
+            for piece in islice(pieces, self._num_workers):
+                running[self._task.remote(self._make, has_gpu, work, piece)] = piece
+            timeout_s: float | None = FIRST_RESULT_S
+            while running:
+                ready, _ = ray.wait(list(running), timeout=timeout_s)
+                timeout_s = None  # one message is enough
+                if not ready:
+                    if ray.available_resources().get(self._kind, 0) < 1:
+                        log.warning("no piece is done yet; every %s of the Ray cluster is in use", self._kind)
+                    continue
+                finished = ready[0]
+                finished_piece = running.pop(finished)
+                for piece in islice(pieces, 1):
+                    running[self._task.remote(self._make, has_gpu, work, piece)] = piece
+                yield finished_piece, _result(finished, finished_piece)
         finally:
-            for worker, _ in self._jobs.values():  # after an error, do not wait for running pieces
-                ray.kill(worker)
-            self._jobs.clear()
-            self._todo.clear()
-            self._deaths.clear()
-
-    def _start_workers(self, num_workers: int) -> None:
-        for _ in range(num_workers - len(self._idle) - len(self._joining) - len(self._jobs)):
-            worker = self._new_worker(self._make, self._kind == "GPU")
-            self._joining[worker.is_ready.remote()] = worker
-
-    def _submit(self, work: Callable[[Any, Any], Any]) -> None:
-        while self._idle and self._todo:
-            worker, piece = self._idle.pop(), self._todo.popleft()
-            self._jobs[worker.do.remote(work, piece)] = worker, piece
-
-    def _receive(self, job: Any) -> tuple[Any, Any] | None:
-        """A piece and its result; None: a worker has started or died."""
-        import ray
-        import ray.exceptions
-
-        is_new = job in self._joining
-        worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
-        try:
-            result = ray.get(job)
-        except ray.exceptions.RayTaskError as error:
-            self._idle.append(worker)
-            if isinstance(error.cause, UserError):  # without the worker's traceback
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayError as error:  # all other errors: the worker is dead
-            ray.kill(worker)
-            self._deaths[piece] += 1
-            if self._deaths[piece] == MAX_DEATHS:
-                over = "one after another before they started" if is_new else f"on the same piece, {piece}"
-                raise WorkersDied(
-                    f"{MAX_DEATHS} workers died {over}; the last error: {error_line(error)}"
-                ) from None
-            if not is_new:
-                self._todo.appendleft(piece)
-            return None
-        self._idle.append(worker)
-        if is_new:
-            self._deaths[None] = 0
-            return None
-        return piece, result
-
-    def close(self) -> None:
-        import ray
-
-        for worker in (*self._idle, *self._joining.values()):
-            ray.kill(worker)
-        self._idle.clear()
-        self._joining.clear()
+            for task in running:  # after an error, do not wait for running pieces
+                ray.cancel(task, force=True)
 
 
-class _Worker:
-    """The actor."""
+def _result(task: Any, piece: Any) -> Any:
+    """The result of a finished Ray task."""
+    import ray
+    import ray.exceptions
 
-    def __init__(self, make: Callable[[torch.device], Any], has_gpu: bool) -> None:
-        torch.set_num_threads(1)
-        self._make, self._device = make, devices.default() if has_gpu else devices.CPU
-        self._held: Any = None
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # without the worker's traceback
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        what = f"the worker of piece {piece} died {MAX_RETRIES + 1} times"
+        raise WorkersDied(f"{what}; the last error: {error_line(error)}") from None
 
-    def is_ready(self) -> bool:
-        """Return True; a call returns once the actor runs."""
-        return True
 
-    def do(self, work: Callable[[Any, Any], Any], piece: Any) -> Any:
-        if self._held is None:  # not in __init__, where Ray would turn an error into text
-            self._held = self._make(self._device)
-        return work(self._held, piece)
+def run_piece(make: list[Any], has_gpu: bool, work: Callable[[Any, Any], Any], piece: Any) -> Any:
+    """Run a piece: the Ray task. `make` has one element, the reference of what `WorkerPool` was given."""
+    torch.set_num_threads(1)
+    return work(_held(make[0], has_gpu), piece)
+
+
+@functools.lru_cache(maxsize=1)
+def _held(make: Any, has_gpu: bool) -> Any:
+    """The object that this worker process holds for all its pieces of one pool."""
+    import ray
+
+    return ray.get(make)(devices.default() if has_gpu else devices.CPU)
 
 
 def _resources() -> dict[str, float]:

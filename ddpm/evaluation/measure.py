@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.build import TrainedNet
+from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import BoundVariance, Config
 from ddpm.data.reading import Images
 from ddpm.diffusion import likelihood, schedules
@@ -121,6 +122,7 @@ def _prepared(
     generators = [PhiloxGenerator(*counters, i) for i in indices]
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        check_cancelled()
         return trained.objective.denoise(trained.net, x_t, t, label)
 
     return denoise, x_0, PerImageNoise(generators, (channels, height, width), trained.device)

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.build import TrainedNet, build_objective, build_sampler
+from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import Config
 from ddpm.data import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES
+from ddpm.diffusion.objectives import PROCESSES, Denoised
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -90,7 +91,8 @@ def draw(
     Returns:
         uint8 [N, H, W, C] on the net's device.
     """
-    config, device = trained.config, trained.device
+    config = trained.config
+    device = trained.device
     classes = labels(config, indices, label)
     denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
     sampler = build_sampler(config, known)
@@ -102,7 +104,8 @@ def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how
 
     The sampler runs in a thread of its own, until the generator is closed. `how` is as in `draw`.
     """
-    frames, closed = SimpleQueue[Pixels | None](), False
+    frames = SimpleQueue[Pixels | None]()
+    closed = False
 
     def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
         if closed:
@@ -124,7 +127,8 @@ def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how
 @torch.no_grad()
 def noising_strip(config: Config, x_0: Tensor) -> Pixels:
     """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
-    objective, noise = build_objective(config), _strip_noise(config, x_0)
+    objective = build_objective(config)
+    noise = _strip_noise(config, x_0)
     columns = [objective.corrupt(x_0, i / (NOISING_COLUMNS - 1), noise) for i in range(1, NOISING_COLUMNS)]
     captions = ["x_0", *(_caption(t) for _, t in columns)]
     return images.strip(_rows([x_0, *(x_t for x_t, _ in columns)]), captions)
@@ -133,8 +137,10 @@ def noising_strip(config: Config, x_0: Tensor) -> Pixels:
 @torch.no_grad()
 def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = None) -> Pixels:
     """Denoising of real images x_0 [N, C, H, W] at rising noise levels: pairs of x_t and x_0_hat."""
-    objective, noise = trained.objective, _strip_noise(trained.config, x_0)
-    frames, captions = [x_0], ["x_0"]
+    objective = trained.objective
+    noise = _strip_noise(trained.config, x_0)
+    frames = [x_0]
+    captions = ["x_0"]
     for level in DENOISING_LEVELS:
         x_t, t = objective.corrupt(x_0, level, noise)
         frames += [x_t, objective.denoise(trained.net, x_t, t, label).x_0_hat]
@@ -144,7 +150,13 @@ def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = Non
 
 def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple[Pixels, bytes]:
     """The reverse process, from noise to images: a strip (a row per image) and a GIF of a grid; `how` as in `draw`."""
-    frames = list(denoising(trained, indices, **how))
+    frames: list[Pixels] = []
+
+    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
+        frames.append(images.to_uint8(x_t).cpu().numpy())
+
+    drawn = draw(trained, indices, on_step=keep, **how)
+    frames.append(drawn.cpu().numpy())
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
     rows = np.stack([frames[i] for i in picked], axis=1)
     moving = [images.grid(frames[i]) for i in range(0, len(frames), max(1, len(frames) // 50))]
@@ -157,13 +169,21 @@ def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
     """The net as a function for samplers: with `label`, and guidance if it is configured."""
 
     def given(label: Tensor | None) -> Denoise:
-        return lambda x_t, t: trained.objective.denoise(trained.net, x_t, t, label)
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            check_cancelled()
+            return trained.objective.denoise(trained.net, x_t, t, label)
+
+        return denoise
 
     if label is None:
         return given(None)
-    sample, noise_level = trained.config.sample, trained.objective.noise_level
+    sample = trained.config.sample
     return denoisers.guided(
-        given(label), given(None), sample.guidance_scale, sample.guidance_interval, noise_level
+        given(label),
+        given(None),
+        scale=sample.guidance_scale,
+        interval=sample.guidance_interval,
+        level=trained.objective.noise_level,
     )
 
 

@@ -30,7 +30,8 @@ from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.retry import as_user_error
 from ddpm.utils.seeding import GENERATOR
 
-BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
+BATCH_SIZE_CPU = 32
+BATCH_SIZE_GPU = 256
 """Default images per piece: few images keep a core busy, and many cores need many pieces."""
 TRAJECTORY_IMAGES = 8
 
@@ -130,9 +131,10 @@ def draw(
         with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):
             writers.begin(out, job.asked(size))
             writer = PngWriter(out, num_images, size)
-            done, began = writer.num_kept, time.monotonic()
+            before = writer.num_kept
+            done = before
+            began = time.monotonic()
             show(done, "")
-            before = done
             for piece, pixels in pool.map(SampleWorker.draw, filter(writer.missing, pieces)):
                 writer.write(piece, pixels)
                 done += len(piece)
@@ -150,11 +152,13 @@ def in_memory(job: SampleJob, num_images: int) -> Pixels:
     if num_images < 1:
         raise UserError(f"num_images is {num_images}; it must be at least 1")
     with WorkerPool(partial(SampleWorker, job)) as pool:
-        drawn = dict(pool.map(SampleWorker.draw, _pieces(job, pool, num_images)[1]))
+        _, pieces = _pieces(job, pool, num_images)
+        drawn = dict(pool.map(SampleWorker.draw, pieces))
     return np.concatenate([drawn[piece] for piece in sorted(drawn, key=lambda piece: piece.start)])
 
 
 def _pieces(job: SampleJob, pool: WorkerPool[SampleWorker], num_images: int) -> tuple[int, Iterator[range]]:
+    """Images per piece, and the pieces."""
     size = job.batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
     return size, (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
 

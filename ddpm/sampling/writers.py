@@ -45,7 +45,8 @@ def check_room(location: Location, num_images: int, shape: tuple[int, int, int])
     path = Path(location.path)
     disk = next(folder for folder in (path, *path.parents) if folder.exists())
     least = max(int(np.prod(shape)) / COMPRESSION, os.statvfs(disk).f_frsize)
-    needed, free = num_images * least, shutil.disk_usage(disk).free
+    needed = num_images * least
+    free = shutil.disk_usage(disk).free
     if needed > free and needed > free + _bytes_in(path):
         raise UserError(
             f"{num_images:,} images need {needed / GB:,.1f} GB or more, but {location.uri} has {free / GB:,.1f} GB "
@@ -59,7 +60,8 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
     Args:
         asked: everything that determines the images, as flat JSON.
     """
-    note, text = location.child(REQUEST), json.dumps(asked, indent=2) + "\n"
+    note = location.child(REQUEST)
+    text = json.dumps(asked, indent=2) + "\n"
     location.sweep()
     if not note.exists():
         if taken := [name for name in RESERVED_NAMES if location.child(name).exists()]:
@@ -83,7 +85,9 @@ class PngWriter:
     """Images of the pieces that were complete at the start."""
 
     def __init__(self, location: Location, num_images: int, batch_size: int) -> None:
-        self._location, self._num_images, self._size = location, num_images, batch_size
+        self._location = location
+        self._num_images = num_images
+        self._size = batch_size
         self._images = location.child(IMAGES)
         self._images.sweep()
         numbers = (int(name[:-4]) for name in self._images.files() if NAME.fullmatch(name))

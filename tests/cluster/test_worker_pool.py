@@ -1,5 +1,6 @@
 """A worker pool runs every piece once, in this process or on Ray, even if workers are killed."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +28,17 @@ def test_every_piece_is_run_once(num_workers: int | None) -> None:
 
 @pytest.mark.parametrize("num_workers", [None, 2])
 def test_a_piece_is_run_by_one_thread(num_workers: int | None, tmp_path: Path) -> None:
-    before, info = torch.get_num_threads(), partial(pool_functions.worker_info, tmp_path, num_workers or 1)
+    before = torch.get_num_threads()
+    info = partial(pool_functions.worker_info, tmp_path, num_workers or 1)
     with WorkerPool(MAKE, num_workers) as pool:
         done = [result for _, result in pool.map(info, range(6))]
     assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
-    assert len({process for process, _, _ in done}) == (num_workers or 1)
+    processes = {process for process, _, _ in done}
+    if num_workers is None:
+        assert processes == {os.getpid()}
+    else:
+        assert len(processes) >= num_workers
+        assert os.getpid() not in processes
     assert torch.get_num_threads() == before
 
 
@@ -48,21 +55,33 @@ def test_a_user_error_is_raised_unchanged(num_workers: int | None) -> None:
         list(pool.map(Adder.add, range(10)))
 
 
-def test_abandoning_the_results_waits_for_nothing() -> None:
-    with WorkerPool(MAKE) as pool:
-        results = pool.map(pool_functions.run_slowly, range(100))
-        next(results)
-        results.close()  # the running pieces would take minutes
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_abandoning_the_results_ends_running_pieces(num_workers: int | None) -> None:
+    with WorkerPool(MAKE, num_workers) as pool:
+        results = pool.map(pool_functions.run_for_ever, range(100))
+        assert next(results) == (0, 0)
+        results.close()
+        assert len(list(pool.map(Adder.add, range(10)))) == 10  # its workers are free again
+
+
+def test_a_worker_process_makes_its_object_once() -> None:
+    with WorkerPool(MAKE, 2) as pool:
+        made = {result for _, result in pool.map(pool_functions.num_made, range(20))}
+    processes = {process for process, _ in made}
+    assert len(made) == len(processes)
 
 
 def test_a_killed_worker_loses_no_piece(tmp_path: Path) -> None:
     with WorkerPool(MAKE, 2) as pool:
-        assert dict(pool.map(partial(pool_functions.die_once, tmp_path), range(8))) == {
-            i: 100 + i for i in range(8)
-        }
+        done = dict(pool.map(partial(pool_functions.die_once, tmp_path), range(8)))
+        assert done == {i: 100 + i for i in range(8)}
         assert (tmp_path / "died").exists()
-        with pytest.raises(WorkersDied, match="3 workers died on the same piece, 1"):
-            list(pool.map(pool_functions.die, [1]))
+
+
+def test_a_piece_that_kills_every_worker_is_a_user_error() -> None:
+    with WorkerPool(MAKE, 2) as pool, pytest.raises(WorkersDied, match="piece 1 ") as raised:
+        list(pool.map(pool_functions.die, [1]))
+    assert raised.value.exit_code == 1
 
 
 def test_the_pool_does_not_wait_for_workers_that_cannot_be_placed() -> None:

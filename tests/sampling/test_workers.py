@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from support import processes
+from support.processes import Job
 from support.tiny import TINY_NET
 
 from ddpm.build import TrainedNet, build_net
@@ -55,20 +57,31 @@ def positions(progress: list[int]) -> dict[str, Any]:
 @pytest.mark.usefixtures("ray_here")
 def test_two_workers_sample_the_same_images_as_one(tmp_path: Path) -> None:
     """Bit for bit, also when a worker is killed, and with threads of one process."""
-    job = job_of(CONDITIONAL)
+    job = job_of(override(CONDITIONAL, {"schedule.num_timesteps": 200, "sample.num_sample_steps": 200}))
     alone = sample_into(tmp_path / "one", job, num_workers=1)
     assert len(alone) == 21 + 2
     victims: list[int] = []
 
     def kill_one(done: int, detail: str) -> None:
         if done and not victims:
-            victim = processes.members(os.getpid(), "ray::_Worker")[0]
-            victims.append(victim.pid)
-            victim.kill()
+            busy = processes.wait_for(lambda: processes.members(os.getpid(), "ray::run_piece"))
+            victims.append(busy[0].pid)
+            busy[0].kill()
 
     assert sample_into(tmp_path / "two", job, num_workers=2, show=kill_one) == alone
     assert len(victims) == 1
     assert sample_into(tmp_path / "threads", job) == alone
+
+
+def test_ctrl_c_ends_sampling_within_a_piece(tmp_path: Path) -> None:
+    """Every piece of this request takes many minutes."""
+    settings = ["--sampler", "ddpm", "--num-sample-steps", 1000, "--batch-size", 512, "--num-images", 2048]
+    out = tmp_path / "out"
+    with Job("sample", "builtin:fashion-mnist", *settings, "--out", out, log=tmp_path / "log") as job:
+        job.wait_for(lambda: (out / "request.json").exists())
+        job.process.send_signal(signal.SIGINT)
+        assert job.wait() == 130
+        assert job.output.splitlines()[-1] == "interrupted"
 
 
 def test_png_i_is_image_i(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.utils.errors import UserError
 from support.processes import wait_for
 
@@ -18,8 +19,13 @@ from support.processes import wait_for
 class Adder:
     """A worker's state: the number to add."""
 
+    num_made = 0
+    """Objects of this class that this process has made."""
+
     def __init__(self, number: Tensor, device: torch.device) -> None:
-        self.number, self.device = int(number), device
+        self.number = int(number)
+        self.device = device
+        Adder.num_made += 1
 
     def add(self, piece: int) -> int:
         return self.number + piece
@@ -30,6 +36,11 @@ def worker_info(folder: Path, num_processes: int, adder: Adder, piece: int) -> t
     (folder / str(os.getpid())).touch()
     wait_for(lambda: len(list(folder.iterdir())) >= num_processes)
     return os.getpid(), torch.get_num_threads(), str(adder.device)
+
+
+def num_made(adder: Adder, piece: int) -> tuple[int, int]:
+    """Process ID, and the number of objects that the process has made."""
+    return os.getpid(), Adder.num_made
 
 
 def refuse(adder: Adder, piece: int) -> int:
@@ -56,8 +67,9 @@ def fail_to_make(device: torch.device) -> Adder:
     raise UserError("nothing can be made of this")
 
 
-def run_slowly(adder: Adder, piece: int) -> int:
-    """Return at once for piece 0, and after minutes for every other piece."""
-    for _ in range(piece and 20_000):
+def run_for_ever(adder: Adder, piece: int) -> int:
+    """Return piece 0; every other piece runs until it is cancelled."""
+    while piece != 0:
         time.sleep(0.01)
+        check_cancelled()
     return piece
