@@ -27,11 +27,11 @@ from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
 from ddpm.data.huggingface import HuggingFace
-from ddpm.data.idx import read_idx
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
+from ddpm.data.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.report import Report
 from ddpm.evaluation.rung import Evaluation
@@ -62,7 +62,11 @@ def write_all(folder: Path, tiny: Config) -> None:
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
     (folder / "report.json").write_text(Report({}, ()).to_json())
     resolve(str(folder)).child(CURVES).write(CURVES_BYTES)
-    (folder / "labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x03abc")
+    for prefix in ("train", "t10k"):
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, 2, 28, 28) + bytes(2 * 28 * 28)
+        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 2) + b"\1\2")
 
 
 def read_shard(folder: Path) -> object:
@@ -93,7 +97,8 @@ READERS: dict[str, Callable[[Path], object]] = {
         resolve(str(folder / "report.json")), "report.json"
     ),
     CURVES: lambda folder: curves.read(resolve(str(folder))),
-    "labels-idx1-ubyte": lambda folder: read_idx(folder / "labels-idx1-ubyte"),
+    "train-labels-idx1-ubyte": lambda folder: FashionMnist(path=folder).splits,
+    "t10k-images-idx3-ubyte": lambda folder: FashionMnist(path=folder).splits,
 }
 
 

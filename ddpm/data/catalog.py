@@ -6,8 +6,8 @@ from typing import Any
 from ddpm.data.glyphs import Glyphs
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder
-from ddpm.data.sources import Digits, FashionMnist, Source
-from ddpm.data.torchvision import Torchvision
+from ddpm.data.sources import Digits, Source
+from ddpm.data.torchvision import FashionMnist, Torchvision
 from ddpm.utils import plugins
 from ddpm.utils.errors import UserError
 
