@@ -164,7 +164,7 @@ def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path,
     with pytest.raises(UserError, match=rf"\d\.png: .*{message}"):
         Folder(tmp_path / "cats", size=8).read("train", 0, 1)
     pq.write_table(pa.table({"image": [large, large]}), tmp_path / "all.parquet")
-    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: .*{message}"):
+    with pytest.raises(UserError, match=rf"all\.parquet, train, row \d: .*{message}"):
         HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
 
 

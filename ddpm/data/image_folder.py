@@ -51,7 +51,8 @@ class Pictures(Square, ABC):
     """A source of image files of any size, in parts such as "train" and "test"."""
 
     path: Path
-    """The folder of the images; parquet: a Parquet file, or a folder of them."""
+    """The folder of the images; parquet: a Parquet file, a folder of them, or one that save_to_disk of Hugging Face's
+    datasets wrote, or a name on the Hugging Face hub, such as uoft-cs/cifar10."""
     size: SmallCount
     """Height and width: the shorter side is resized to it, and the centre square kept."""
     channels: Literal[1, 3] = 3
