@@ -27,7 +27,7 @@ from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
 from ddpm.data.huggingface import HuggingFace
-from ddpm.data.image_folder import Folder, store
+from ddpm.data.image_folder import Folder, ImageFile, store
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
@@ -140,7 +140,7 @@ def test_pillow_starts_no_other_program_for_an_image(monkeypatch: pytest.MonkeyP
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/x) (w) file\n%%EOF\n"
     assert Image.open(io.BytesIO(script)).format == "EPS"
     with pytest.raises(UserError, match=r"cat\.png"):
-        store([(script, "cat.png", None)], 8, 3, "encoded")
+        store([ImageFile(script, "cat.png", None)], 8, 3, "encoded")
     assert started == []
 
 

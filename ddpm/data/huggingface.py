@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ddpm.data.image_folder import PARTS, Listing, Picture, Pictures, list_files
+from ddpm.data.image_folder import PARTS, ImageFile, ImageFiles, Listing, list_files
 from ddpm.data.row_group import Labels
 from ddpm.data.sources import MAX_EXAMINED, divide
 from ddpm.utils.errors import UserError
@@ -28,7 +28,7 @@ SAVED = ("dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
-class HuggingFace(Pictures):
+class HuggingFace(ImageFiles):
     """Images of a Hugging Face data set: Parquet files, what save_to_disk wrote, or a name on the hub. A Parquet file
     called train-..., test-... or validation-... (or in a folder of that name) belongs to that split."""
 
@@ -73,7 +73,7 @@ class HuggingFace(Pictures):
             return f"sizes not counted: there are more than {MAX_EXAMINED:,} images"
         return super().statistics()
 
-    def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
+    def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
         """The images of `rows`, which must ascend."""
         data = self._data[part]
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -84,7 +84,7 @@ class HuggingFace(Pictures):
                 content = image["bytes"]
                 if content is None:
                     content = ValueError("it has no bytes; only images inside the data set can be read")
-                yield content, f"{self.path}, {part}, row {row}", label
+                yield ImageFile(content, f"{self.path}, {part}, row {row}", label)
 
     @property
     def _top(self) -> Path:
@@ -99,17 +99,17 @@ class HuggingFace(Pictures):
         if self.path.is_dir():
             return list_files(self.path, {".arrow", ".json"} if self._is_saved else {".parquet"})
         files = [self.path] if self.path.exists() else []  # a name on the hub has no files here
-        return files, []
+        return Listing(files, [])
 
     @property
     def _skipped(self) -> list[Path]:
-        return self._listing[1]
+        return self._listing.others
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
         """The files of each part; "train" if a name tells no part."""
         parts: dict[str, list[Path]] = {}
-        for file in sorted(self._listing[0]):
+        for file in sorted(self._listing.files):
             part = "train" if self._is_saved else _part_of(file.relative_to(self._top))
             parts.setdefault(part, []).append(file)
         is_name = not self.path.exists() and not self.path.is_absolute() and self.path.suffix != ".parquet"

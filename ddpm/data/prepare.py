@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.data import duplicates
-from ddpm.data.image_folder import Pictures
+from ddpm.data.image_folder import ImageFiles
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -137,7 +137,7 @@ def prepare(
 
 def check_outside(source: Source, written: Path) -> None:
     """Raise UserError if `written`, to which files are written, lies in the folder of the source's images."""
-    if isinstance(source, Pictures) and written.resolve().is_relative_to(source.path.resolve()):
+    if isinstance(source, ImageFiles) and written.resolve().is_relative_to(source.path.resolve()):
         raise UserError(
             f"{written} is in {source.path}, so what is written there would be among its images; name another folder "
             "(in training: --run.storage), or start the command in another one"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.data.image_folder import Folder, store
+from ddpm.data.image_folder import Folder, ImageFile, store
 from ddpm.data.row_group import decode
 from ddpm.data.sources import UnreadableImages
 from ddpm.utils.errors import UserError
@@ -30,10 +30,10 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
-    (image,), _ = store([(data, "it", None)], size, channels, "encoded")
+    (image,), _ = store([ImageFile(data, "it", None)], size, channels, "encoded")
     decoded = decode(bytes(image), size, size, channels)
     assert (
-        store([(data, "it", None)], size, channels, "raw")[0][0] == decoded
+        store([ImageFile(data, "it", None)], size, channels, "raw")[0][0] == decoded
     ).all()  # both encodings must agree
     return decoded
 
@@ -41,7 +41,7 @@ def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_matching_image_keeps_its_bytes(kind: str) -> None:
     data = file_of(image_of(8, 8), kind)
-    assert store([(data, "it", None)], 8, 3, "encoded") == ([data], None)
+    assert store([ImageFile(data, "it", None)], 8, 3, "encoded") == ([data], None)
 
 
 def test_other_sizes_are_cropped_to_the_centre_square() -> None:
@@ -91,11 +91,11 @@ def test_all_unreadable_images_of_a_range_are_named() -> None:
         OSError(13, "Permission denied"),
         good,
     ]
-    pictures: Any = [(data, f"cats/{i}.png", i) for i, data in enumerate(datas)]
+    image_files = [ImageFile(data, f"cats/{i}.png", i) for i, data in enumerate(datas)]
     for encoding in ("encoded", "raw"):
         first = rf"^cannot read the image cats/1\.png: {NOT_AN_IMAGE}$"
         with pytest.raises(UnreadableImages, match=first) as caught:
-            store(pictures, 8, 3, encoding)  # type: ignore[arg-type]
+            store(image_files, 8, 3, encoding)  # type: ignore[arg-type]
         reasons = [f"cats/{i}.png: {NOT_AN_IMAGE}" for i in (1, 2, 4)] + ["cats/5.png: Permission denied"]
         assert caught.value.reasons[2].startswith("cats/3.png: ")
         assert [*caught.value.reasons[:2], *caught.value.reasons[3:]] == reasons
