@@ -155,7 +155,7 @@ def measure(arguments: Arguments) -> None:
             "run.name": "bench",
         }
         preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
-        config = builtin.with_shards(override(preset, values))
+        config = builtin.prepared(override(preset, values))
         data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
         location = locations.resolve(folder).child("bench")

@@ -21,7 +21,7 @@ MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
 
 
-def with_shards(
+def prepared(
     config: Config,
     command: str = "the same command",
     connect: Callable[[], None] | None = None,

@@ -11,7 +11,7 @@ from PIL import Image
 from support.processes import wait_for
 
 from ddpm.config_io import override
-from ddpm.data.builtin import with_shards
+from ddpm.data.builtin import prepared
 from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
@@ -132,13 +132,13 @@ def test_repeating_does_nothing_and_other_options_are_rejected(
 
 def test_an_older_format_is_rejected_and_left_unchanged(tmp_path: Path) -> None:
     config = override(DIGITS, {"run.storage": str(tmp_path)})
-    uri = str(with_shards(config).data.shards)
+    uri = str(prepared(config).data.shards)
     path = Path(uri, MANIFEST)
     path.write_text(path.read_text().replace(FORMAT, "ddpm-shards/1"))
     before = files_of(tmp_path)
     message = r"format is 'ddpm-shards/1'; this version reads .*: prepare the data set again"
     with pytest.raises(UserError, match=message):
-        with_shards(config)
+        prepared(config)
     assert files_of(tmp_path) == before
 
 

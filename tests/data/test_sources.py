@@ -220,7 +220,7 @@ def test_training_on_missing_files_says_how_to_prepare_them(
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        builtin.with_shards(config, "python jobs/train.py preset")
+        builtin.prepared(config, "python jobs/train.py preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
     assert train == f"python jobs/train.py preset --data.shards {words[3]}"
@@ -244,4 +244,4 @@ def _without_files(self: FashionMnist) -> None:
 )
 def test_a_source_that_training_cannot_prepare_is_a_user_error(name: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        builtin.with_shards(override(Config(), {"data.source": name}))
+        builtin.prepared(override(Config(), {"data.source": name}))
