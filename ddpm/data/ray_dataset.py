@@ -31,7 +31,7 @@ from ray.data import DataIterator
 from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.data.plan import Plan, ReadOrder, last_position, rank_shard
-from ddpm.data.reading import DataSet, Images, MicroBatch, check_fits, cut, scale_of
+from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, check_fits, cut, scale_of
 from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
@@ -111,7 +111,7 @@ def micro_batches(
     share = order.share(rank, world_size)
     chunks = dataset_chunks(data_set, order, images_seen)
 
-    def begin(chunk: list[Task]) -> Iterator[Images]:
+    def begin(chunk: list[Task]) -> Iterator[LabelledImages]:
         references = None  # to the iterators in the object store: they are too large for a broadcast
         if rank == 0:
             references = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
@@ -217,7 +217,7 @@ class _ReadTask:
             error = json.dumps({"kind": type(failure).__name__, "message": str(failure)})
             yield from self._rows(data_set.empty(self._order.batch_size), start, error)
 
-    def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+    def _rows(self, images: LabelledImages, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
         size = self._order.micro_batch_size
         begin = start - self._images_seen
         for rank in range(self._world_size):
@@ -256,7 +256,7 @@ class RankReader:
     def __iter__(self) -> "RankReader":
         return self
 
-    def __next__(self) -> Images:
+    def __next__(self) -> LabelledImages:
         timeout_s = self._stall_timeout_s + self._storage_timeout_s
         try:
             row = self._rows.get(timeout=timeout_s)
@@ -271,7 +271,7 @@ class RankReader:
         if row["error"][0]:
             error = json.loads(row["error"][0])
             raise _ERRORS[error["kind"]](error["message"])
-        return Images(row["image"][0], row["label"][0])
+        return LabelledImages(row["image"][0], row["label"][0])
 
     def __del__(self) -> None:
         self._closed.set()

@@ -30,7 +30,7 @@ HELD_OUT = "test"
 
 
 @dataclass(frozen=True)
-class Images:
+class LabelledImages:
     """Decoded images with their labels (zeros where the data set has none)."""
 
     image: NDArray[np.uint8]
@@ -38,12 +38,12 @@ class Images:
     label: NDArray[np.int64]
     """[N]."""
 
-    def __getitem__(self, part: slice) -> "Images":
-        return Images(self.image[part], self.label[part])
+    def __getitem__(self, part: slice) -> "LabelledImages":
+        return LabelledImages(self.image[part], self.label[part])
 
 
 @dataclass(frozen=True)
-class MicroBatch(Images):
+class MicroBatch(LabelledImages):
     """The unit of a global batch."""
 
     index: int
@@ -95,7 +95,7 @@ class DataSet:
         row_groups = tuple(size for shard in self.rows.shards for size in shard.row_groups)
         return Plan(row_groups, seed, window_rows)
 
-    def read(self, plan: Plan, start: int, stop: int) -> Images:
+    def read(self, plan: Plan, start: int, stop: int) -> LabelledImages:
         """The images at positions [start, stop) of the plan, in order."""
         images = self.empty(stop - start)
         begin = 0
@@ -106,7 +106,7 @@ class DataSet:
             begin = end
         return images
 
-    def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[Images]:
+    def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
         """The images of `read`, in parts of at most `most` images (None: of PART_BYTES).
 
         Each part lies in one window. The row groups of a window are read once and kept until the next window.
@@ -121,7 +121,7 @@ class DataSet:
             for begin in range(low, high, most):
                 yield self._part(window, begin, min(begin + most, high), groups)
 
-    def _part(self, window: Window, low: int, high: int, groups: dict[int, RowGroup]) -> Images:
+    def _part(self, window: Window, low: int, high: int, groups: dict[int, RowGroup]) -> LabelledImages:
         """The images [low, high) of the window."""
         images = self.empty(high - low)
         row_groups = window.row_groups[low:high]
@@ -145,12 +145,14 @@ class DataSet:
         """Images of a part that `world_size` ranks share."""
         return max(1, PART_BYTES * world_size // math.prod(self.shape))
 
-    def empty(self, n: int) -> Images:
+    def empty(self, n: int) -> LabelledImages:
         """`n` images to be filled in."""
-        return Images(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
+        return LabelledImages(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
 
 
-def cut(batches: Iterable[Images], share: range, micro_batch_size: int) -> Generator[MicroBatch, None, None]:
+def cut(
+    batches: Iterable[LabelledImages], share: range, micro_batch_size: int
+) -> Generator[MicroBatch, None, None]:
     """Cut the images of one rank into micro-batches, and number them.
 
     Args:
@@ -158,7 +160,7 @@ def cut(batches: Iterable[Images], share: range, micro_batch_size: int) -> Gener
         share: the rank's `plan.ReadOrder.share`.
     """
     indices = itertools.cycle(share)
-    begun: list[Images] = []  # parts of the next micro-batch
+    begun: list[LabelledImages] = []  # parts of the next micro-batch
     for images in batches:
         first = micro_batch_size - sum(len(part.label) for part in begun)
         edges = [0, *range(first, len(images.label) + 1, micro_batch_size)]
