@@ -26,12 +26,12 @@ from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.image_folder import Folder, ImageFile, store
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.data.torchvision import FashionMnist
+from ddpm.data.sources.huggingface import HuggingFace
+from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.report import Report
 from ddpm.evaluation.rung import Evaluation

@@ -23,7 +23,7 @@ def preset(path: str) -> Config:
 
     Fewer than FEW training images are augmented.
     """
-    from ddpm.data.image_folder import Folder  # half a second, and for this preset alone
+    from ddpm.data.sources.image_folder import Folder  # half a second, and for this preset alone
 
     if not Path(path).is_dir():
         raise UserError(

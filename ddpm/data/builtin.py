@@ -10,9 +10,9 @@ from typing import Any, Literal, cast
 from ddpm.checkpoints.runs import RESERVED
 from ddpm.config import Config
 from ddpm.data import catalog, duplicates, prepare
-from ddpm.data.image_folder import Folder
-from ddpm.data.items import Items
-from ddpm.data.sources import MissingFiles, Source
+from ddpm.data.sources.image_folder import Folder
+from ddpm.data.sources.items import Items
+from ddpm.data.sources.sources import MissingFiles, Source
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.data import duplicates
-from ddpm.data.image_folder import ImageFiles
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,7 +32,8 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
-from ddpm.data.sources import MAX_EXAMINED, Source, UnreadableImages
+from ddpm.data.sources.image_folder import ImageFiles
+from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError

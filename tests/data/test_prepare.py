@@ -12,11 +12,11 @@ from support.processes import wait_for
 
 from ddpm.config_io import override
 from ddpm.data.builtin import prepared
-from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
-from ddpm.data.sources import Digits
+from ddpm.data.sources.image_folder import Folder
+from ddpm.data.sources.sources import Digits
 from ddpm.presets import DIGITS
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.locations import Location, resolve

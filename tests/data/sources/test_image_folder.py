@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.data.image_folder import Folder, ImageFile, store
 from ddpm.data.row_group import decode
-from ddpm.data.sources import UnreadableImages
+from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.sources import UnreadableImages
 from ddpm.utils.errors import UserError
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ddpm.data.image_folder import PARTS, ImageFile, ImageFiles, Listing, list_files
 from ddpm.data.row_group import Labels
-from ddpm.data.sources import MAX_EXAMINED, divide
+from ddpm.data.sources.image_folder import PARTS, ImageFile, ImageFiles, Listing, list_files
+from ddpm.data.sources.sources import MAX_EXAMINED, divide
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from ddpm.config import SmallCount
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
-from ddpm.data.sources import Seed, Square, UnreadableImages, divide
+from ddpm.data.sources.sources import Seed, Square, UnreadableImages, divide
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable

@@ -18,8 +18,8 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
-from ddpm.data.sources import Digits, MissingFiles, Source, divide, held_out
-from ddpm.data.torchvision import FashionMnist, Torchvision
+from ddpm.data.sources.sources import Digits, MissingFiles, Source, divide, held_out
+from ddpm.data.sources.torchvision import FashionMnist, Torchvision
 from ddpm.utils.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")

@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 from ddpm.config_io import override
 from ddpm.data import builtin
-from ddpm.data.items import Items
 from ddpm.data.manifest import read_manifest
 from ddpm.data.shards import read_row_group
+from ddpm.data.sources.items import Items
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError

@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from ddpm.config import SmallCount
-from ddpm.data.image_folder import digest_of_files, read_file, store
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources import Loaded, MissingFiles, Square
+from ddpm.data.sources.image_folder import digest_of_files, read_file, store
+from ddpm.data.sources.sources import Loaded, MissingFiles, Square
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpm.data.huggingface import HuggingFace
 from ddpm.data.row_group import decode
-from ddpm.data.sources import UnreadableImages
+from ddpm.data.sources.huggingface import HuggingFace
+from ddpm.data.sources.sources import UnreadableImages
 from ddpm.utils.errors import UserError
 
 NAMES = ["cat", "dog"]
@@ -104,7 +104,7 @@ def test_a_single_parquet_file_is_split(tmp_path: Path, monkeypatch: pytest.Monk
     both = content(source, "train") + content(source, "test")
     assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
     assert source.statistics() == "40 8x8 (1 sizes); 40 RGB; 0 smaller than 8, 0 longer than 2:1"
-    monkeypatch.setattr("ddpm.data.huggingface.MAX_EXAMINED", 39)
+    monkeypatch.setattr("ddpm.data.sources.huggingface.MAX_EXAMINED", 39)
     assert source.statistics() == "sizes not counted: there are more than 39 images"
 
 

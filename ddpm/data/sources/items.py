@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm.data.image_folder import PARTS, fitted
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources import Loaded, divide
+from ddpm.data.sources.image_folder import PARTS, fitted
+from ddpm.data.sources.sources import Loaded, divide
 from ddpm.utils.errors import UserError
 
 
