@@ -23,6 +23,7 @@ from ddpm.utils.retry import error_line
 
 MAX_CLASSES = 100_000
 ROWS_AT_ONCE = 256
+"""Rows that are in memory while images are read one by one."""
 SAVED = ("dataset_dict.json", "state.json")
 """`save_to_disk` writes one of these files."""
 
@@ -30,7 +31,8 @@ SAVED = ("dataset_dict.json", "state.json")
 @dataclass(frozen=True)
 class HuggingFace(ImageFiles):
     """Images of a Hugging Face data set: Parquet files, what save_to_disk wrote, or a name on the hub. A Parquet file
-    called train-..., test-... or validation-... (or in a folder of that name) belongs to that split."""
+    called train-..., test-... or validation-... (or in a folder of that name) belongs to that split. Parquet files are
+    copied into the cache of Hugging Face's datasets (HF_HOME)."""
 
     image_column: str = "image"
     label_column: str | None = "label"
@@ -173,8 +175,9 @@ class HuggingFace(ImageFiles):
 
     @cached_property
     def _label(self) -> str | None:
-        """The column of labels, if there is one."""
-        return self.label_column if self.label_column in self._data["train"].column_names else None
+        """The column of labels, if all parts have it."""
+        has_labels = all(self.label_column in data.column_names for data in self._data.values())
+        return self.label_column if has_labels else None
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
