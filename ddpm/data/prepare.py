@@ -1,9 +1,9 @@
 """From a source to a data set: one task per shard, the manifest last.
 
-With a cluster, plain Ray tasks write the shards. The same command resumes where it was stopped: finished shards are
-kept. Without a manifest there is no data set, so a half-written one cannot be read. A data set is prepared by one
-process at a time; another one waits. Nothing written is ever overwritten, except an unfinished data set of the same
-command if its source's files have changed.
+On a cluster, Ray tasks write the shards. The same command resumes where it was stopped: finished shards are kept. A
+folder without a manifest is not a data set, so an unfinished one cannot be read. One process at a time prepares a data
+set; others wait. No file is overwritten, except those of an unfinished data set of the same command if its source's
+files have changed.
 """
 
 import hashlib
