@@ -67,10 +67,8 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     assert (manifest.height, manifest.width, manifest.channels) == (12, 12, 3)
     assert manifest.class_names == ("cat", "dog")
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        f"images      {tmp_path}/my pets, as 12x12 colour (--model.image-size, --model.channels)",
-        "skipped     1 other file, such as cat/notes.txt",
-    ]
+    images, skipped = capsys.readouterr().out.splitlines()[:2]
+    assert f"{tmp_path}/my pets, as 12x12 colour" in images and "cat/notes.txt" in skipped
     assert ray_dataset.open_configured(found).rows.num_rows == 38
 
 
@@ -140,17 +138,13 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
     write_images(tmp_path / "pets", 2)
     (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
     for images, changes, message in (
-        ("nowhere", {}, "--data.images nowhere is not a folder on this machine; name a folder of images"),
-        ("s3://b/c", {}, "--data.images s3://b/c is not a folder on this machine; name a folder of images"),
-        (
-            tmp_path / "pets",
-            {"data.shards": "x"},
-            "--data.images and --data.shards are two data sets; give one",
-        ),
-        (tmp_path / "pets", {"model.channels": 2}, "or 3 (colour), but model.channels is 2"),
+        ("nowhere", {}, "--data.images nowhere is not a folder"),
+        ("s3://b/c", {}, "--data.images s3://b/c is not a folder"),
+        (tmp_path / "pets", {"data.shards": "x"}, "--data.images and --data.shards"),
+        (tmp_path / "pets", {"model.channels": 2}, "model.channels is 2"),
         (tmp_path / "empty", {}, f"{tmp_path}/empty holds no images"),
         (tmp_path / "pets", {}, "1 of 4 images cannot be read ("),
-        (None, {"data.source": None}, "no images are given"),
+        (None, {"data.source": None}, "--data.images"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as raised:
             builtin.prepared(config_of(tmp_path, images, **changes))
