@@ -190,7 +190,8 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
 
 
 def options_of(source: Source, rows: int | None = None, drop: bool = False) -> str:
-    """Hash of everything that decides the bytes of the data set (None: an option of earlier versions)."""
+    """Hash of everything that decides the bytes of the data set."""
+    # None stands for an option of earlier versions, whose data sets are found by the same hash.
     asked: list[object] = [FORMAT, source.identity(), source.splits, None, rows]
     if drop:
         asked.append(duplicates.THRESHOLD)
@@ -221,23 +222,23 @@ def _begin(source: Source, location: Location, rows_per_row_group: int | None, d
     with as_user_error(f"cannot write to {location.uri}"):
         file = location.child(NOTES).child(OPTIONS)
         shards = _shards_at(source, location)
-        begun = file.read().decode(errors="replace") if file.exists() else None
-        if begun is None and shards:
+        earlier = file.read().decode(errors="replace") if file.exists() else None
+        if earlier is None and shards:
             raise UserError(
                 f"{shards[0].uri} is there already, without a manifest; choose another folder, or remove it first"
             )
-        if begun is not None and begun.splitlines()[1:] != note.splitlines()[1:]:
+        if earlier is not None and earlier.splitlines()[1:] != note.splitlines()[1:]:
             raise UserError(
                 f"{location.uri} holds an unfinished data set of another source or with other options; choose "
                 "another folder, or remove that one first"
             )
-        if begun not in (None, note):
+        if earlier not in (None, note):
             log.warning(
                 "%s: the source's files have changed since preparation began; it starts over", location.uri
             )
             for shard in shards:
                 shard.unlink()
-        if begun != note:
+        if earlier != note:
             file.write(note.encode())
         for name in (duplicates.LISTED, duplicates.PICTURE, PREVIEW):
             location.child(name).unlink()  # of a data set that was removed
