@@ -32,7 +32,7 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data import builtin, ray_dataset
 from ddpm.data.plan import ReadOrder, rank_shard
-from ddpm.data.reading import DataSet, Images, MicroBatch, cut
+from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.presets import PRESETS
 from ddpm.storage import locations
 from ddpm.training import loop
@@ -97,10 +97,10 @@ class TorchrunRuntime(Runtime):
         share = order.share(self.rank, self.world_size)
         return cut(self._rank_batches(images_seen, share), share, order.micro_batch_size)
 
-    def _rank_batches(self, images_seen: int, share: range) -> Iterator[Images]:
+    def _rank_batches(self, images_seen: int, share: range) -> Iterator[LabelledImages]:
         start, size = 0, self._config.train.micro_batch_size
         for images in self._batches(images_seen):
-            yield Images(
+            yield LabelledImages(
                 rank_shard(images.image, start, share, size), rank_shard(images.label, start, share, size)
             )
             start += len(images.label)
@@ -155,7 +155,7 @@ def measure(arguments: Arguments) -> None:
             "run.name": "bench",
         }
         preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
-        config = builtin.with_shards(override(preset, values))
+        config = builtin.prepared(override(preset, values))
         data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
         location = locations.resolve(folder).child("bench")

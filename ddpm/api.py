@@ -54,9 +54,9 @@ class Run:
 def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
     """Train or resume a run, as jobs/train.py does.
 
-    `data` is the URI of shards or a data set in Python (ddpm/data/items.py), by default the preset's. Settings have the
-    short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}). The run of a Config is
-    named by the preset with the fewest differences.
+    `data` is the URI of shards or a data set in Python (ddpm/data/sources/items.py), by default the preset's. Settings
+    have the short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}). The run of a
+    Config is named by the preset with the fewest differences.
     """
     if isinstance(preset, Config):
         config = preset

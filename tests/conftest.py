@@ -30,6 +30,7 @@ ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train's controller polls its workers five times a second instead of every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "120",  # a busy machine's server may be slow
     # A process that crashes prints a traceback.
@@ -45,6 +46,7 @@ def pytest_configure() -> None:
     os.environ.update(ENV)
     # Clusters of other tests and of the user must not be found. Short: socket paths have at most 107 characters.
     os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
+    os.environ["HF_HOME"] = f"{RAY_FOLDER.name}/huggingface"
     for name in UNSET:
         os.environ.pop(name, None)
 

@@ -26,12 +26,12 @@ from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.idx import read_idx
-from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
+from ddpm.data.sources.huggingface import HuggingFace
+from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.report import Report
 from ddpm.evaluation.rung import Evaluation
@@ -62,7 +62,11 @@ def write_all(folder: Path, tiny: Config) -> None:
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
     (folder / "report.json").write_text(Report({}, ()).to_json())
     resolve(str(folder)).child(CURVES).write(CURVES_BYTES)
-    (folder / "labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x03abc")
+    for prefix in ("train", "t10k"):
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, 2, 28, 28) + bytes(2 * 28 * 28)
+        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 2) + b"\1\2")
 
 
 def read_shard(folder: Path) -> object:
@@ -93,7 +97,8 @@ READERS: dict[str, Callable[[Path], object]] = {
         resolve(str(folder / "report.json")), "report.json"
     ),
     CURVES: lambda folder: curves.read(resolve(str(folder))),
-    "labels-idx1-ubyte": lambda folder: read_idx(folder / "labels-idx1-ubyte"),
+    "train-labels-idx1-ubyte": lambda folder: FashionMnist(path=folder).splits,
+    "t10k-images-idx3-ubyte": lambda folder: FashionMnist(path=folder).splits,
 }
 
 
@@ -135,7 +140,7 @@ def test_pillow_starts_no_other_program_for_an_image(monkeypatch: pytest.MonkeyP
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/x) (w) file\n%%EOF\n"
     assert Image.open(io.BytesIO(script)).format == "EPS"
     with pytest.raises(UserError, match=r"cat\.png"):
-        store([(script, "cat.png", None)], 8, 3, "encoded")
+        store([ImageFile(script, "cat.png", None)], 8, 3, "encoded")
     assert started == []
 
 
@@ -159,7 +164,7 @@ def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path,
     with pytest.raises(UserError, match=rf"\d\.png: .*{message}"):
         Folder(tmp_path / "cats", size=8).read("train", 0, 1)
     pq.write_table(pa.table({"image": [large, large]}), tmp_path / "all.parquet")
-    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: .*{message}"):
+    with pytest.raises(UserError, match=rf"all\.parquet, train, row \d: .*{message}"):
         HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
 
 

@@ -61,7 +61,7 @@ def train(
     """
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri or f"sqlite:///{folder}/mlflow.db"
     config = override(config, {"run.storage": folder, "run.name": "bench", **values})
-    config = builtin.with_shards(config)
+    config = builtin.prepared(config)
     worker_group.work = partial(work, folder)
     fit.fit(config, ray_dataset.open_configured(config))
     return config

@@ -7,12 +7,15 @@ data set is complete. `python jobs/prepare.py SOURCE --help` lists a source's op
 import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from ddpm import cli
 from ddpm.data import catalog
+
+if TYPE_CHECKING:
+    from ddpm.storage.locations import Location
 
 S = TypeVar("S")
 
@@ -41,30 +44,46 @@ def main() -> None:
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    source, location = arguments.source, resolve(arguments.uri)
+    source = arguments.source
+    location = resolve(arguments.uri)
     drop = arguments.drop_duplicates
-    there = prepare.find(source, location, drop=drop)
-    print(f"data set    {printable(location.uri)}{' exists already' if there else ''}")
-    if skipped := getattr(source, "skipped", ""):
+    existing = prepare.find(source, location, drop=drop)
+    print(f"data set    {printable(location.uri)}{' exists already' if existing else ''}")
+    skipped = getattr(source, "skipped", "")
+    if skipped:
         print(f"skipped     {skipped}")
-    connect, parallel = None, arguments.parallel
-    if parallel is None:
-        is_here = location.is_local or hasattr(source, "path") or hasattr(source, "root")
-        parallel = is_large = prepare.is_large(source)
-        if is_large and is_here and "RAY_ADDRESS" in os.environ:
-            parallel = False
-            print("alone       on this machine, whose files these are; --parallel if all nodes see them")
-    if parallel:
+    connect = None
+    if _is_parallel(arguments, location):
         from ddpm.cluster import ray_init  # seconds: Ray
 
         connect = ray_init.connect
-    options = {"skip_unreadable": arguments.skip_unreadable, "drop_duplicates": drop}
-    manifest = prepare.prepare(source, location, connect=connect, **options)
+    manifest = prepare.prepare(
+        source,
+        location,
+        connect=connect,
+        skip_unreadable=arguments.skip_unreadable,
+        drop_duplicates=drop,
+    )
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")
-    if not there and hasattr(source, "statistics"):
+    if not existing and hasattr(source, "statistics"):
         print(f"files       {source.statistics()}")
     for line in duplicates.report(source, location, manifest, drop):
         print(line)
     print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")
+
+
+def _is_parallel(arguments: Any, location: "Location") -> bool:
+    """Whether shards are written by tasks of a Ray cluster."""
+    from ddpm.data import prepare
+
+    if arguments.parallel is not None:
+        return bool(arguments.parallel)
+    if not prepare.is_large(arguments.source):
+        return False
+    uses_files = location.is_local or hasattr(arguments.source, "path") or hasattr(arguments.source, "root")
+    if uses_files and "RAY_ADDRESS" in os.environ:
+        print("alone       on this machine, whose files these are; --parallel if all nodes see them")
+        return False
+    return True

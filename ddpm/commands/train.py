@@ -39,7 +39,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     config, preset = runs.with_storage(arguments.config), arguments.base or arguments.config
     has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)
-    config = builtin.with_shards(config, command_line.typed(), connect, items)
+    config = builtin.prepared(config, command_line.typed(), connect, items)
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     changed = settings.differences(config, preset, "" if has_own_data else data_set.rows.fingerprint)

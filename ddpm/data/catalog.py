@@ -4,10 +4,10 @@ import inspect
 from typing import Any
 
 from ddpm.data.glyphs import Glyphs
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.image_folder import Folder
-from ddpm.data.sources import Digits, FashionMnist, Source
-from ddpm.data.torchvision import Torchvision
+from ddpm.data.sources.huggingface import HuggingFace
+from ddpm.data.sources.image_folder import Folder
+from ddpm.data.sources.sources import Digits, Source
+from ddpm.data.sources.torchvision import FashionMnist, Torchvision
 from ddpm.utils import plugins
 from ddpm.utils.errors import UserError
 

@@ -16,15 +16,20 @@ from PIL import Image
 from ddpm.data.manifest import Manifest, Shard
 from ddpm.data.row_group import Pixels, columns
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.data.sources import MAX_EXAMINED
+from ddpm.data.sources.sources import MAX_EXAMINED
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.progress import printable, track
 from ddpm.utils.retry import as_user_error
 
-LISTED, PICTURE, PICTURED, COLUMNS = "duplicates.txt", "duplicates.png", 64, 16
-SIDE, THRESHOLD = 8, 2.5
+LISTED = "duplicates.txt"
+PICTURE = "duplicates.png"
+MAX_PICTURED = 64
+"""Pairs in the picture."""
+PICTURE_COLUMNS = 16
+SIDE = 8
+THRESHOLD = 2.5
 COMPONENTS = 16
 """Principal components of the thumbnails, in which they are searched."""
 Row = tuple[str, int]
@@ -51,49 +56,72 @@ def find(location: Location, manifest: Manifest) -> list[Duplicate]:
     splits = sorted(manifest.splits, key=lambda split: (split == "train", split))
     rows = [(split, i) for split in splits for i in range(manifest.splits[split].num_rows)]
     split_of = np.array([splits.index(split) for split, _ in rows])
-    thumbs = _thumbnails(location, manifest, splits)
-    # A projection lengthens no distance, so its radius loses no pair; which are near is then decided by integers.
-    values = thumbs.reshape(len(rows), -1).astype(np.float32)
-    values -= (mean := values.mean(0))
+    thumbnails = _thumbnails(location, manifest, splits)
+    # Candidates are the neighbours in a projection, which lengthens no distance, so no pair is lost. Which of them are
+    # near is then decided by integers.
+    values = thumbnails.reshape(len(rows), -1).astype(np.float32)
+    mean = values.mean(0)
+    values -= mean
     axes = np.linalg.eigh(values.T @ values)[1][:, -COMPONENTS:]
-    tree, radius = KDTree(values @ axes), 1.01 * THRESHOLD * len(mean) ** 0.5
-    found, is_found = list[Duplicate](), np.zeros(len(rows), bool)
+    tree = KDTree(values @ axes)
+    radius = 1.01 * THRESHOLD * len(mean) ** 0.5
+    found = list[Duplicate]()
+    is_found = np.zeros(len(rows), bool)
     for i, like in enumerate(rows):
-        for is_mirrored in (False, True) if like[0] != "train" or not is_found[i] else ():
-            thumb = thumbs[i, :, :: -1 if is_mirrored else 1].astype(np.int64)
-            near = np.array(tree.query_ball_point((thumb.reshape(-1) - mean) @ axes, radius), np.int64)
-            near = near[(near > i) & ~is_found[near] & (~is_found[i] | (split_of[near] != split_of[i]))]
-            distance = np.sqrt(((thumbs[near] - thumb) ** 2).mean((1, 2, 3)))
-            for j, of_j in zip(near[distance <= THRESHOLD], distance[distance <= THRESHOLD], strict=True):
-                is_found[j] = True
-                found.append(Duplicate(rows[j][0] == like[0], float(of_j), rows[j], like, is_mirrored))
+        if like[0] == "train" and is_found[i]:
+            continue
+        for is_mirrored in (False, True):
+            thumbnail = thumbnails[i].astype(np.int64)
+            if is_mirrored:
+                thumbnail = thumbnail[:, ::-1]
+            near = np.array(tree.query_ball_point((thumbnail.reshape(-1) - mean) @ axes, radius), np.int64)
+            near = near[(near > i) & ~is_found[near]]
+            if is_found[i]:
+                near = near[split_of[near] != split_of[i]]
+            distances = np.sqrt(((thumbnails[near] - thumbnail) ** 2).mean((1, 2, 3)))
+            for j, distance in zip(near, distances, strict=True):
+                if distance <= THRESHOLD:
+                    is_found[j] = True
+                    in_one_split = rows[j][0] == like[0]
+                    found.append(Duplicate(in_one_split, float(distance), rows[j], like, is_mirrored))
     return sorted(found)
 
 
 def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate]:
     """Find near-duplicates, and write a picture of pairs, and their list, which begins with their number."""
-    found, total = find(location, manifest), sum(split.num_rows for split in manifest.splits.values())
-    leaks = f"{sum(not pair.in_one_split for pair in found):,} like one of another split"
-    lines = [f"{len(found):,} of {total:,} images look like another, {leaks}"]
-    is_known = hasattr(source, "name_of") and total == sum(source.splits.values())  # all could be read
-    name_of = source.name_of if is_known else lambda split, i: i
-    for _, distance, row, like, is_mirrored in found:
-        named = (f"{split} {name_of(split, i)}" for split, i in (row, like))
-        lines.append(printable(f"{' looks like '.join(named)} ({distance:.2f}{', mirrored' * is_mirrored})"))
+    found = find(location, manifest)
+    total = sum(split.num_rows for split in manifest.splits.values())
+    num_leaks = sum(not pair.in_one_split for pair in found)
+    lines = [f"{len(found):,} of {total:,} images look like another, {num_leaks:,} like one of another split"]
+    # If some images could not be read, the source numbers them otherwise.
+    has_names = hasattr(source, "name_of") and total == sum(source.splits.values())
+
+    def name(row: Row) -> str:
+        split, i = row
+        return f"{split} {source.name_of(split, i) if has_names else i}"
+
+    for pair in found:
+        mirrored = ", mirrored" if pair.is_mirrored else ""
+        lines.append(
+            printable(f"{name(pair.row)} looks like {name(pair.like)} ({pair.distance:.2f}{mirrored})")
+        )
     if found:
-        chosen = np.unique(np.linspace(0, len(found) - 1, PICTURED).astype(int))
-        pairs = images_at(location, manifest, [row for i in chosen for row in (found[i].like, found[i].row)])
-        location.child(PICTURE).write(png_bytes(grid(pairs, COLUMNS)), durable=True)
+        pictured = []
+        for i in np.unique(np.linspace(0, len(found) - 1, MAX_PICTURED).astype(int)):
+            pictured += [found[i].like, found[i].row]
+        sheet = grid(images_at(location, manifest, pictured), PICTURE_COLUMNS)
+        location.child(PICTURE).write(png_bytes(sheet), durable=True)
     location.child(LISTED).write("".join(f"{line}\n" for line in lines).encode(), durable=True)
     return found
 
 
 def report(source: Any, location: Location, manifest: Manifest, dropped: bool = False) -> Iterator[str]:
-    """The lines on near-duplicates for who prepares a data set: their number, and where picture and list are."""
+    """The lines on near-duplicates for the user: their number, and where picture and list are."""
     if sum(split.num_rows for split in manifest.splits.values()) > MAX_EXAMINED:
         yield f"duplicates  not searched for: there are more than {MAX_EXAMINED:,} images"
         return
-    listed, picture = location.child(LISTED), location.child(PICTURE)
+    listed = location.child(LISTED)
+    picture = location.child(PICTURE)
     with as_user_error("the data set is complete, but it cannot be searched for duplicates"):
         if not listed.exists():
             write(source, location, manifest)
@@ -103,15 +131,24 @@ def report(source: Any, location: Location, manifest: Manifest, dropped: bool = 
 
 
 def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:
-    """Write shards again without the rows `dropped`; after a kill they are made anew, since they have too few rows."""
-    kept, begin = list[Shard](), 0
+    """Write shards again without the rows `dropped`, and return those that are left.
+
+    After a kill, shards with too few rows are written anew.
+    """
+    kept = list[Shard]()
+    begin = 0
     for shard in shards:
         rows = [row for row in range(shard.num_rows) if (split, begin + row) not in dropped]
-        begin, file = begin + shard.num_rows, location.child(shard.path)
-        if 0 < len(rows) < shard.num_rows:
-            content = columns(pq.ParquetFile(file.path, filesystem=location.filesystem).read().take(rows))
-            shard = write_shard(location, shard.path, *content, rows_per_row_group=shard.row_groups[0])
-        kept.append(shard) if rows else file.unlink()
+        begin += shard.num_rows
+        file = location.child(shard.path)
+        if not rows:
+            file.unlink()
+            continue
+        if len(rows) < shard.num_rows:
+            table = pq.ParquetFile(file.path, filesystem=location.filesystem).read().take(rows)
+            images, labels = columns(table)
+            shard = write_shard(location, shard.path, images, labels, rows_per_row_group=shard.row_groups[0])
+        kept.append(shard)
     if not kept:
         raise UserError(f"each {split} image looks like a held-out one; prepare other images")
     return kept
@@ -121,18 +158,20 @@ def images_at(location: Location, manifest: Manifest, rows: Sequence[Row]) -> Pi
     """These images of the data set, uint8 [N, H, W, C]."""
     images = []
     for split, index in rows:
-        begins = np.cumsum([0, *(n for shard in manifest.splits[split].shards for n in shard.row_groups)])
-        group = int(np.searchsorted(begins, index, "right")) - 1
-        images += [*read_row_group(location, manifest, split, group, np.array([index - begins[group]]))[0]]
+        sizes = [size for shard in manifest.splits[split].shards for size in shard.row_groups]
+        begins = np.cumsum([0, *sizes])
+        row_group = int(np.searchsorted(begins, index, "right")) - 1
+        inside = np.array([index - begins[row_group]])
+        images.append(read_row_group(location, manifest, split, row_group, inside)[0][0])
     return np.stack(images)
 
 
 def _thumbnails(location: Location, manifest: Manifest, splits: Sequence[str]) -> Pixels:
     """uint8 [N, SIDE, SIDE, C] of all images, split by split."""
-    thumbs = list[Pixels]()
-    groups = [(split, i) for split in splits for i in range(manifest.splits[split].row_group_ends[-1])]
-    for group in track("row groups compared", len(groups), groups):
-        for image in read_row_group(location, manifest, *group)[0]:
-            flat = Image.fromarray(image[..., 0] if manifest.channels == 1 else image)
-            thumbs.append(np.asarray(flat.resize((SIDE, SIDE), Image.Resampling.BOX)))
-    return np.stack(thumbs).reshape(-1, SIDE, SIDE, manifest.channels)
+    thumbnails = list[Pixels]()
+    row_groups = [(split, i) for split in splits for i in range(manifest.splits[split].row_group_ends[-1])]
+    for split, i in track("row groups compared", len(row_groups), row_groups):
+        for image in read_row_group(location, manifest, split, i)[0]:
+            pillow = Image.fromarray(image[..., 0] if manifest.channels == 1 else image)
+            thumbnails.append(np.asarray(pillow.resize((SIDE, SIDE), Image.Resampling.BOX)))
+    return np.stack(thumbnails).reshape(-1, SIDE, SIDE, manifest.channels)

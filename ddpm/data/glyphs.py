@@ -17,7 +17,7 @@ from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources import Seed, Square, held_out
+from ddpm.data.sources.sources import Seed, Square, held_out
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(

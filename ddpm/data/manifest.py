@@ -26,7 +26,7 @@ MAX_ROW_GROUP_BYTES = 1 << 31
 MAX_MANIFEST_BYTES = 256 << 20
 """Enough for 2.6 million row groups; reading a manifest takes 5 times as much memory."""
 Encoding = Literal["raw", "encoded"]
-Count = Annotated[int, Ge(1)]
+AtLeastOne = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Shard:
 
     path: str
     """Below the data set's folder: "train/00000.parquet"."""
-    num_rows: Count
-    row_groups: tuple[Count, ...]
+    num_rows: AtLeastOne
+    row_groups: tuple[AtLeastOne, ...]
     """Rows of every row group, in order."""
-    num_bytes: Count
+    num_bytes: AtLeastOne
     sha256: str
     """SHA-256 of the file."""
     row_group_sha256: tuple[str, ...]
@@ -49,7 +49,7 @@ class Shard:
 class Split:
     """The shards of a split, such as "train", in order."""
 
-    num_rows: Count
+    num_rows: AtLeastOne
     fingerprint: str
     """Hash of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
@@ -73,8 +73,8 @@ class Manifest:
     """Name of its source: "digits"."""
     options: str
     """Hash of everything requested from `prepare`; equal hashes mean equal data."""
-    height: Count
-    width: Count
+    height: AtLeastOne
+    width: AtLeastOne
     channels: Annotated[int, Interval(ge=1, le=3)]
     encoding: Encoding
     class_names: tuple[str, ...]
@@ -99,13 +99,24 @@ def make_manifest(
     options: str,
 ) -> Manifest:
     """The manifest of shards that have been written, of images [H, W, C]; fingerprints are computed here."""
-    kind = [*shape, encoding, list(class_names)]
+    height, width, channels = shape
+    kind = [height, width, channels, encoding, list(class_names)]
     splits = {}
     for name, parts in sorted(shards.items()):
         content = [[shard.sha256, shard.row_groups, shard.row_group_sha256] for shard in parts]
-        splits[name] = Split(sum(s.num_rows for s in parts), _digest([kind, content]), tuple(parts))
-    whole = _digest([[name, split.fingerprint] for name, split in splits.items()])
-    return Manifest(source, options, *shape, encoding, tuple(class_names), splits, whole)
+        num_rows = sum(shard.num_rows for shard in parts)
+        splits[name] = Split(num_rows, _digest([kind, content]), tuple(parts))
+    return Manifest(
+        source=source,
+        options=options,
+        height=height,
+        width=width,
+        channels=channels,
+        encoding=encoding,
+        class_names=tuple(class_names),
+        splits=splits,
+        fingerprint=_digest([[name, split.fingerprint] for name, split in splits.items()]),
+    )
 
 
 def write_manifest(location: Location, manifest: Manifest) -> None:
@@ -136,9 +147,15 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
             "in another folder or after removing this one"
         )
     manifest = strict_json.parse(Manifest, text, where)
-    shards = {name: split.shards for name, split in manifest.splits.items()}
-    kind = manifest.shape, manifest.encoding, manifest.class_names
-    if manifest != make_manifest(manifest.source, *kind, shards, manifest.options):
+    expected = make_manifest(
+        manifest.source,
+        shape=manifest.shape,
+        encoding=manifest.encoding,
+        class_names=manifest.class_names,
+        shards={name: split.shards for name, split in manifest.splits.items()},
+        options=manifest.options,
+    )
+    if manifest != expected:
         raise UserError(f"{where}: a fingerprint does not match its shards; the file was altered")
     return manifest
 

@@ -31,7 +31,8 @@ IDLE_SHARE = 0.15
 """Share of the workers' time that may be lost to uneven shares without a warning."""
 
 # Counters that separate the random order of row groups from that of rows.
-_ROW_GROUPS, _ROWS = 0, 1
+_ROW_GROUPS = 0
+_ROWS = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class ReadOrder:
 
         If n does not divide M, some ranks take one more than the others.
         """
-        size, micro = self.batch_size, self.micro_batch_size
+        size = self.batch_size
+        micro = self.micro_batch_size
         if not 0 < micro <= size or size % micro:
             raise UserError(
                 f"batch_size {size} is not a positive multiple of micro_batch_size {micro}; "
@@ -121,7 +123,8 @@ class Plan:
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """The whole windows that contain the positions [start, stop), in order, over any number of epochs."""
         for number in range(start // self.num_images, -(-stop // self.num_images)):
-            epoch, begin = self._epoch(number), number * self.num_images
+            epoch = self._epoch(number)
+            begin = number * self.num_images
             first = int(np.searchsorted(epoch.edges, start - begin, side="right")) - 1
             last = int(np.searchsorted(epoch.edges, min(stop - begin, self.num_images), side="left"))
             for w in range(max(first, 0), last):
@@ -188,11 +191,11 @@ def uneven_share(config: Config) -> str | None:
     world_size, waste = max(idle.items(), key=lambda item: item[1])
     if waste <= IDLE_SHARE:
         return None
-    m, most = order.share(0, world_size).stop, len(order.share(0, world_size))
+    share = order.share(0, world_size)
     return (
-        f"{world_size} workers share {m} micro-batches unevenly: some take {most}, and the others wait for them "
-        f"({waste:.0%} of the workers' time); a smaller --train.micro-batch-size than {order.micro_batch_size} is "
-        "shared more evenly"
+        f"{world_size} workers share {share.stop} micro-batches unevenly: some take {len(share)}, and the others wait "
+        f"for them ({waste:.0%} of the workers' time); a smaller --train.micro-batch-size than "
+        f"{order.micro_batch_size} is shared more evenly"
     )
 
 

@@ -31,7 +31,7 @@ from ray.data import DataIterator
 from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.data.plan import Plan, ReadOrder, last_position, rank_shard
-from ddpm.data.reading import DataSet, Images, MicroBatch, check_fits, cut, scale_of
+from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, check_fits, cut, scale_of
 from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
@@ -39,15 +39,17 @@ from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000
 """Maximum reading tasks of one Ray Dataset; longer training uses several Datasets in turn."""
-BYTES_PER_WORKER, OBJECT_STORE_SHARE = 256 << 20, 0.25
-"""Reading ahead of training may take this much of the object store for each worker, and this share of it in all."""
+BYTES_PER_WORKER = 256 << 20
+"""Reading ahead of training may take this much of the object store for each worker."""
+OBJECT_STORE_SHARE = 0.25
+"""Reading ahead of training may take this share of the object store in all."""
 READING_PRIORITY = 10
 """The nice value of reading, which is ahead of training: on CPUs, training that does not wait goes first."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
 Task = tuple[int, int]
 """Positions of the plan from start to stop."""
-_ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
+_ERRORS: dict[str, type[UserError]] = {"CorruptData": CorruptData, "StorageError": StorageError}
 """Errors of reading that travel as rows."""
 
 
@@ -71,8 +73,12 @@ def open_configured(config: Config) -> DataSet:
     uri = config.data.shards
     if uri is None:
         raise UserError("data.shards is not given; expected the folder or URI of a data set")
-    size, timeout_s = config.model.image_size, config.run.storage_timeout_s
-    data_set = open_data_set(uri, config.data.split, image_size=size, timeout_s=timeout_s)
+    data_set = open_data_set(
+        uri,
+        config.data.split,
+        image_size=config.model.image_size,
+        timeout_s=config.run.storage_timeout_s,
+    )
     check_fits(data_set.manifest, config, uri)
     return data_set
 
@@ -105,14 +111,15 @@ def micro_batches(
     share = order.share(rank, world_size)
     chunks = dataset_chunks(data_set, order, images_seen)
 
-    def begin(chunk: list[Task]) -> Iterator[Images]:
+    def begin(chunk: list[Task]) -> Iterator[LabelledImages]:
         references = None  # to the iterators in the object store: they are too large for a broadcast
         if rank == 0:
             references = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
         (reference,) = broadcast(references)
-        return RankReader(ray.get(reference)[rank], order.stall_timeout_s, data_set.timeout_s)
+        iterators = ray.get(reference)
+        return RankReader(iterators[rank], order.stall_timeout_s, data_set.timeout_s)
 
-    first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]
+    first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]  # reading begins here
     batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))
     return cut(batches, share, order.micro_batch_size)
 
@@ -126,7 +133,8 @@ def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Ite
     chunk = list[Task]()
     for task in data_set.plan(order.seed, order.window_rows).tasks(images_seen, stop):
         chunk.append(task)
-        edge = task[1] - (task[1] - images_seen) % order.batch_size
+        _, end = task
+        edge = end - (end - images_seen) % order.batch_size
         if len(chunk) >= MAX_TASKS and edge > chunk[0][0]:
             yield [(begin, min(end, edge)) for begin, end in chunk if begin < edge]
             chunk = [(max(begin, edge), end) for begin, end in chunk if end > edge]
@@ -148,8 +156,8 @@ def split(
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
     context.enable_progress_bars = False
-    rest: Any = _Rest  # Ray needs the methods, not a base class
-    context.custom_execution_callback_classes = [rest]
+    callback: Any = _SchedulingPause  # Ray needs the methods, not a base class
+    context.custom_execution_callback_classes = [callback]
     options = context.execution_options
     options.preserve_order = True
     ahead = read_ahead_bytes(world_size, ray.cluster_resources().get("object_store_memory", 0.0))
@@ -163,7 +171,7 @@ def read_ahead_bytes(world_size: int, object_store: float) -> float:
     return min(world_size * BYTES_PER_WORKER, OBJECT_STORE_SHARE * object_store)
 
 
-class _Rest:
+class _SchedulingPause:
     """Slows down Ray Data's scheduling loop where it would spin.
 
     While the loop holds back reading that is far enough ahead, finished blocks are pending, so the loop's own wait
@@ -189,13 +197,16 @@ class _ReadTask:
     """
 
     def __init__(self, data_set: DataSet, order: ReadOrder, images_seen: int, world_size: int) -> None:
-        self._data_set, self._order = ray.put(data_set), order
-        self._images_seen, self._world_size = images_seen, world_size
+        self._data_set = ray.put(data_set)
+        self._order = order
+        self._images_seen = images_seen
+        self._world_size = world_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Yield one row per rank for each part, and also for an error: the splitter deals rows by number."""
         os.setpriority(os.PRIO_PROCESS, 0, READING_PRIORITY)
-        start, stop = int(batch["start"][0]), int(batch["stop"][0])
+        start = int(batch["start"][0])
+        stop = int(batch["stop"][0])
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
         try:
             most = data_set.part_images(self._world_size)
@@ -206,12 +217,14 @@ class _ReadTask:
             error = json.dumps({"kind": type(failure).__name__, "message": str(failure)})
             yield from self._rows(data_set.empty(self._order.batch_size), start, error)
 
-    def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+    def _rows(self, images: LabelledImages, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+        size = self._order.micro_batch_size
+        begin = start - self._images_seen
         for rank in range(self._world_size):
-            share, size = self._order.share(rank, self._world_size), self._order.micro_batch_size
+            share = self._order.share(rank, self._world_size)
             yield {
-                "image": rank_shard(images.image, start - self._images_seen, share, size)[None],
-                "label": rank_shard(images.label, start - self._images_seen, share, size)[None],
+                "image": rank_shard(images.image, begin, share, size)[None],
+                "label": rank_shard(images.label, begin, share, size)[None],
                 "error": np.array([error]),
             }
 
@@ -231,16 +244,19 @@ class RankReader:
     """
 
     def __init__(self, iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float) -> None:
-        self._stall_timeout_s, self._storage_timeout_s = stall_timeout_s, storage_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._storage_timeout_s = storage_timeout_s
         self._rows: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
-        fetch = (iterator, self._rows, self._closed)
-        threading.Thread(target=_fetch, args=fetch, name="ddpm-data", daemon=True).start()
+        thread = threading.Thread(
+            target=_fetch, args=(iterator, self._rows, self._closed), name="ddpm-data", daemon=True
+        )
+        thread.start()
 
     def __iter__(self) -> "RankReader":
         return self
 
-    def __next__(self) -> Images:
+    def __next__(self) -> LabelledImages:
         timeout_s = self._stall_timeout_s + self._storage_timeout_s
         try:
             row = self._rows.get(timeout=timeout_s)
@@ -252,9 +268,10 @@ class RankReader:
             ) from None
         if isinstance(row, BaseException):
             raise row
-        if error := row["error"][0]:
-            raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
-        return Images(row["image"][0], row["label"][0])
+        if row["error"][0]:
+            error = json.loads(row["error"][0])
+            raise _ERRORS[error["kind"]](error["message"])
+        return LabelledImages(row["image"][0], row["label"][0])
 
     def __del__(self) -> None:
         self._closed.set()

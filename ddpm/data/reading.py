@@ -30,7 +30,7 @@ HELD_OUT = "test"
 
 
 @dataclass(frozen=True)
-class Images:
+class LabelledImages:
     """Decoded images with their labels (zeros where the data set has none)."""
 
     image: NDArray[np.uint8]
@@ -38,12 +38,12 @@ class Images:
     label: NDArray[np.int64]
     """[N]."""
 
-    def __getitem__(self, part: slice) -> "Images":
-        return Images(self.image[part], self.label[part])
+    def __getitem__(self, part: slice) -> "LabelledImages":
+        return LabelledImages(self.image[part], self.label[part])
 
 
 @dataclass(frozen=True)
-class MicroBatch(Images):
+class MicroBatch(LabelledImages):
     """The unit of a global batch."""
 
     index: int
@@ -81,7 +81,8 @@ class DataSet:
     @property
     def key(self) -> str:
         """Cache key of these images."""
-        return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
+        suffix = f"-{self.scale}" if self.scale > 1 else ""
+        return self.rows.fingerprint[:32] + suffix
 
     def held_out(self) -> "DataSet | None":
         """The split "test" of the same data set; None if this is it, or there is none."""
@@ -91,37 +92,43 @@ class DataSet:
 
     def plan(self, seed: int, window_rows: int) -> Plan:
         """The order in which this split is seen."""
-        return Plan(tuple(n for shard in self.rows.shards for n in shard.row_groups), seed, window_rows)
+        row_groups = tuple(size for shard in self.rows.shards for size in shard.row_groups)
+        return Plan(row_groups, seed, window_rows)
 
-    def read(self, plan: Plan, start: int, stop: int) -> Images:
+    def read(self, plan: Plan, start: int, stop: int) -> LabelledImages:
         """The images at positions [start, stop) of the plan, in order."""
-        images, position = self.empty(stop - start), 0
+        images = self.empty(stop - start)
+        begin = 0
         for part in self.parts(plan, start, stop, max(1, stop - start)):
-            end = position + len(part.label)
-            images.image[position:end], images.label[position:end] = part.image, part.label
-            position = end
+            end = begin + len(part.label)
+            images.image[begin:end] = part.image
+            images.label[begin:end] = part.label
+            begin = end
         return images
 
-    def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[Images]:
+    def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
         """The images of `read`, in parts of at most `most` images (None: of PART_BYTES).
 
         Each part lies in one window. The row groups of a window are read once and kept until the next window.
         """
         most = most or self.part_images()
         for window in plan.windows(start, stop):
-            low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
+            low = max(start - window.start, 0)
+            high = min(stop - window.start, len(window.rows))
             indices = np.unique(window.row_groups[low:high]).tolist()
             with ThreadPoolExecutor(READERS, thread_name_prefix="ddpm-read") as pool:
                 groups = dict(zip(indices, pool.map(self._row_group, indices), strict=True))
             for begin in range(low, high, most):
                 yield self._part(window, begin, min(begin + most, high), groups)
 
-    def _part(self, window: Window, low: int, high: int, groups: dict[int, RowGroup]) -> Images:
+    def _part(self, window: Window, low: int, high: int, groups: dict[int, RowGroup]) -> LabelledImages:
         """The images [low, high) of the window."""
         images = self.empty(high - low)
-        for index in np.unique(window.row_groups[low:high]).tolist():
-            (offsets,) = np.nonzero(window.row_groups[low:high] == index)
-            image, label = groups[index].rows(window.rows[low:high][offsets], self.scale)
+        row_groups = window.row_groups[low:high]
+        rows = window.rows[low:high]
+        for index in np.unique(row_groups).tolist():
+            offsets = np.flatnonzero(row_groups == index)
+            image, label = groups[index].rows(rows[offsets], self.scale)
             images.image[offsets] = image
             if label is not None:
                 images.label[offsets] = label
@@ -138,12 +145,14 @@ class DataSet:
         """Images of a part that `world_size` ranks share."""
         return max(1, PART_BYTES * world_size // math.prod(self.shape))
 
-    def empty(self, n: int) -> Images:
+    def empty(self, n: int) -> LabelledImages:
         """`n` images to be filled in."""
-        return Images(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
+        return LabelledImages(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
 
 
-def cut(batches: Iterable[Images], share: range, micro_batch_size: int) -> Generator[MicroBatch, None, None]:
+def cut(
+    batches: Iterable[LabelledImages], share: range, micro_batch_size: int
+) -> Generator[MicroBatch, None, None]:
     """Cut the images of one rank into micro-batches, and number them.
 
     Args:
@@ -151,33 +160,37 @@ def cut(batches: Iterable[Images], share: range, micro_batch_size: int) -> Gener
         share: the rank's `plan.ReadOrder.share`.
     """
     indices = itertools.cycle(share)
-    begun: list[Images] = []  # parts of the next micro-batch
+    begun: list[LabelledImages] = []  # parts of the next micro-batch
     for images in batches:
         first = micro_batch_size - sum(len(part.label) for part in begun)
         edges = [0, *range(first, len(images.label) + 1, micro_batch_size)]
         for low, high in itertools.pairwise(edges):
-            parts = [*begun, Images(images.image[low:high], images.label[low:high])]
+            parts = [*begun, images[low:high]]
             # Copies: `images` may be a read-only view of a block in shared memory, which is freed earlier this way.
             image = np.concatenate([part.image for part in parts])
-            yield MicroBatch(image, np.concatenate([part.label for part in parts]), next(indices))
+            label = np.concatenate([part.label for part in parts])
+            yield MicroBatch(image, label, next(indices))
             begun = []
         if edges[-1] < len(images.label):
-            begun.append(Images(images.image[edges[-1] :], images.label[edges[-1] :]))
+            begun.append(images[edges[-1] :])
 
 
 def scale_of(manifest: Manifest, image_size: int) -> int:
     """The factor that reduces encoded images to `image_size` squares; 1 if it is not a whole number."""
-    square = manifest.height == manifest.width and manifest.height % image_size == 0
-    return manifest.height // image_size if manifest.encoding == "encoded" and square else 1
+    is_square = manifest.height == manifest.width
+    if manifest.encoding == "encoded" and is_square and manifest.height % image_size == 0:
+        return manifest.height // image_size
+    return 1
 
 
 def check_fits(manifest: Manifest, config: Config, where: str) -> None:
     """Raise UserError if the data set and the net differ in channels, size or classes."""
-    size, scale = config.model.image_size, scale_of(manifest, config.model.image_size)
-    if (manifest.height, manifest.width) != (size * scale, size * scale):
+    size = config.model.image_size
+    stored_size = size * scale_of(manifest, size)
+    if (manifest.height, manifest.width) != (stored_size, stored_size):
         raise UserError(
-            f"{where} holds images of {manifest.height}x{manifest.width}, but model.image_size is "
-            f"{config.model.image_size}; set --model.image-size, or prepare the data at that size"
+            f"{where} holds images of {manifest.height}x{manifest.width}, but model.image_size is {size}; set "
+            "--model.image-size, or prepare the data at that size"
         )
     if manifest.channels != config.model.channels:
         raise UserError(

@@ -52,17 +52,21 @@ class RowGroup:
         wanted = np.arange(len(self.image)) if rows is None else rows
         label = None if self.label is None else self.label[wanted]
         num_classes = len(self.manifest.class_names)
-        if label is not None and len(wrong := np.flatnonzero((label < 0) | (label >= num_classes))):
-            what = f"the label is {label[wrong[0]]}, which is not in 0..{num_classes - 1}"
-            raise CorruptData(f"{self.where}, row {wanted[wrong[0]]}: {what}")
+        if label is not None:
+            wrong = np.flatnonzero((label < 0) | (label >= num_classes))
+            if len(wrong):
+                raise CorruptData(
+                    f"{self.where}, row {wanted[wrong[0]]}: the label is {label[wrong[0]]}, which is not in "
+                    f"0..{num_classes - 1}"
+                )
         if self.manifest.encoding == "raw":
             pixels = _raw(self.image, self.manifest)
             return pixels if rows is None else pixels[rows], label
-        height, width, channels = shape = self.manifest.shape
+        height, width, channels = self.manifest.shape
         decoded = np.empty((len(wanted), height // scale, width // scale, channels), np.uint8)
         for i, row in enumerate(wanted.tolist()):
             try:
-                decoded[i] = decode(self.image[row].as_py(), *shape, scale)
+                decoded[i] = decode(self.image[row].as_py(), height, width, channels, scale)
             except ValueError as error:
                 raise CorruptData(f"{self.where}, row {row}: {' '.join(str(error).split())}") from None
         return decoded, label
@@ -108,9 +112,9 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
         ValueError: `data` is not a PNG, JPEG or WebP, or has another size (known from its header, before any pixel
             is decoded).
     """
-    quickly = _jpeg(data, height, width, channels, scale)
-    if quickly is not None:
-        return quickly
+    pixels = _jpeg(data, height, width, channels, scale)
+    if pixels is not None:
+        return pixels
     try:
         with open_image(io.BytesIO(data), ("PNG", "JPEG", "WEBP")) as image:
             if image.size == (width, height):
@@ -122,10 +126,10 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
                     converted = converted.reduce(converted.width * scale // width)
                 pixels = np.asarray(converted, np.uint8)
                 return pixels.reshape(height // scale, width // scale, channels)
-            stored = image.size
+            stored_width, stored_height = image.size
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise ValueError(f"the image cannot be decoded: {error}") from None
-    raise ValueError(f"the image is {stored[1]}x{stored[0]}; the manifest says {height}x{width}")
+    raise ValueError(f"the image is {stored_height}x{stored_width}; the manifest says {height}x{width}")
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
@@ -155,21 +159,28 @@ def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pi
     """`decode` by simplejpeg; None: not a valid JPEG of that size and colours, or not a scale that JPEG has."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
-    stored, wanted = ("Gray", "GRAY") if channels == 1 else ("YCbCr", "RGB")
-    least = {"min_height": height // scale, "min_width": width // scale, "min_factor": 1}
+    if channels == 1:
+        stored_colours = "Gray"
+        colours = "GRAY"
+    else:
+        stored_colours = "YCbCr"
+        colours = "RGB"
+    shape = (height // scale, width // scale, channels)
     try:
-        if simplejpeg.decode_jpeg_header(data)[:3] != (height, width, stored):
+        if simplejpeg.decode_jpeg_header(data)[:3] != (height, width, stored_colours):
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(data, wanted, **least)
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, colours, min_height=shape[0], min_width=shape[1], min_factor=1
+        )
     except ValueError:
         return None
-    return pixels if pixels.shape == (height // scale, width // scale, channels) else None
+    return pixels if pixels.shape == shape else None
 
 
 def _raw(column: pa.Array, manifest: Manifest) -> Pixels:
     size = math.prod(manifest.shape)
-    count, offset = len(column) * size, column.offset * size
-    return np.frombuffer(_bytes(column, 1), np.uint8, count=count, offset=offset).reshape(-1, *manifest.shape)
+    pixels = np.frombuffer(_bytes(column, 1), np.uint8, count=len(column) * size, offset=column.offset * size)
+    return pixels.reshape(-1, *manifest.shape)
 
 
 def _bytes(column: pa.Array, index: int) -> memoryview:

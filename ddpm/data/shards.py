@@ -16,7 +16,6 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,15 +55,24 @@ def write_shard(
         size = int(np.prod(images.shape[1:]))
         buffer = pa.py_buffer(np.ascontiguousarray(images).data)
         column: pa.Array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(images), [None, buffer])
+    elif isinstance(images, pa.Array):
+        column = images
     else:
-        column = images if isinstance(images, pa.Array) else pa.array(list(images), pa.binary())
-    columns = {"image": column}
+        column = pa.array(list(images), pa.binary())
+    content = {"image": column}
     if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-    # Pixels hardly compress and must be read fast; an encoded image is compressed already.
-    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        content["label"] = pa.array(labels, pa.int64())
     file = io.BytesIO()
-    pq.write_table(pa.table(columns), file, rows_per_row_group, write_page_checksum=True, **plain)
+    pq.write_table(
+        pa.table(content),
+        file,
+        row_group_size=rows_per_row_group,
+        # Pixels hardly compress and must be read fast; an encoded image is compressed already.
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
     data = file.getvalue()
     location.child(path).write(data, durable=True)
     return _described(path, data)
@@ -88,10 +96,16 @@ def kept_shard(location: Location, path: str, num_rows: int) -> Shard | None:
 def _described(path: str, data: bytes) -> Shard:
     """The manifest's entry of a shard whose file has the content `data`."""
     parquet = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    groups = [columns(parquet.read_row_group(i)) for i in range(parquet.num_row_groups)]
-    rows = tuple(len(image) for image, _ in groups)
-    sums = tuple(content_sha256(image, label) for image, label in groups)
-    return Shard(path, sum(rows), rows, len(data), hashlib.sha256(data).hexdigest(), sums)
+    row_groups = [columns(parquet.read_row_group(i)) for i in range(parquet.num_row_groups)]
+    sizes = tuple(len(image) for image, _ in row_groups)
+    return Shard(
+        path=path,
+        num_rows=sum(sizes),
+        row_groups=sizes,
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        row_group_sha256=tuple(content_sha256(image, label) for image, label in row_groups),
+    )
 
 
 def is_intact(location: Location, shard: Shard) -> bool:
@@ -159,15 +173,16 @@ def _read(location: Location, manifest: Manifest, shard: Shard, inside: int) -> 
 
 def _row_group(parquet: pq.ParquetFile, manifest: Manifest, shard: Shard, inside: int) -> pa.Table:
     """The columns of a row group that the manifest describes."""
-    num_rows, schema = parquet.metadata.row_group(inside).num_rows, parquet.schema_arrow
+    num_rows = parquet.metadata.row_group(inside).num_rows
     if num_rows != shard.row_groups[inside]:
         raise CorruptData(f"it has {num_rows} rows; the manifest says {shard.row_groups[inside]}")
-    is_raw = manifest.encoding == "raw"
-    types: dict[str, pa.DataType] = {"image": pa.binary(math.prod(manifest.shape)) if is_raw else pa.binary()}
+    size = math.prod(manifest.shape) if manifest.encoding == "raw" else -1  # -1: of any size
+    types: dict[str, pa.DataType] = {"image": pa.binary(size)}
     if manifest.class_names:
         types["label"] = pa.int64()
+    schema = parquet.schema_arrow
     for name, kind in types.items():
         stored = schema.field(name).type if name in schema.names else "missing"
         if stored != kind:
             raise CorruptData(f"column {name} is {stored}; the manifest needs {kind}")
-    return parquet.read_row_group(inside, columns=[*types], use_threads=False)
+    return parquet.read_row_group(inside, columns=list(types), use_threads=False)

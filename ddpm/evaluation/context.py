@@ -170,7 +170,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
         elif source is None:
             where = f"is no longer at {known}" if known else "is not known"
             raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data.shards")
-    config = builtin.with_shards(
+    config = builtin.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
     location, timeout_s = locations.resolve(str(config.data.shards)), config.run.storage_timeout_s

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm.build import TrainedNet
 from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import BoundVariance, Config
-from ddpm.data.reading import Images
+from ddpm.data.reading import LabelledImages
 from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.objectives import Denoised
@@ -61,14 +61,14 @@ def bound_variance(config: Config, variance: BoundVariance = "auto") -> Variance
 
 
 @torch.no_grad()
-def loss(trained: TrainedNet, batch: Images, start: int, seed: int = 0) -> Tensor:
+def loss(trained: TrainedNet, batch: LabelledImages, start: int, seed: int = 0) -> Tensor:
     """The training loss of a batch, [], with the same noise and t for all nets."""
     x_0, label = trained.inputs(batch.image, batch.label)
     noise = generator(trained.device, seed, Purpose.HELD_OUT, start)
     return trained.objective.loss(trained.net, x_0, label, noise).value
 
 
-def measure(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto") -> Measured:
+def measure(trained: TrainedNet, batch: LabelledImages, variance: BoundVariance = "auto") -> Measured:
     """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:
@@ -86,7 +86,12 @@ def measure(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto"
 
 
 def bits_per_dim(
-    trained: TrainedNet, measured: Measured, batch: Images, start: int, num_draws: int = 8, seed: int = 0
+    trained: TrainedNet,
+    measured: Measured,
+    batch: LabelledImages,
+    start: int,
+    num_draws: int = 8,
+    seed: int = 0,
 ) -> NDArray[np.float64]:
     """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
 
@@ -111,7 +116,7 @@ def bits_per_dim(
 
 
 def _prepared(
-    trained: TrainedNet, batch: Images, indices: Sequence[int], counters: tuple[int, ...]
+    trained: TrainedNet, batch: LabelledImages, indices: Sequence[int], counters: tuple[int, ...]
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
     """The net as `denoise`, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
     if not trained.objective.has_bound:

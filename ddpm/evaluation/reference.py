@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation.features import FeatureNet, Features, digest_of, features_of
 from ddpm.storage.locations import Location
 from ddpm.utils.retry import as_user_error
@@ -43,7 +43,7 @@ class Cache:
         return tensors
 
 
-def images_of(data_set: DataSet, start: int, stop: int) -> Images:
+def images_of(data_set: DataSet, start: int, stop: int) -> LabelledImages:
     """The images at these positions of the fixed order of `real_features`; fewer at the end of the split."""
     stop = min(stop, data_set.rows.num_rows)
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop)

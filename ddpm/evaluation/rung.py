@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm.build import TrainedNet
 from ddpm.config import BoundVariance
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation import measure
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.reference import images_of
@@ -136,7 +136,7 @@ class Evaluator:
             total += torch.tensor([value * len(batch.image), len(batch.image)], dtype=torch.float64)
         return total
 
-    def _batches(self, data_set: DataSet, size: int, mine: slice) -> Iterator[tuple[int, Images]]:
+    def _batches(self, data_set: DataSet, size: int, mine: slice) -> Iterator[tuple[int, LabelledImages]]:
         """This worker's batches of the first images of a split, each with the index of its first image."""
         n = min(self.num_images, data_set.rows.num_rows)
         starts: Sequence[int] = range(0, n, size)

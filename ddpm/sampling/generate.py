@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm.build import TrainedNet, build_objective, build_sampler
 from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import Config
-from ddpm.data import image_folder
+from ddpm.data.sources import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known

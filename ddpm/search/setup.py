@@ -61,7 +61,7 @@ def prepare(arguments: Arguments) -> Setup:
     space = spaces.parse(arguments.space, config)
     if arguments.metric != "bits_per_dim" and space.has_schedule:
         raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))
-    config = builtin.with_shards(config)
+    config = builtin.prepared(config)
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     if held_out is None or held_out.rows.num_rows < 4:  # two rank trials, two report the best

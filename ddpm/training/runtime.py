@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm.config import Config
 from ddpm.data.plan import ReadOrder, last_position
-from ddpm.data.reading import DataSet, Images, MicroBatch, cut
+from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.evaluation.rung import Evaluation, Rungs
 from ddpm.training.store import RunStore
 from ddpm.training.transfers import LateFlags, stack_flags
@@ -55,7 +55,7 @@ class Runtime:
         order = ReadOrder.from_config(self._config)
         return cut(self._batches(images_seen), order.share(0, 1), order.micro_batch_size)
 
-    def _batches(self, images_seen: int) -> Iterator[Images]:
+    def _batches(self, images_seen: int) -> Iterator[LabelledImages]:
         order = ReadOrder.from_config(self._config)
         plan = self._train.plan(order.seed, order.window_rows)
         stop = last_position(images_seen, order.total_images, order.batch_size)
@@ -66,7 +66,7 @@ class Runtime:
                 ahead = reader.submit(next, parts, None)
                 yield images
 
-    def held_out(self) -> Images | None:
+    def held_out(self) -> LabelledImages | None:
         """The first config.train.held_out_images held-out images, the same for every seed; None: there are none."""
         if self._held_out is None or self._config.train.held_out_images == 0:
             return None

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ddpm.data import duplicates, prepare
 from ddpm.data.duplicates import Duplicate
 from ddpm.data.shards import read_row_group
-from ddpm.data.sources import Digits, Loaded, Source
+from ddpm.data.sources.sources import Digits, Loaded, Source
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 

@@ -23,7 +23,7 @@ from support.processes import members, wait_for
 from ddpm.data import ray_dataset
 from ddpm.data.manifest import Manifest, Shard, Split
 from ddpm.data.plan import ReadOrder, rank_shard
-from ddpm.data.reading import DataSet, Images, cut
+from ddpm.data.reading import DataSet, LabelledImages, cut
 from ddpm.data.row_group import CorruptData
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
@@ -203,7 +203,7 @@ def test_workers_get_the_plan(tmp_path: Path) -> None:
             assert worker["error"] is None
             share = ORDER.share(rank, 2)
             mine = [rank_shard(rows, 0, share, 3) for rows in (images.image, images.label)]
-            expected = list(cut([Images(*mine)], share, 3))
+            expected = list(cut([LabelledImages(*mine)], share, 3))
             assert len(worker["batches"]) == len(expected) == (stop - start) // 6
             for (index, image, label), batch in zip(worker["batches"], expected, strict=True):
                 assert index == batch.index

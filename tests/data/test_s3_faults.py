@@ -12,7 +12,7 @@ from support.damaged import NUM_IMAGES, PLAN
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.ray_dataset import open_configured
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
@@ -42,11 +42,11 @@ def location(faulty: proxy.FaultyProxy, s3_bucket: str) -> Location:
     return damaged.prepare(f"{s3_bucket}/sets/numbers")
 
 
-def read_all(data_set: DataSet) -> Images:
+def read_all(data_set: DataSet) -> LabelledImages:
     return data_set.read(data_set.plan(*PLAN), 5, NUM_IMAGES + 5)
 
 
-def equal(one: Images, other: Images) -> bool:
+def equal(one: LabelledImages, other: LabelledImages) -> bool:
     return np.array_equal(one.image, other.image) and np.array_equal(one.label, other.label)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet
-from ddpm.data.sources import Digits
+from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import classifier
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.reference import Cache

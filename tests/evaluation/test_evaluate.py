@@ -16,7 +16,7 @@ from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
-from ddpm.data.sources import Digits
+from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import context, evaluate, measure, memorisation
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.memorisation import NearerShare

@@ -9,7 +9,7 @@ import pytest
 from ddpm.build import TrainedNet, build_net
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation import measure
 from ddpm.utils.errors import UserError
 
@@ -23,7 +23,7 @@ def make_net(config: Config) -> TrainedNet:
 
 
 @pytest.fixture
-def held_out(train_set: DataSet) -> Images:
+def held_out(train_set: DataSet) -> LabelledImages:
     test = train_set.held_out()
     assert test is not None
     return test.read(test.plan(0, 200), 0, 12)
@@ -36,7 +36,7 @@ def held_out(train_set: DataSet) -> Images:
 )
 @pytest.mark.parametrize("estimated", [False, True])
 def test_bits_of_image_i_do_not_depend_on_its_batch(
-    tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
+    tiny: Config, held_out: LabelledImages, change: dict[str, Any], estimated: bool
 ) -> None:
     net = make_net(override(tiny, change))
     bits_per_dim = partial(measure.bits_per_dim, net, measure.measure(net, held_out[:8]))
@@ -48,7 +48,7 @@ def test_bits_of_image_i_do_not_depend_on_its_batch(
     assert (other[:, KL] != whole[:, KL]).any()
 
 
-def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_out: Images) -> None:
+def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_out: LabelledImages) -> None:
     net = make_net(tiny)
     measured = measure.measure(net, held_out[:8], "beta_tilde")
     exact = measure.bits_per_dim(net, measured, held_out, 0, num_draws=0)
@@ -58,22 +58,22 @@ def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_o
     np.testing.assert_allclose(estimated[:, 0], exact[:, 0])
 
 
-def test_bits_depend_on_the_labels(tiny: Config, held_out: Images) -> None:
+def test_bits_depend_on_the_labels(tiny: Config, held_out: LabelledImages) -> None:
     net = make_net(override(tiny, {"model.num_classes": 10}))
-    wrong = Images(held_out.image, (held_out.label + 1) % 10)
+    wrong = LabelledImages(held_out.image, (held_out.label + 1) % 10)
     measured = measure.measure(net, held_out[:8])
     right, other = (measure.bits_per_dim(net, measured, images, 0) for images in (held_out, wrong))
     assert (right[:, KL] != other[:, KL]).all()
 
 
 @pytest.mark.parametrize("process", ["uniform_mix", "consistency"])
-def test_these_processes_have_no_bound(tiny: Config, held_out: Images, process: str) -> None:
+def test_these_processes_have_no_bound(tiny: Config, held_out: LabelledImages, process: str) -> None:
     net = make_net(override(tiny, {"objective.process": process}))
     with pytest.raises(UserError, match=f"{process} has no variational bound"):
         measure.measure(net, held_out)
 
 
-def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Images) -> None:
+def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: LabelledImages) -> None:
     """Unless another variance is requested; `measured`, on the evaluated images, is better than the fixed ones."""
     learned = override(tiny, {"objective.variance": "learned"})
     assert [measure.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]

@@ -13,7 +13,7 @@ from ddpm.config_io import override
 from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
-from ddpm.data.sources import Digits
+from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import context, evaluate, memorisation
 from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest
 from ddpm.evaluation.settings import Settings

@@ -11,7 +11,7 @@ from ddpm.config_io import override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet
-from ddpm.data.sources import Digits
+from ddpm.data.sources.sources import Digits
 from ddpm.storage import locations
 from ddpm.training.state import State
 from support.tiny import TINY_NET

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pwd
 import tempfile
@@ -11,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.image_folder import Folder, store
 from ddpm.data.row_group import decode
-from ddpm.data.sources import UnreadableImages
+from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.sources import UnreadableImages
 from ddpm.utils.errors import UserError
 
 
@@ -34,10 +30,10 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
-    (image,), _ = store([(data, "it", None)], size, channels, "encoded")
+    (image,), _ = store([ImageFile(data, "it", None)], size, channels, "encoded")
     decoded = decode(bytes(image), size, size, channels)
     assert (
-        store([(data, "it", None)], size, channels, "raw")[0][0] == decoded
+        store([ImageFile(data, "it", None)], size, channels, "raw")[0][0] == decoded
     ).all()  # both encodings must agree
     return decoded
 
@@ -45,7 +41,7 @@ def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_matching_image_keeps_its_bytes(kind: str) -> None:
     data = file_of(image_of(8, 8), kind)
-    assert store([(data, "it", None)], 8, 3, "encoded") == ([data], None)
+    assert store([ImageFile(data, "it", None)], 8, 3, "encoded") == ([data], None)
 
 
 def test_other_sizes_are_cropped_to_the_centre_square() -> None:
@@ -95,11 +91,11 @@ def test_all_unreadable_images_of_a_range_are_named() -> None:
         OSError(13, "Permission denied"),
         good,
     ]
-    pictures: Any = [(data, f"cats/{i}.png", i) for i, data in enumerate(datas)]
+    image_files = [ImageFile(data, f"cats/{i}.png", i) for i, data in enumerate(datas)]
     for encoding in ("encoded", "raw"):
         first = rf"^cannot read the image cats/1\.png: {NOT_AN_IMAGE}$"
         with pytest.raises(UnreadableImages, match=first) as caught:
-            store(pictures, 8, 3, encoding)  # type: ignore[arg-type]
+            store(image_files, 8, 3, encoding)  # type: ignore[arg-type]
         reasons = [f"cats/{i}.png: {NOT_AN_IMAGE}" for i in (1, 2, 4)] + ["cats/5.png: Permission denied"]
         assert caught.value.reasons[2].startswith("cats/3.png: ")
         assert [*caught.value.reasons[:2], *caught.value.reasons[3:]] == reasons
@@ -114,7 +110,7 @@ def write_tree(root: Path, files: dict[str, int]) -> None:
         (root / name).write_bytes(file_of(image_of(8, 8, (grey,) * 3)))
 
 
-def content(source: Folder | HuggingFace, split: str) -> list[tuple[int, str | None]]:
+def content(source: Folder, split: str) -> list[tuple[int, str | None]]:
     """(grey value, class) of every image, sorted."""
     images, labels = source.read(split, 0, source.splits[split])
     greys = [int(decode(bytes(image), 8, 8, 3)[0, 0, 0]) for image in images]
@@ -228,12 +224,6 @@ def test_missing_read_permissions_are_user_errors(public_folder: Path) -> None:
         with pytest.raises(UnreadableImages) as caught:
             source.read("train", 0, 3), source.read("test", 0, 1)
         assert caught.value.reasons == [f"{public_folder}/b/1.png: Permission denied"]
-    write_hugging_face(public_folder / "data/train.parquet", [0, 1], None)
-    with (
-        unreadable(public_folder / "b"),
-        pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "),
-    ):
-        HuggingFace(public_folder, size=8)
 
 
 def test_skipped_files_are_counted(tmp_path: Path) -> None:
@@ -257,71 +247,3 @@ def test_skipped_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "of/val").symlink_to(tmp_path / "far")
     source = Folder(tmp_path / "of", size=8)
     assert source.splits == {"train": 2, "test": 1} and source.skipped == "1 other file, such as stray.png"
-
-
-def write_hugging_face(
-    path: Path, greys: list[int], labels: list[int] | None, names: list[str] | None = None
-) -> None:
-    """Write a Parquet file as `datasets` does, with row groups of three."""
-    images = [{"bytes": file_of(image_of(8, 8, (grey,) * 3)), "path": f"{grey}.png"} for grey in greys]
-    columns: dict[str, Any] = {
-        "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    }
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-    table = pa.table(columns)
-    if names:
-        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=3)
-
-
-def test_hugging_face_files(tmp_path: Path) -> None:
-    names = ["cat", "dog"]
-    write_hugging_face(tmp_path / "data/train-00000-of-00002.parquet", [*range(5)], [0, 1, 0, 1, 0], names)
-    write_hugging_face(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], names)
-    write_hugging_face(tmp_path / "data/test-00000-of-00001.parquet", [7], [1], names)
-    (tmp_path / "README.md").touch()
-    source = HuggingFace(tmp_path, size=8)
-    assert source.splits == {"train": 7, "test": 1} and source.class_names == ("cat", "dog")
-    assert source.skipped == "1 other file, such as README.md"
-    labels = ["cat", "dog", "cat", "dog", "cat", "dog", "dog"]
-    assert content(source, "train") == list(enumerate(labels))
-    assert content(source, "test") == [(7, "dog")]
-    images, part = source.read("train", 2, 6)  # a range across row groups and files
-    assert [int(decode(bytes(i), 8, 8, 3)[0, 0, 0]) for i in images] == [2, 3, 4, 5]
-    assert part is not None and part.tolist() == [0, 1, 0, 1]
-    assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
-
-
-def test_a_single_parquet_file_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_hugging_face(tmp_path / "all.parquet", list(range(40)), [i % 3 for i in range(40)])
-    source = HuggingFace(tmp_path / "all.parquet", size=8)
-    assert source.splits == {"train": 38, "test": 2} and source.class_names == ("0", "1", "2")
-    both = content(source, "train") + content(source, "test")
-    assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
-    assert source.statistics() == "40 8x8 (1 sizes); 40 RGB; 0 smaller than 8, 0 longer than 2:1"
-    monkeypatch.setattr("ddpm.data.huggingface.MAX_EXAMINED", 39)
-    assert source.statistics() == "sizes not counted: there are more than 39 images"
-
-
-def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is neither a Parquet file nor a folder"):
-        HuggingFace(tmp_path, size=8)
-    path = tmp_path / "x.parquet"
-    path.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
-        HuggingFace(path, size=8)
-    pq.write_table(pa.table({"img": pa.array([1, 2])}), path)
-    with pytest.raises(UserError, match=r"'image' is missing.*--image-column"):
-        HuggingFace(path, size=8)
-    write_hugging_face(path, [0, 1], [0, -1])
-    with pytest.raises(UserError, match="holds the label -1"):
-        HuggingFace(path, size=8)
-    write_hugging_face(path, [0, 1], [0, 2], ["cat", "dog"])
-    with pytest.raises(UserError, match="label 2"):
-        HuggingFace(path, size=8)
-    pq.write_table(pa.table({"image": pa.array([file_of(image_of(8, 8)), b"broken"])}), path)
-    with pytest.raises(UserError, match=r"cannot read the image .*x\.parquet, row group 0, row 1"):
-        HuggingFace(path, size=8).read("train", 0, 1), HuggingFace(path, size=8).read("test", 0, 1)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,33 +26,55 @@ from PIL import Image, ImageOps
 from ddpm.config import SmallCount
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
-from ddpm.data.sources import Seed, Square, UnreadableImages, divide
+from ddpm.data.sources.sources import Seed, Square, UnreadableImages, divide
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 from ddpm.utils.retry import as_user_error
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """Formats that Pillow may try, whatever a file's name: some others start programs (EPS: Ghostscript)."""
-PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
-"""Split of a folder or file, by its name."""
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
+"""The part that a folder or a file belongs to, by its name."""
 MAX_FILE_BYTES = 1 << 30
 NAMES_SHOWN = 3
 """Number of files that a message names."""
 EXIF_ORIENTATION = 0x0112
-GREY = ("1", "L", "LA", "I;16")
-Listing = tuple[list[Path], list[Path]]
-Picture = tuple[bytes | Exception, str, int | None]
-"""The bytes of an image file, or why it cannot be read; its name in errors; its label."""
+GREY_MODES = ("1", "L", "LA", "I;16")
+
+
+class Listing(NamedTuple):
+    """The entries of a folder, and of all below it, except folders."""
+
+    files: list[Path]
+    """Those with the wanted suffixes."""
+    others: list[Path]
+
+
+class ImageFile(NamedTuple):
+    """An image file of a source."""
+
+    content: bytes | Exception
+    """An exception: why it cannot be read."""
+    where: str
+    """Its name in messages."""
+    label: int | None
 
 
 @dataclass(frozen=True)
-class Pictures(Square, ABC):
+class ImageFiles(Square, ABC):
     """A source of image files of any size, in parts such as "train" and "test"."""
 
     path: Path
-    """The folder of the images; parquet: a Parquet file, or a folder of them."""
+    """The folder of the images; parquet: a Parquet file, a folder of them, or one that save_to_disk of Hugging Face's
+    datasets wrote, or a name on the Hugging Face hub, such as uoft-cs/cifar10."""
     size: SmallCount
     """Height and width: the shorter side is resized to it, and the centre square kept."""
     channels: Literal[1, 3] = 3
@@ -69,36 +92,42 @@ class Pictures(Square, ABC):
     def skipped(self) -> str:
         """Number and first names of the files that are not read, "5 other files, such as a, b.txt, c"; empty: none."""
         names = sorted(path.relative_to(self._top).as_posix() for path in self._skipped)
-        shown = printable(", ".join(names[:NAMES_SHOWN]))
-        return f"{len(names):,} other file{'s' * (len(names) > 1)}, such as {shown}" if names else ""
+        if not names:
+            return ""
+        counted = "1 other file" if len(names) == 1 else f"{len(names):,} other files"
+        return f"{counted}, such as {printable(', '.join(names[:NAMES_SHOWN]))}"
 
     def identity(self) -> dict[str, Any]:
-        files = (file for files in self._files.values() for file in files)
-        return asdict(self) | {"path": None, "files": digest_of_files(self._top, files)}
+        digest = digest_of_files(self._top, self._all_files)
+        return asdict(self) | {"path": None, "files": digest}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         part, rows = self._rows[split]
-        return store(self._pictures(part, rows[start:stop]), self.size, self.channels, self.encoding)
+        return store(self._image_files(part, rows[start:stop]), self.size, self.channels, self.encoding)
 
     def statistics(self) -> str:
-        """How many images have which size and mode; those that cannot be read do not count."""
-        sizes, modes, small, long = Counter[str](), Counter[str](), 0, 0
+        """The most common sizes and modes of the images; those that cannot be read do not count."""
+        sizes = Counter[str]()
+        modes = Counter[str]()
+        num_small = 0
+        num_long = 0
         for data in self._opened():
             with contextlib.suppress(Exception), open_image(data, FORMATS) as image:
                 sizes[f"{image.width}x{image.height}"] += 1
                 modes[image.mode] += 1
-                small += min(image.size) < self.size
-                long += max(image.size) > 2 * min(image.size)
-        common = [", ".join(f"{n:,} {key}" for key, n in of.most_common(3)) for of in (sizes, modes)]
-        shape = f"{small:,} smaller than {self.size}, {long:,} longer than 2:1"
-        return f"{common[0]} ({len(sizes):,} sizes); {common[1]}; {shape}"
+                num_small += min(image.size) < self.size
+                num_long += max(image.size) > 2 * min(image.size)
+        return (
+            f"{_most_common(sizes)} ({len(sizes):,} sizes); {_most_common(modes)}; "
+            f"{num_small:,} smaller than {self.size}, {num_long:,} longer than 2:1"
+        )
 
     def _opened(self) -> Iterator[BinaryIO]:
         """The image files of all parts, as far as they can be read."""
         for part, rows in self._rows.values():
-            for data, _, _ in self._pictures(part, rows):
-                if isinstance(data, bytes):
-                    yield io.BytesIO(data)
+            for file in self._image_files(part, rows):
+                if isinstance(file.content, bytes):
+                    yield io.BytesIO(file.content)
 
     @property
     def _top(self) -> Path:
@@ -111,6 +140,10 @@ class Pictures(Square, ABC):
         """The files of each part, sorted."""
 
     @property
+    def _all_files(self) -> list[Path]:
+        return [file for of_part in self._files.values() for file in of_part]
+
+    @property
     @abstractmethod
     def _skipped(self) -> list[Path]:
         """Files that are not read."""
@@ -121,12 +154,12 @@ class Pictures(Square, ABC):
         """The part of each split, and its rows in it."""
 
     @abstractmethod
-    def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
+    def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
         """The images in these rows of a part."""
 
 
 @dataclass(frozen=True)
-class Folder(Pictures):
+class Folder(ImageFiles):
     """A tree of image files. Subfolders are classes; without any there are no labels. If the subfolders are
     train and test (or val), these are the splits, and the classes are inside."""
 
@@ -138,19 +171,24 @@ class Folder(Pictures):
         if not all(self._files.values()):
             also = f"; skipped: {self.skipped}" if self.skipped else ""
             raise UserError(
-                f"{self.path} holds no images ({' '.join(sorted(PICTURES))}), or one of its splits holds none{also}"
+                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or one of its splits holds none{also}"
             )
         _ = self.class_names, self.splits
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        inside = [
-            file.relative_to(self._folders[part]) for part, files in self._files.items() for file in files
-        ]
-        names = {file.parts[0] for file in inside if file.parent != Path()}
-        if names and (without := [file for file in inside if file.parent == Path()]):
+        names = set()
+        unlabelled = []
+        for part, of_part in self._files.items():
+            for file in of_part:
+                inside = file.relative_to(self._folders[part])
+                if inside.parent == Path():
+                    unlabelled.append(inside)
+                else:
+                    names.add(inside.parts[0])
+        if names and unlabelled:
             raise UserError(
-                f"{self.path}: {without[0]} is in no subfolder, but other images are; put all images into "
+                f"{self.path}: {unlabelled[0]} is in no subfolder, but other images are; put all images into "
                 "subfolders, one per class, or none"
             )
         for name in names:
@@ -158,63 +196,77 @@ class Folder(Pictures):
                 raise UserError(f"{self.path}: the name of {printable(name)} is not UTF-8; rename this class")
         return tuple(sorted(names))
 
-    def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
-        classes = {name: label for label, name in enumerate(self.class_names)}
-        for file in (self._files[part][row] for row in rows.tolist()):
-            yield read_file(file, classes.get(file.relative_to(self._folders[part]).parts[0]))
+    def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        for row in rows.tolist():
+            file = self._files[part][row]
+            yield read_file(file, labels.get(file.relative_to(self._folders[part]).parts[0]))
 
     def name_of(self, split: str, index: int) -> str:
+        """The name of an image's file."""
         part, rows = self._rows[split]
         return str(self._files[part][rows[index]])
 
     def _opened(self) -> Iterator[BinaryIO]:
-        for file in (file for of_part in self._files.values() for file in of_part):
+        for file in self._all_files:
             with contextlib.suppress(OSError), file.open("rb") as data:
-                yield data  # of which the header is read
+                yield data  # only the header is read
 
     def probe(self, most: int) -> tuple[int, Literal[1, 3]]:
-        """The median of the shorter sides of at most so many images, and 1 channel if all of them are grey, else 3."""
-        sides, channels = list[int](), 1
+        """The median of the shorter sides of at most `most` images, and 1 channel if all of them are grey, else 3."""
+        sides = list[int]()
+        channels: Literal[1, 3] = 1
         files = self._files["train"]
-        for file in files[:: -(-len(files) // most)]:
+        every = math.ceil(len(files) / most)
+        for file in files[::every]:
             with contextlib.suppress(Exception), file.open("rb") as data, open_image(data, FORMATS) as image:
                 sides.append(min(image.size))
-                channels = channels if image.mode in GREY else 3
-        return (sorted(sides)[len(sides) // 2] if sides else 0), 1 if channels == 1 else 3
+                if image.mode not in GREY_MODES:
+                    channels = 3
+        median = sorted(sides)[len(sides) // 2] if sides else 0
+        return median, channels
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """The folder of each part: subfolders, if they are "train" and other splits only (others without images do
-        not count); else this folder."""
+        """The folder of each part: the subfolders, if they are "train" and other parts only; else this folder.
+
+        Other subfolders do not count if there are no images in them.
+        """
         try:
-            below = {
-                sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
-            }
+            subfolders = [
+                folder
+                for folder in self.path.iterdir()
+                if folder.is_dir() and not folder.name.startswith(".")
+            ]
         except OSError as error:
             raise _unreadable(self.path, error) from None
-        named = [(PARTS[key], sub) for name, sub in sorted(below.items()) if (key := name.lower()) in PARTS]
-        parts, others = dict(named), set(below.values()) - {sub for _, sub in named}
-        if "train" not in parts or len(parts) == 1 or any(list_files(sub, PICTURES)[0] for sub in others):
+        named = sorted(folder for folder in subfolders if folder.name.lower() in PARTS)
+        parts = {PARTS[folder.name.lower()]: folder for folder in named}
+        if "train" not in parts or len(parts) == 1:
             return {"train": self.path}
+        for folder in subfolders:
+            if folder not in named and list_files(folder, SUFFIXES).files:
+                return {"train": self.path}
         if len(parts) < len(named):
-            shown = ", ".join(sub.name for _, sub in named)
-            raise UserError(f"{self.path} has several folders of one split, of {shown}; keep one of each")
+            names = ", ".join(folder.name for folder in named)
+            raise UserError(f"{self.path} has several folders of one split, of {names}; keep one of each")
         return parts
 
     @cached_property
     def _listings(self) -> dict[str, Listing]:
-        return {part: list_files(top, PICTURES) for part, top in self._folders.items()}
+        return {part: list_files(folder, SUFFIXES) for part, folder in self._folders.items()}
 
     @property
     def _skipped(self) -> list[Path]:
-        skipped = [path for _, others in self._listings.values() for path in others]
-        if self.path not in self._folders.values():
-            skipped += [path for path in self.path.iterdir() if path not in self._folders.values()]
+        skipped = [path for listing in self._listings.values() for path in listing.others]
+        folders = self._folders.values()
+        if self.path not in folders:
+            skipped += [path for path in self.path.iterdir() if path not in folders]
         return skipped
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        return {part: sorted(files) for part, (files, _) in self._listings.items()}
+        return {part: sorted(listing.files) for part, listing in self._listings.items()}
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
@@ -222,25 +274,28 @@ class Folder(Pictures):
 
 
 def list_files(top: Path, suffixes: Collection[str]) -> Listing:
-    """The files in a folder, and in all below it, that have one of `suffixes`; and all other entries except folders.
+    """List the files in a folder, and in all below it, by whether they have one of `suffixes`.
 
-    Links to folders, and files and folders whose names begin with a dot (macOS writes ._x.jpg), are skipped.
+    Links to folders, and files and folders whose names begin with a dot (macOS writes ._x.jpg), are among the others.
     """
-    listed, skipped = list[Path](), list[Path]()
+    listing = Listing([], [])
 
     def refuse(error: OSError) -> None:
         raise _unreadable(error.filename, error)
 
     for folder, subfolders, names in os.walk(top, onerror=refuse):
-        left_out = [name for name in subfolders if name.startswith(".") or Path(folder, name).is_symlink()]
-        subfolders[:] = set(subfolders) - {*left_out}
-        skipped.extend(Path(folder, name) for name in left_out)
-        for path in (Path(folder, name) for name in names):
-            wanted = (
-                path.suffix.lower() in suffixes and not path.name.startswith(".") and os.path.isfile(path)
-            )
-            (listed if wanted else skipped).append(path)
-    return listed, skipped
+        for name in list(subfolders):
+            path = Path(folder, name)
+            if name.startswith(".") or path.is_symlink():
+                subfolders.remove(name)  # os.walk does not enter it
+                listing.others.append(path)
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix.lower() in suffixes and not name.startswith(".") and os.path.isfile(path):
+                listing.files.append(path)
+            else:
+                listing.others.append(path)
+    return listing
 
 
 def _unreadable(folder: Path | str, error: OSError) -> UserError:
@@ -248,7 +303,7 @@ def _unreadable(folder: Path | str, error: OSError) -> UserError:
 
 
 def store(
-    pictures: Iterable[Picture], size: int, channels: int, encoding: Encoding
+    image_files: Iterable[ImageFile], size: int, channels: int, encoding: Encoding
 ) -> tuple[Pixels | list[bytes], Labels | None]:
     """Convert images to the form that a data set stores.
 
@@ -256,13 +311,16 @@ def store(
         encoded: each image's own bytes if they fit, else a PNG. raw: uint8 [N, size, size, channels]. And the labels,
         int64 [N]; None: there are none.
     """
-    stored, labels, reasons = [], list[int | None](), list[str]()
-    for data, where, label in pictures:
+    stored = []
+    labels = list[int | None]()
+    reasons = list[str]()
+    for content, where, label in image_files:
         try:
-            stored.append(_stored(data, size, channels, encoding))
+            stored.append(_stored(content, size, channels, encoding))
             labels.append(label)
         except Exception as error:  # Pillow raises a dozen types for damaged files
-            reasons.append(f"{where}: {' '.join(str(getattr(error, 'strerror', None) or error).split())}")
+            reason = getattr(error, "strerror", None) or error
+            reasons.append(f"{where}: {' '.join(str(reason).split())}")
     images = stored if encoding == "encoded" else np.reshape(stored, (-1, size, size, channels))
     known = None if None in labels else np.array(labels, np.int64)
     if reasons:
@@ -270,49 +328,53 @@ def store(
     return images, known
 
 
-def read_file(path: Path, label: int | None = None) -> Picture:
+def read_file(path: Path, label: int | None = None) -> ImageFile:
     try:
-        return files.read_whole(path, MAX_FILE_BYTES), str(path), label
+        return ImageFile(files.read_whole(path, MAX_FILE_BYTES), str(path), label)
     except (OSError, UserError) as error:
-        return error, str(path), label
+        return ImageFile(error, str(path), label)
+
+
+def _most_common(counter: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {key}" for key, count in counter.most_common(3))
 
 
 def digest_of_files(root: Path, paths: Iterable[Path]) -> str:
     """Hash of the files' names below `root` and their sizes."""
     with as_user_error(f"cannot read {root}"):  # for example, a file was removed after it was listed
-        listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in paths)
+        listing = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _stored(data: bytes | Exception, size: int, channels: int, encoding: Encoding) -> Any:
+def _stored(content: bytes | Exception, size: int, channels: int, encoding: Encoding) -> Any:
     """One image as `store` returns it."""
-    if isinstance(data, Exception):
-        raise data
-    mode = "L" if channels == 1 else "RGB"
-    with open_image(io.BytesIO(data), FORMATS) as image:
+    if isinstance(content, Exception):
+        raise content
+    with open_image(io.BytesIO(content), FORMATS) as image:
         image.load()
         fits = (
             image.format in ("PNG", "JPEG", "WEBP")
-            and (image.size, image.mode) == ((size, size), mode)
+            and image.size == (size, size)
+            and image.mode == ("L" if channels == 1 else "RGB")
             and _orientation(image) == 1
             and not image.has_transparency_data
         )
         if fits and encoding == "encoded":
-            return data
-        picture = fitted(image, size, channels)
+            return content
+        converted = fitted(image, size, channels)
     if encoding == "raw":
-        return np.asarray(picture, np.uint8)
+        return np.asarray(converted, np.uint8)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    converted.save(file, "PNG")
     return file.getvalue()
 
 
 def fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
     """The image upright, in grey or RGB, resized and cropped to the centre square of `size`."""
-    upright = ImageOps.exif_transpose(image) if _orientation(image) else image
-    return ImageOps.fit(
-        _converted(upright, "L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS
-    )
+    if _orientation(image) is not None:
+        image = ImageOps.exif_transpose(image)
+    converted = _converted(image, "L" if channels == 1 else "RGB")
+    return ImageOps.fit(converted, (size, size), Image.Resampling.LANCZOS)
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -18,8 +18,8 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
-from ddpm.data.sources import Digits, FashionMnist, MissingFiles, Source, divide, held_out
-from ddpm.data.torchvision import Torchvision
+from ddpm.data.sources.sources import Digits, MissingFiles, Source, divide, held_out
+from ddpm.data.sources.torchvision import FashionMnist, Torchvision
 from ddpm.utils.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -156,7 +156,7 @@ def test_missing_and_damaged_idx_files_are_user_errors(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="t10k-images-idx3-ubyte"):
             _ = FashionMnist(path=tmp_path / "f").splits
     path.write_bytes(gzip.compress(idx(np.zeros((3, 28, 28), np.uint8))))
-    with pytest.raises(UserError, match="t10k has images"):
+    with pytest.raises(UserError, match="t10k-images"):
         _ = FashionMnist(path=tmp_path / "f").splits
 
 
@@ -220,7 +220,7 @@ def test_training_on_missing_files_says_how_to_prepare_them(
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        builtin.with_shards(config, "python jobs/train.py preset")
+        builtin.prepared(config, "python jobs/train.py preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
     assert train == f"python jobs/train.py preset --data.shards {words[3]}"
@@ -244,4 +244,4 @@ def _without_files(self: FashionMnist) -> None:
 )
 def test_a_source_that_training_cannot_prepare_is_a_user_error(name: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        builtin.with_shards(override(Config(), {"data.source": name}))
+        builtin.prepared(override(Config(), {"data.source": name}))

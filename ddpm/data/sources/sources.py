@@ -1,11 +1,10 @@
-"""The interface of image sources, and two sources: digits and Fashion-MNIST.
+"""The interface of image sources, what several share, and the source `digits`.
 
 A source is a frozen dataclass of its options. It knows the number of images of each split, and reads any range of
 them, so that tasks can read ranges concurrently. The same options always give the same images.
 If a source has no test or validation split, a seeded 5 % is held out as "test".
 
 digits: E. Alpaydin, C. Kaynak, "Optical recognition of handwritten digits", UCI 1998 (through scikit-learn).
-fashion-mnist: Xiao et al. 2017, arXiv:1708.07747.
 
 Axes: N images, H W, C channels.
 """
@@ -14,13 +13,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from annotated_types import Interval
 
-from ddpm.data.idx import missing_idx, pad, read_idx_folder
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.utils.errors import UserError
 
@@ -84,7 +81,9 @@ class UnreadableImages(UserError):
         self, reasons: Sequence[str], images: Pixels | Sequence[bytes], labels: Labels | None = None
     ) -> None:
         super().__init__(f"cannot read the image {reasons[0]}")
-        self.reasons, self.images, self.labels = reasons, images, labels
+        self.reasons = reasons
+        self.images = images
+        self.labels = labels
 
 
 class Square(Source, Protocol):
@@ -144,38 +143,12 @@ class Digits(Loaded):
         return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
 
 
-FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-
-
-@dataclass(frozen=True)
-class FashionMnist(Square, Loaded):
-    """70,000 grey images of clothes, from the IDX files of Fashion-MNIST."""
-
-    class_names: ClassVar = tuple(FASHION_CLASSES)
-    path: Path = Path("/usr/share/datasets/fashion-mnist")
-    """Folder of train-images-idx3-ubyte.gz and the three others; the default is that of Debian's
-    dataset-fashion-mnist."""
-    size: Literal[28, 32] = 32
-    """32 adds two black pixels on every side, so that a U-Net can halve the image five times; 28 adds none."""
-    name: str = field(default="fashion-mnist", init=False)
-    channels: int = field(default=1, init=False)
-    encoding: Literal["raw"] = field(default="raw", init=False)
-
-    def __post_init__(self) -> None:
-        if missing := missing_idx(self.path):
-            raise MissingFiles(
-                f"{self.path} has no {missing}[.gz]; install Debian's dataset-fashion-mnist "
-                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER",
-                "--path FOLDER",
-            )
-
-    def identity(self) -> dict[str, Any]:
-        # The folder of the files does not matter; the sizes of the splits identify them.
-        return {"name": self.name, "size": self.size, "splits": self.splits}
-
-    @cached_property
-    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
-        return read_idx_folder(self.path)
+def pad(images: Pixels, size: int) -> Pixels:
+    """Pad [N, h, w, C] with zeros to [N, size, size, C]; an odd pixel goes to the bottom and right."""
+    height, width = images.shape[1:3]
+    top = (size - height) // 2
+    left = (size - width) // 2
+    return np.pad(images, [(0, 0), (top, size - height - top), (left, size - width - left), (0, 0)])
 
 
 def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:

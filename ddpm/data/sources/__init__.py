@@ -1,0 +1,1 @@
+"""Sources of images: digits, Fashion-MNIST, image folders, Hugging Face, torchvision, data sets in Python."""
