@@ -30,10 +30,10 @@ ui: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
 
-# CI leaves some of them out: make test-all SLOW='slow and not long'
-SLOW := slow
-test-all: test
-	$(BIN)/python -m pytest -m '$(SLOW)' --numprocesses 2 --dist worksteal --durations 40
+# CI leaves some of them out: make test-all MARKS='not long'
+MARKS :=
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m '$(MARKS)' --numprocesses 2 --dist worksteal --durations 40
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
 OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)

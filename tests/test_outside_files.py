@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +24,6 @@ from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
-from ddpm.data.huggingface import HuggingFace
 from ddpm.data.idx import read_idx
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import make_manifest, read_manifest
@@ -105,7 +102,7 @@ def test_a_truncated_an_oversized_and_a_pickled_file_are_errors(
     READERS[name](tmp_path)
     file = tmp_path / name
     whole, rng = file.read_bytes().rstrip(), random.Random(0)
-    cuts = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    cuts = [whole[: rng.randrange(len(whole))] for _ in range(4)]
     for damaged in (b"", *cuts, PICKLE):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=name) as caught:
@@ -158,11 +155,3 @@ def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path,
         (tmp_path / "cats" / f"{i}.png").write_bytes(large)
     with pytest.raises(UserError, match=rf"\d\.png: .*{message}"):
         Folder(tmp_path / "cats", size=8).read("train", 0, 1)
-    pq.write_table(pa.table({"image": [large, large]}), tmp_path / "all.parquet")
-    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: .*{message}"):
-        HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
-
-
-def test_the_largest_image_is_accepted() -> None:
-    with pytest.raises(ValueError, match=r"cannot be decoded: (?!it has more)"):  # its pixels are missing
-        decode(png_of(8192), 8192, 8192, 1)
