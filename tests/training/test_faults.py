@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray.job_submission import JobSubmissionClient
 from support import local, processes
 from support.faulted import (
     TOTAL,
@@ -222,13 +223,14 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     at = command.index("--run.storage")
     command = (*command[:at], *command[at + 2 :])
     env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
-    checkout, client = tmp_path / "checkout", ray_head.job_client()
+    checkout, client = tmp_path / "checkout", JobSubmissionClient(ray_head.dashboard)
     for folder in ("ddpm", "jobs"):
         shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     no_wait = ("--no-wait", "--submission-id", "stopped")
     ray_head.submit(*command, env=env, cwd=checkout, options=no_wait)
     before = processes.wait_for(run.position)
-    ray_head.stop_job(client, "stopped")
+    client.stop_job("stopped")  # as `ray job stop`, which starts slowly: SIGTERM, and later SIGKILL
+    processes.wait_for(lambda: client.get_job_status("stopped").is_terminal())
     assert TOTAL > run.position() > before > 0
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/notes.txt").write_text("no checkout")
