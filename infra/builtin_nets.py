@@ -1,4 +1,4 @@
-"""Tested by use: it made the nets in ddpm/hub/nets, sampled by tests (tests/hub/test_builtin_nets.py). No test runs it.
+"""Tested: how a net is packed (tests/hub/test_builtin_nets.py). Not tested: the training, which made today's nets.
 
 Makes built-in nets anew: python infra/builtin_nets.py [digits fashion-mnist]. It trains each preset with two workers on
 CPUs, keeps its averaged weights in ddpm/hub/nets, evaluates these, and writes their model card. The same commit and
