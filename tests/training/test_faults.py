@@ -83,22 +83,25 @@ def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_pat
     assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
-def test_the_run_state_actor_is_killed(run: Run, undisturbed: Run) -> None:
+@pytest.mark.usefixtures("on_ray_head")
+def test_the_run_state_actor_is_killed(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
     """Before the first step, during training, and when the last checkpoint has just been stored."""
+    cluster = ray_head.process.pid
+    processes.wait_for(lambda: not processes.members(cluster, WORKER))  # of the test before
     with run.start() as job:
-        job.wait_for(lambda: job.members(WORKER))
-        kill_run_state(job)
+        job.wait_for(lambda: processes.members(cluster, WORKER))
+        kill_run_state(cluster)
         job.wait_for(run.past(1280))
-        kill_run_state(job)
+        kill_run_state(cluster)
         job.wait_for(run.past(TOTAL - 1))
-        kill_run_state(job)
+        kill_run_state(cluster)
         assert job.wait() == 0, job.output
     assert job.output.count(f"{failures.STATE} failed; resuming") >= 2  # the last one may be too late
     assert_recovered(run, undisturbed, job)
 
 
-def kill_run_state(job: processes.Job) -> None:
-    for process in job.members(RUN_STATE):
+def kill_run_state(cluster: int) -> None:
+    for process in processes.members(cluster, RUN_STATE):
         process.send_signal(signal.SIGKILL)
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from support import local, tracked
-from support.processes import REPO, Background, Job, kill_tree, python_path, run
+from support.processes import REPO, Background, Job, kill_tree, members, python_path, run, wait_for
+from support.servers import RayHead
 
 from ddpm.checkpoints import runs
 from ddpm.cluster import resources
@@ -319,11 +320,16 @@ def test_a_data_set_that_does_not_match_the_model_is_a_user_error(
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("on_ray_head")
+def test_ctrl_c_before_the_first_step_exits_at_once(
+    digits_uri: str, ray_head: RayHead, tmp_path: Path
+) -> None:
     """The message mentions only files that exist, and the same command starts the run again."""
+    cluster, controller = ray_head.process.pid, "ray::TrainController"
+    wait_for(lambda: not members(cluster, controller))  # of the test before
     where = ("--data.shards", digits_uri, "--run.name", "early", "--run.storage", str(tmp_path / "runs"))
     with Job("train", "digits", *where, *FLAGS, log=tmp_path / "job.log") as job:
-        job.wait_for(lambda: job.members("ray::TrainController"))
+        job.wait_for(lambda: members(cluster, controller))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert "stopped     at 0 images" in job.output
