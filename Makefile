@@ -16,7 +16,6 @@ help:
 	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/hub/nets): twenty to fifty minutes on two cores'
-	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
 	@echo 'make check            format, lint, types, and which module may import which'
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
@@ -31,10 +30,10 @@ ui: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
 
-# CI leaves some of them out: make test-all SLOW='slow and not long'
-SLOW := slow
-test-all: test
-	$(BIN)/python -m pytest -m '$(SLOW)' --numprocesses 2 --dist worksteal --durations 40
+# CI leaves some of them out: make test-all MARKS='not long'
+MARKS :=
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m '$(MARKS)' --numprocesses 2 --dist worksteal --durations 40
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
 OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -60,9 +59,6 @@ soak: $(VENV)/installed-test
 
 nets: $(VENV)/installed
 	$(BIN)/python infra/builtin_nets.py
-
-mlflow: $(VENV)/installed-test
-	PYTHONPATH=tests $(BIN)/python infra/mlflow/local.py
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
@@ -118,4 +114,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets mlflow check docs clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check docs clean

@@ -1,7 +1,8 @@
-"""Make built-in nets anew: python infra/builtin_nets.py [digits fashion-mnist]
+"""Tested: how a net is packed (tests/hub/test_builtin_nets.py). Not tested: the training, which made today's nets.
 
-Trains each preset with two workers on CPUs, keeps its averaged weights in ddpm/hub/nets, evaluates these, and writes
-their model card. The same commit and versions give the same bits on one kind of CPU; each card names its own.
+Makes built-in nets anew: python infra/builtin_nets.py [digits fashion-mnist]. It trains each preset with two workers on
+CPUs, keeps its averaged weights in ddpm/hub/nets, evaluates these, and writes their model card. The same commit and
+versions give the same bits on one kind of CPU; each card names its own.
 """
 
 import json
@@ -48,18 +49,8 @@ def main() -> None:
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{STORAGE.absolute()}/mlflow.db"
     for name in sys.argv[1:] or NAMES:
         run, scores, uri = str(STORAGE / name), STORAGE / f"{name}.json", f"{builtin_nets.SCHEME}{name}"
-        job(
-            "train",
-            name,
-            "--workers",
-            "2",
-            "--cluster.gpu",
-            "False",
-            "--name",
-            name,
-            "--storage",
-            str(STORAGE),
-        )
+        on_cpus = ("--workers", "2", "--cluster.gpu", "False")
+        job("train", name, *on_cpus, "--name", name, "--storage", str(STORAGE))
         packed = pack(run, name)
         job("evaluate", uri, "--out", str(scores))
         report = Report.from_json(scores.read_bytes(), str(scores))

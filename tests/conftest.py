@@ -64,6 +64,18 @@ def pytest_runtest_makereport() -> Any:
 pytest_make_collect_report = pytest_runtest_makereport  # a module may be skipped as a whole
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, half of them in each of two processes: the quick ones balance the end.
+
+    With --dist worksteal, pytest-xdist gives each process one half of the list.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    half_slow, half_quick = len(slow) // 2, len(items) // 2 - len(slow) // 2
+    items[:] = slow[:half_slow] + quick[:half_quick] + slow[half_slow:] + quick[half_quick:]
+
+
 @pytest.fixture(autouse=True)
 def own_folder(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -40,18 +40,6 @@ def test_user_errors_are_one_line(user_error: Callable[..., str], command_line: 
     assert MISTAKES[command_line] in user_error(*command_line.split())
 
 
-def test_the_known_names_are_listed(user_error: Callable[..., str]) -> None:
-    presets = "digits, glyphs, fashion-mnist, folder, cifar10, celeba64"
-    assert user_error("train", "mnist") == f"there is no PRESET mnist; it must be one of {presets}"
-
-
-def test_a_terminal_without_unicode_gets_the_same_error(run_job: Callable[..., Any]) -> None:
-    env = {"PYTHONIOENCODING": "ascii", "PYTHON_TYRO_UTF8_BOXES": "False"}
-    done = run_job("train", "digits", "--lr", "fast", env=env)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --lr/--optim.lr: ")
-
-
 def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["job.py", *words])
     if issubclass(kind, cli.PresetArguments):

@@ -2,12 +2,12 @@
 
 import importlib
 import re
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import wheels
 from support.processes import REPO, run
 
 from ddpm.commands import COMMANDS, RETIRED, main
@@ -62,9 +62,24 @@ def test_without_a_checkout_help_names_no_script_of_it(
     assert f"usage: ddpm {name}" in text and not re.findall(r"\S*(?:jobs|tune)/\S*", text)
 
 
+def install(folder: Path) -> Path:
+    """Build the wheel from a copy of the repository, and install it alone into `folder`/site; returns the wheel."""
+    source, wheels = folder / "source", folder / "wheels"
+    shutil.copytree(REPO / "ddpm", source / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source]
+    for words in (build, ["install", "--no-deps", "--no-index", "--target", folder / "site"]):
+        done = run([*pip, *words, *wheels.glob("*.whl")], cwd=folder)
+        assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_and_samples_without_a_checkout(tmp_path: Path) -> None:
-    wheel, site = wheels.install(tmp_path), tmp_path / "site"
+    wheel, site = install(tmp_path), tmp_path / "site"
 
     def ddpm(*words: str) -> tuple[int, str]:
         done = run([sys.executable, site / "bin/ddpm", *words], cwd=tmp_path, env={"PYTHONPATH": str(site)})

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -110,7 +108,7 @@ def test_a_truncated_an_oversized_and_a_pickled_file_are_errors(
     READERS[name](tmp_path)
     file = tmp_path / name
     whole, rng = file.read_bytes().rstrip(), random.Random(0)
-    cuts = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    cuts = [whole[: rng.randrange(len(whole))] for _ in range(4)]
     for damaged in (b"", *cuts, PICKLE):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=name) as caught:
@@ -166,8 +164,3 @@ def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path,
     pq.write_table(pa.table({"image": [large, large]}), tmp_path / "all.parquet")
     with pytest.raises(UserError, match=rf"all\.parquet, train, row \d: .*{message}"):
         HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
-
-
-def test_the_largest_image_is_accepted() -> None:
-    with pytest.raises(ValueError, match=r"cannot be decoded: (?!it has more)"):  # its pixels are missing
-        decode(png_of(8192), 8192, 8192, 1)

@@ -1,8 +1,9 @@
-"""Tells Ray that AWS takes this machine back: python notice.py, beside Ray on every worker of cluster.yaml.
+"""Tested: on emulated AWS, with a real Ray node that is drained (tests/infra/test_aws_cluster.py). Not tested on AWS.
 
-AWS announces it two minutes before, in the metadata of the spot machine. Ray then gives the node no more work, and runs
-store a checkpoint of the current step and continue on other machines (docs/faults.md). The command `ray drain-node` is
-made for this, and hidden (Ray 2.60): should it be missing, the machine is lost like any other that fails.
+Tells Ray that AWS takes this spot machine back: python notice.py, beside Ray on every worker of cluster.yaml.
+AWS announces it two minutes before, in the machine's metadata. Ray then gives the node no more work; a run stores a
+checkpoint of the current step and continues on other machines (docs/faults.md). The command `ray drain-node` is made
+for this, and hidden (Ray 2.60): if it is missing, the machine is lost like any other that fails.
 """
 
 import contextlib
@@ -55,15 +56,12 @@ def main() -> int:
 
         ray.init("auto", log_to_driver=False)
         here = ray.get_runtime_context()
-        words = f"ray drain-node --address {here.gcs_address} --node-id {here.get_node_id()}".split()
+        words = ["ray", "drain-node", "--address", here.gcs_address, "--node-id", here.get_node_id()]
         ray.shutdown()  # the node may end as soon as it is drained
-        words += [
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "AWS takes this machine back",
-        ]
-        code = subprocess.call([*words, "--deadline-remaining-seconds", str(left)])
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "AWS takes this machine back"]
+        words += ["--deadline-remaining-seconds", str(left)]
+        code = subprocess.call(words)
         print("Ray was not told" if code else "Ray was told", flush=True)
         return code
 

@@ -1,9 +1,9 @@
-"""A scorer for Ray's autoscaler: a machine kind that AWS has run out of comes after all others.
+"""Tested: with Ray's autoscaler (tests/infra/test_cluster_files.py), and on emulated AWS (test_aws_cluster.py there).
 
-Ray remembers for half an hour that a kind was not available, and asks for it again all the same (2.60): its own
-scorer is given that summary and ignores it. Another scorer is Ray's documented extension: the head reads its import
-path from RAY_AUTOSCALER_UTILIZATION_SCORER. The one private import is Ray's default scorer, which this one extends.
-Nothing of Ray's is replaced, and without the variable Ray uses its default.
+A scorer for Ray's autoscaler: a machine kind that AWS has run out of comes after all others. Ray remembers for half
+an hour that a kind was not available, and requests it again all the same: its own scorer ignores that (2.60). Another
+scorer is Ray's documented extension: the head reads its import path from RAY_AUTOSCALER_UTILIZATION_SCORER. The one
+private import is Ray's default scorer, which this one extends.
 """
 
 from typing import Any

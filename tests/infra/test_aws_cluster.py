@@ -34,8 +34,8 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
 ) -> None:
     """The head starts, then a machine for each of two workers; one is on-demand, since GPU spot capacity is missing.
 
-    The first worker's machine is broken, and another one replaces it. They run in the network of
-    infra/aws/stack.yaml. MLflow needs a password, which only AWS Secrets Manager has.
+    The first worker's machine is broken, and another one replaces it. They have roles and security group of
+    infra/aws/stack.yaml. MLflow needs a password, which is in ~/.mlflow/credentials alone.
     """
     head, broken, *_ = machines = [hosts.add(name) for name in ("head", "broken", "first", "second", "spare")]
     for machine in machines:
@@ -44,29 +44,29 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
         file.write('[[ $BASH_EXECUTION_STRING != *"ray start"* ]] || exit 1\n')
     addresses = [machine.address for machine in machines]
     with Cloud(aws, hosts.gateway, s3_for_hosts.keys, addresses, no_spot=("g5", "g6")) as cloud:
-        subnets = network(aws, hosts)
-        stack = make_stack(aws.client, *subnets)
+        vpc, subnet = network(aws, hosts)
+        stack = make_stack(aws.client, vpc)
         bucket, password = stack["BucketName"], uuid.uuid4().hex
         put_data(digits_uri, bucket)
-        # moto 5.2.5 creates no secrets of the stack, and of its MLflow server only the instance.
-        aws.client("secretsmanager").create_secret(Name=stack["TrainerSecret"], SecretString=password)
-        assert guarded_mlflow.add_user("trainer", password).returncode == 0
+        guarded_mlflow.add_user("trainer", password)
         settings = {
             "MLFLOW_TRACKING_URI": f"http://{hosts.gateway}:{guarded_mlflow.port}",
-            "MLFLOW_TRACKING_USERNAME": "trainer",
-            "DDPM_MLFLOW_SECRET": stack["TrainerSecret"],
             "DDPM_STORAGE": f"s3://{bucket}/runs",
         }
         endpoints = {
             "AWS_ENDPOINT_URL_S3": s3_for_hosts.endpoint,
             "AWS_ENDPOINT_URL_EC2": cloud.uri,
-            "AWS_ENDPOINT_URL_SECRETS_MANAGER": cloud.uri,
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": cloud.uri,
         }
         owner_env, _ = aws_client(cloud.uri, "owner", "owner")
-        changes = overlay(aws, hosts.key, stack, subnets[1][1])
-        changes["file_mounts"] = {"~/ddpm/cluster.env": str(environment(hosts.folder, settings | endpoints))}
+        changes = overlay(aws, hosts.key, stack, subnet)
+        changes["file_mounts"] = {
+            "~/ddpm/cluster.env": str(environment(hosts.folder, settings | endpoints)),
+            "~/.mlflow/credentials": "~/.mlflow/credentials",
+        }
         user_host = UserHost(hosts, with_overlay(cluster_file("cluster.yaml"), changes), env=owner_env)
+        keys = {"mlflow_tracking_username": "trainer", "mlflow_tracking_password": password}
+        user_host.write_credentials(".mlflow/credentials", "mlflow", keys)
         with leaks.arguments(host.pid for host in [user_host.host, *machines]) as arguments:
             user_host.up()
             assert not answers(head.address, 8265)  # only reachable through ssh
@@ -82,9 +82,6 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
                 machines = [machine for machine in machines if machine.address in launched]
                 up = [machine for machine in machines if launched[machine.address] == "running"]
                 assert len(up) == 3 and broken in machines and broken not in up
-                for machine in up:
-                    (raylet,) = processes.members(machine.pid, "raylet")
-                    assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
                 cloud.taken_back.add(up[-1].address)
                 told = up[-1].home / "ddpm/notice.log"
                 processes.wait_for(lambda: "Ray was told\n" in told.read_text(), 120)
@@ -121,6 +118,8 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
         texts |= leaks.in_bucket(s3, "mlflow")
     token = texts.pop(str(user_host.host.home / ".ray/auth_token")).decode()
     assert all(texts.pop(str(machine.home / ".ray/auth_token")).decode() == token for machine in machines)
+    for machine in [user_host.host, *machines]:
+        assert password in texts.pop(str(machine.home / ".mlflow/credentials")).decode()
     secrets = {"MLflow's password": password, "S3's key": s3_for_hosts.keys[1], "token": token}
     secrets |= guarded_mlflow.secrets
     assert b"cloudy" in texts["table runs"] and any(where.endswith("samples.png") for where in texts)
@@ -128,16 +127,12 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
     assert leaks.leaks(secrets, texts) == []
 
 
-def network(aws: AwsServer, hosts: Hosts) -> tuple[str, list[str]]:
-    """A VPC with two subnets, as the stack needs it; the second is the network of the hosts."""
+def network(aws: AwsServer, hosts: Hosts) -> tuple[str, str]:
+    """A VPC, and a subnet in it that is the network of the hosts."""
     ec2 = aws.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.231.0.0/16")["Vpc"]["VpcId"]
-    places = {f"{REGION}b": "10.231.255.0/24", f"{REGION}a": hosts.network}
-    subnets = [
-        ec2.create_subnet(VpcId=vpc, CidrBlock=addresses, AvailabilityZone=zone)["Subnet"]["SubnetId"]
-        for zone, addresses in places.items()
-    ]
-    return vpc, subnets
+    place = {"CidrBlock": hosts.network, "AvailabilityZone": f"{REGION}a"}
+    return vpc, ec2.create_subnet(VpcId=vpc, **place)["Subnet"]["SubnetId"]
 
 
 def put_data(digits_uri: str, bucket: str) -> None:

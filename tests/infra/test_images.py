@@ -11,10 +11,10 @@ from support.processes import REPO, program, run
 DOCKERFILE = REPO / "infra/images/Dockerfile"
 
 
-def read_stages() -> dict[str, tuple[str, str]]:
-    """Stage -> its base and its instructions."""
-    parts = re.findall(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE.read_text(), re.M | re.S)
-    return {name: (base, body) for base, name, body in parts}
+def read_stages() -> dict[str, str]:
+    """Stage -> its instructions."""
+    parts = re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE.read_text(), re.M | re.S)
+    return dict(parts)
 
 
 def test_the_linter_finds_nothing(tmp_path: Path) -> None:
@@ -32,13 +32,8 @@ def test_copied_files_exist_and_are_in_the_build_context() -> None:
         assert path in build_context, path
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu", "mlflow"])
-def test_each_target_runs_as_user_1000_and_pins_its_base_image(target: str) -> None:
-    base, body = (stages := read_stages())[target]
-    assert re.findall(r"^USER (\S+)", body, re.M)[-1:] == ["1000"]
-    while base in stages:
-        base = stages[base][0]
-    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base)
+def test_the_image_runs_as_user_1000() -> None:
+    assert re.findall(r"^USER (\S+)", read_stages()["cluster"], re.M) == ["1000"]
 
 
 @pytest.mark.slow
@@ -55,7 +50,7 @@ def test_the_steps_install_a_program_that_samples(tmp_path: Path) -> None:
     (site,) = venv.glob("lib/python*/site-packages")
     (site / "packages.pth").write_text(f"{packages}\n")
     env = {"PYTHONPATH": "", "PATH": f"{venv}/bin:/usr/bin:/bin", "HOME": str(home)}
-    text = "".join(read_stages()[stage][1] for stage in ("wheel", "cluster", "cpu")).replace("\\\n", " ")
+    text = "".join(read_stages()[stage] for stage in ("wheel", "cluster")).replace("\\\n", " ")
     text = re.sub(r"(?<![\w.])/(src|wheels|opt)\b", rf"{tmp_path}/\1", text)
     steps = re.findall(r"^RUN pip .*|^COPY .*", text, re.MULTILINE)
     assert len(steps) == 9

@@ -47,10 +47,9 @@ def test_a_run_survives_losing_a_machine(
         "file_mounts": {"~/ddpm/cluster.env": str(environment(hosts.folder, settings))},
     }
     user_host = UserHost(hosts, with_overlay(cluster_file("infra/onprem/cluster.yaml"), overlay))
-    credentials = user_host.host.home / ".aws/credentials"
-    credentials.parent.mkdir()
-    words = zip(("aws_access_key_id", "aws_secret_access_key"), s3_for_hosts.keys, strict=True)
-    credentials.write_text("\n".join(["[default]", *map(" = ".join, words)]))
+    access_key, secret_key = s3_for_hosts.keys
+    keys = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
+    user_host.write_credentials(".aws/credentials", "default", keys)
     shards = resolve("s3://lab/digits")
     pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
     run = Run("harmed", "s3://lab/runs", "s3://lab/digits", tmp_path / "job.log")

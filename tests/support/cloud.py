@@ -114,9 +114,10 @@ class Cloud(FrontEnd):
             return 200, b"a-token", plain | {"x-aws-ec2-metadata-token-ttl-seconds": "21600"}
         if headers.get("x-aws-ec2-metadata-token") != "a-token":
             return 401, b"", plain
-        match (
+        parts = (
             path.removeprefix("/latest/meta-data/").rstrip("/").split("/")
-        ):  # Ray's client leaves out the last "/"
+        )  # Ray's client omits the last "/"
+        match parts:
             case ["placement", "availability-zone"]:
                 return 200, f"{REGION}a".encode(), plain
             case ["spot", "instance-action"] if headers["x-forwarded-for"] in self.taken_back:
@@ -133,13 +134,13 @@ class Cloud(FrontEnd):
         return 404, b"", plain
 
 
-def make_stack(client: Callable[[str], Any], vpc: str, subnets: list[str]) -> dict[str, str]:
+def make_stack(client: Callable[[str], Any], vpc: str) -> dict[str, str]:
     """Create the stack `ddpm` from infra/aws/stack.yaml in a VPC; returns its outputs.
 
     Args:
         client: returns a client of a service, with the account owner's permissions.
     """
-    given = {"Vpc": vpc, "Subnets": ",".join(subnets), "SshFrom": "203.0.113.7/32"}
+    given = {"Vpc": vpc, "SshFrom": "203.0.113.7/32"}
     cloudformation = client("cloudformation")
     cloudformation.create_stack(
         StackName="ddpm",

@@ -1,6 +1,5 @@
 """infra/mlflow/serve for tests: MLflow on PostgreSQL and S3, with password authentication."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -37,15 +36,14 @@ class PostgresServer(Server):
         # Short, since the path of a socket has at most 107 characters; separate, since no other user may enter it.
         self.socket_dir = Path("/tmp", f"postgres-{uuid.uuid4().hex[:12]}")
         data = folder / "data"
-        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data.mkdir(mode=0o700, parents=True)
         if AS_POSTGRES:
             shutil.chown(data, "postgres", "postgres")
-        if not (data / "PG_VERSION").exists():
-            words = [initdb, "--pgdata", str(data), "--username", "postgres", "--encoding", "UTF8"]
-            words += ["--locale", "C", "--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
-            done = subprocess.run(words, cwd="/", capture_output=True, text=True, **AS_POSTGRES)
-            if done.returncode:
-                raise RuntimeError(f"initdb cannot make {data}:\n{done.stderr}")
+        words = [initdb, "--pgdata", str(data), "--username", "postgres", "--encoding", "UTF8"]
+        words += ["--locale", "C", "--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
+        done = subprocess.run(words, cwd="/", capture_output=True, text=True, **AS_POSTGRES)
+        if done.returncode:
+            raise RuntimeError(f"initdb cannot make {data}:\n{done.stderr}")
         whose = {"PGUSER": "mlflow", "PGDATABASE": "mlflow", "PGPASSWORD": uuid.uuid4().hex}
         self.client_env = {"PGHOST": LOOPBACK, "PGPORT": str(port), **whose}
         command = [postgres, "-D", str(data), "-h", LOOPBACK, "-p", str(port), "-k", str(self.socket_dir)]
@@ -63,10 +61,8 @@ class PostgresServer(Server):
         if AS_POSTGRES:
             shutil.chown(self.socket_dir, "postgres", "postgres")
         super().start(timeout_s)
-        for statement in ("CREATE ROLE mlflow LOGIN", "CREATE DATABASE mlflow OWNER mlflow"):
-            with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.DuplicateDatabase):
-                self.execute(statement)
-        self.execute(f"ALTER ROLE mlflow PASSWORD '{self.client_env['PGPASSWORD']}'")
+        self.execute(f"CREATE ROLE mlflow LOGIN PASSWORD '{self.client_env['PGPASSWORD']}'")
+        self.execute("CREATE DATABASE mlflow OWNER mlflow")
         return self
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
@@ -90,13 +86,11 @@ class GuardedMlflowServer(Server):
         database: PostgresServer,
         files: str,
         s3_env: Mapping[str, str],
-        port: int | None = None,
-        admin_password: str | None = None,
         host: str = LOOPBACK,
     ) -> None:
-        self.port = port or free_ports(1)[0]
+        (self.port,) = free_ports(1)
         self.uri = f"http://{LOOPBACK}:{self.port}"
-        self.admin_password = admin_password or uuid.uuid4().hex
+        self.admin_password = uuid.uuid4().hex
         path = os.pathsep.join([str(Path(program("mlflow")).parent), os.environ["PATH"]])
         env = {
             **database.client_env,
@@ -130,10 +124,12 @@ class GuardedMlflowServer(Server):
         url = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"
         return requests.get(url, auth=user_and_password or None, timeout=120).status_code
 
-    def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run infra/mlflow/add_user.py as the admin; `env` overrides its environment."""
-        words = [sys.executable, REPO / "infra/mlflow/add_user.py", name]
-        return run(words, cwd=self.folder, env=self.client_env() | {"NEW_PASSWORD": password} | env)
+    def add_user(self, name: str, password: str) -> None:
+        """Add a user as the admin, as docs/cluster.md says."""
+        client = f"get_app_client('basic-auth', tracking_uri={self.uri!r})"
+        code = f"from mlflow.server import get_app_client; {client}.create_user({name!r}, {password!r})"
+        done = run([sys.executable, "-c", code], cwd=self.folder, env=self.client_env())
+        assert done.returncode == 0, done.stderr
 
 
 def postgres_program(name: str) -> str:

@@ -120,9 +120,6 @@ class Hosts:
         host.start()
         return host
 
-    def __getitem__(self, name: str) -> "Host":
-        return self._hosts[name]
-
     def plug(self, cable: str, address: str, pid: int) -> None:
         """Connect the network namespace of process `pid`; inside, the interface is called eth0."""
         # The same hardware address each time, since other hosts cache it.

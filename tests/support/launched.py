@@ -57,6 +57,13 @@ class UserHost:
         self.env |= env or {}
         self.file.write_text(yaml.safe_dump(config))
 
+    def write_credentials(self, file: str, section: str, keys: Mapping[str, str]) -> None:
+        """Write a file of credentials, as MLflow and boto3 read it, into the user's home."""
+        path = self.host.home / file
+        path.parent.mkdir()
+        lines = [f"[{section}]", *(f"{name} = {value}" for name, value in keys.items())]
+        path.write_text("\n".join(lines))
+
     def run_checked(self, *command: object) -> None:
         """Run a command, which must succeed."""
         done = self.host.run(*command, env=self.env)

@@ -185,16 +185,6 @@ class RayHead(Server):
         words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
         return run(words, cwd=cwd, timeout_s=timeout_s)
 
-    def job_client(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
-
-        return JobSubmissionClient(self.dashboard)
-
-    def stop_job(self, client: Any, job: str) -> None:
-        """Stop a job as `ray job stop` does, but without its slow start: SIGTERM, and later SIGKILL."""
-        client.stop_job(job)
-        wait_for(lambda: client.get_job_status(job).is_terminal())
-
     def nodes(self) -> dict[str, str]:
         """Name -> ID of the nodes that the cluster considers alive."""
         summary = json.loads(_get(f"{self.dashboard}/nodes?view=summary") or b"null")

