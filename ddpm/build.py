@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm.config import Config, ObjectiveConfig, SampleConfig
-from ddpm.diffusion import augmentation, denoisers, inpainting, samplers, schedules
-from ddpm.diffusion.inpainting import Known
+from ddpm.diffusion import augmentation, denoisers, samplers, schedules
 from ddpm.diffusion.objectives import PROCESSES, Objective
 from ddpm.diffusion.objectives import build as _build_objective
 from ddpm.diffusion.samplers import SAMPLERS, Sampler
@@ -91,27 +90,15 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     return replace(sample, **resolved)
 
 
-def build_sampler(config: Config, known: Known | None = None) -> Sampler:
-    """The sampler that config.sample describes, on the run's own schedule.
-
-    `known`, a given part of each image, selects RePaint, whatever the sampler.
-    """
-    sample, process = config.sample, config.objective.process
-    if known is not None:
-        if process != SAMPLERS["ddpm"].process:
-            raise UserError(
-                f"inpainting works with nets of the process gaussian, and this one's is {process}"
-            )
-        sample = replace(sample, sampler="ddpm")
+def build_sampler(config: Config) -> Sampler:
+    """The sampler that config.sample describes, on the run's own schedule."""
+    sample = config.sample
     resolved = resolve_sample(sample, config.objective)
     if config.model.num_classes and sample.guidance_scale != 1 and config.objective.label_dropout == 0:
         saw = "guidance needs a net that saw images without their labels, and objective.label_dropout was 0"
         raise UserError(f"{saw}; set sample.guidance_scale to 1")
     try:
         denoisers.check_interval(resolved.guidance_interval)
-        schedule = schedules.build(config.schedule)
-        if known is None:
-            return samplers.build(resolved, schedule, config.model.num_dims)
-        return inpainting.build(resolved, schedule, known)
+        return samplers.build(resolved, schedules.build(config.schedule), config.model.num_dims)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None

@@ -7,7 +7,6 @@ Axes: N images, C channels, H W.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,12 +17,10 @@ from torch import Tensor
 
 from ddpm.build import TrainedNet, build_objective, build_sampler
 from ddpm.config import Config
-from ddpm.data import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
-from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import PROCESSES
-from ddpm.diffusion.samplers import OnStep, PerImageNoise
+from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
@@ -33,21 +30,6 @@ from ddpm.utils.seeding import Purpose
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
-
-
-def read_known(
-    image: Path, mask: Path, config: Config, num_resamples: int = 10, jump_length: int = 10
-) -> Known:
-    """The input of inpainting, from two image files: white in `mask` keeps the pixel of `image`, black samples it.
-
-    Both are resized and cropped to the centre square, as training data is.
-    """
-    size, channels = config.model.image_size, config.model.channels
-    x_0, keep = (
-        torch.from_numpy(np.asarray(image_folder.store([image_folder.read_file(path)], size, c, "raw")[0]))
-        for path, c in ((image, channels), (mask, 1))
-    )
-    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
 
 
 def check_label(config: Config, label: int | None) -> None:
@@ -76,7 +58,7 @@ def draw(
     indices: Sequence[int],
     *,
     label: Label = None,
-    known: Known | None = None,
+    sampler: Sampler | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images with these indices, in one batch.
@@ -84,7 +66,7 @@ def draw(
     Args:
         indices: image i depends on the seed, i, and its label alone.
         label: as in `labels`.
-        known: a given part of every image, for inpainting.
+        sampler: used in place of the one that the configuration describes.
         on_step: called at every step of the sampler.
 
     Returns:
@@ -93,7 +75,8 @@ def draw(
     config, device = trained.config, trained.device
     classes = labels(config, indices, label)
     denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
-    sampler = build_sampler(config, known)
+    if sampler is None:
+        sampler = build_sampler(config)
     return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
 
 
