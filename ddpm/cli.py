@@ -85,12 +85,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def chosen(first: str, names: Mapping[str, str], description: str | None) -> str:
+def chosen(
+    first: str, names: Mapping[str, str], description: str | None, retired: Mapping[str, str] | None = None
+) -> str:
     """The first word of the command line; a request for help there prints what it may be, and exits the process.
 
     Args:
         first: what it is, for messages: "PRESET".
         names: its valid values, and a line about each.
+        retired: values of earlier versions, and what to use instead.
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in (*HELP, HELP_ALL):
@@ -101,6 +104,8 @@ def chosen(first: str, names: Mapping[str, str], description: str | None) -> str
     listed = ", ".join(names)
     if not word or word.startswith("-"):
         raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
+    if retired and word in retired:
+        raise UserError(f"there is no {first} {word}; {retired[word]}")
     if word not in names:
         raise UserError(f"there is no {first} {word}; it must be one of {listed}")
     return word
@@ -113,7 +118,8 @@ def parse_preset(
 
     `folder PATH` is the config `of_folder` of that path.
     """
-    name, words = chosen("PRESET", presets.ABOUT, description), sys.argv[2:]
+    name = chosen("PRESET", presets.ABOUT, description, presets.RETIRED)
+    words = sys.argv[2:]
     preset = presets.PRESETS[name]
     if name == "folder" and words and not words[0].startswith("-"):
         preset = of_folder(words.pop(0))

@@ -41,7 +41,7 @@ def test_user_errors_are_one_line(user_error: Callable[..., str], command_line: 
 
 
 def test_the_known_names_are_listed(user_error: Callable[..., str]) -> None:
-    presets = "digits, glyphs, fashion-mnist, folder, cifar10, celeba64"
+    presets = "digits, fashion-mnist, folder, cifar10, celeba64"
     assert user_error("train", "mnist") == f"there is no PRESET mnist; it must be one of {presets}"
 
 

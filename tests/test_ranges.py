@@ -84,7 +84,7 @@ JOBS = {
     "export a b --label -1": "label is -1; it must be at least 0",
     "sync a --timeout-s 0": "timeout_s is 0.0; it must be greater than 0",
     "compare a --out=": "out is ''; it must have at least 1 character",
-    "prepare glyphs a --size 8": "size is 8; it must be at least 16",
+    "prepare digits a --held-out-images 0": "held_out_images is 0; it must be at least 1",
 }
 
 

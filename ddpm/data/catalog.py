@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-from ddpm.data.glyphs import Glyphs
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder
 from ddpm.data.sources import Digits, FashionMnist, Source
@@ -14,7 +13,6 @@ from ddpm.utils.errors import UserError
 GROUP = "ddpm.sources"
 SOURCES: dict[str, type[Any]] = {
     "digits": Digits,
-    "glyphs": Glyphs,
     "fashion-mnist": FashionMnist,
     "folder": Folder,
     "torchvision": Torchvision,

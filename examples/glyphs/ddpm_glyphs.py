@@ -86,7 +86,7 @@ def draw(seed: int, index: int, size: int) -> Pixels:
 
 @cache
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+    import matplotlib  # half a second, and only where images are rendered
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     # Raqm, the other engine, is missing on some machines, and may place a letter differently.
