@@ -30,7 +30,7 @@ def unet_of(config: Config) -> UNetConfig:
     if not isinstance(config.model, UNetConfig):
         raise UserError(
             f"model.net is {config.model.net}; a DDPMPipeline of diffusers has a UNet2DModel, so only the net unet "
-            "can become one; use --format pt2"
+            "can become one; use examples/torch_export"
         )
     return config.model
 
@@ -69,7 +69,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     if config.objective.predict not in PREDICTIONS:
         raise UserError(
             f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "
-            f"{', '.join(PREDICTIONS)}; use --format pt2"
+            f"{', '.join(PREDICTIONS)}; use examples/torch_export"
         )
     betas: dict[str, Any]
     match schedule.kind:
