@@ -85,7 +85,7 @@ def test_a_page_loads_nothing_from_the_network(pages: dict[Path, Page]) -> None:
 def test_sources_are_named_not_linked(pages: dict[Path, Page]) -> None:
     text = {file.name: file.read_text() for file in pages}
     assert "<code>ddpm/training/loop.py</code>" in text["architecture.html"]
-    assert "<code>docs/examples/train_classifier.py</code>" in text["data.html"]
+    assert "<code>examples/classifier/train_classifier.py</code>" in text["data.html"]
 
 
 def test_the_api_has_parameters_and_errors(pages: dict[Path, Page]) -> None:

@@ -1,20 +1,29 @@
-"""The demonstration in the browser: nets denoise side by side, with the same settings. It needs the extra `demo`."""
+"""Sample in the browser: python examples/demo/demo.py RUN [RUN]
+
+Images appear as they are denoised, of two runs side by side, with the same settings. It needs requirements.txt.
+`generate.denoising` draws what `ddpm.Run.sample` draws, and yields every step.
+"""
 
 import base64
 import html
 import math
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import fastapi
 import gradio as gr
+import tyro
 import uvicorn
 
+import ddpm
+from ddpm import cli
 from ddpm.build import TrainedNet
 from ddpm.config_io import override
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.timesteps import FEW
 from ddpm.sampling import generate
-from ddpm.utils import images
+from ddpm.utils import devices, images
+from ddpm.utils.errors import UserError
 
 FRAMES = 25  # at most, of one sampling; the page would show more of them late
 CSS = """.shown { flex: 4 1 300px } .runs { display: flex; flex-wrap: wrap; gap: 1.5rem }
@@ -69,3 +78,26 @@ def serve(page: gr.Blocks, port: int) -> None:
     app, theme = fastapi.FastAPI(), gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))
     gr.mount_gradio_app(app, page, "/", theme=theme, css=CSS, footer_links=[], run_history=False)
     uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, timeout_graceful_shutdown=1)
+
+
+def main(
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN]")],
+    num_images: int = 16,
+    port: int = 7860,
+) -> None:
+    """
+    Args:
+        runs: Folders or URIs of runs or checkpoints, registered models, or built-in nets.
+        num_images: Images of each.
+        port: Port on this machine; 0: any free one.
+    """
+    if len(runs) not in (1, 2):
+        raise UserError(f"{len(runs)} runs are given; expected one, or two to compare")
+    nets = {uri: ddpm.Run(uri).trained for uri in runs}
+    for trained in nets.values():
+        trained.net.to(devices.default())
+    serve(build(nets, num_images), port)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: tyro.cli(main, description=__doc__))
