@@ -7,19 +7,15 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
+from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
-from ddpm.diffusion.samplers import Noise, OnStep, Sampler
+from ddpm.diffusion.samplers import Noise, OnStep
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.config import SampleConfig
 
 FEW = 250
 """Default number of steps, as in the paper."""
@@ -65,7 +61,7 @@ def inpaint(
     Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
     n, jump_length = len(timesteps), known.jump_length
-    _check_jumps(known, n)
+    check_jumps(known, n)
     chain = spacings.respaced(schedule, timesteps)
     alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # index: k, the number of steps left
     # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
@@ -91,20 +87,8 @@ def inpaint(
     return x
 
 
-def build(config: "SampleConfig", schedule: Schedule, known: Known) -> Sampler:
-    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ddpm."""
-    if config.sampler != "ddpm":
-        raise ValueError(f"sampler is {config.sampler!r}; inpainting works with ddpm only")
-    if config.num_sample_steps is None:
-        config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
-    threshold, timesteps = build_threshold(config), spacings.build(config, schedule, known.x_0[0].numel())
-    _check_jumps(known, len(timesteps))
-    return lambda denoise, noise, on_step=None: inpaint(
-        denoise, schedule, noise, known=known, timesteps=timesteps, threshold=threshold, on_step=on_step
-    )
-
-
-def _check_jumps(known: Known, num_sample_steps: int) -> None:
+def check_jumps(known: Known, num_sample_steps: int) -> None:
+    """Raise ValueError if the jumps of `known` do not fit into the steps."""
     if known.num_resamples < 1:
         raise ValueError(f"num_resamples is {known.num_resamples}; it must be 1, 2, ...")
     if known.jump_length < 1 or (known.num_resamples > 1 and known.jump_length >= num_sample_steps):

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm import kinds
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.config_io import to_json
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_config import (
     config_of,
     defaults,
@@ -62,7 +62,7 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
     diffusers, config = _diffusers(), trained.config
-    if not PROCESSES[config.objective.process].has_bound:
+    if not kinds.objective(config.objective.process).has_bound:
         name = config.objective.process
         raise UserError(
             f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use --format pt2"
@@ -91,7 +91,8 @@ def to_pt2(trained: TrainedNet, out: Path) -> None:
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
     side, count = config.model.image_size, 2  # torch.export would take 1 for a constant
-    t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
+    uses_time = kinds.objective(config.objective.process).uses_time
+    t = torch.zeros(count, dtype=torch.int64) if uses_time else None
     arguments = [torch.zeros(count, config.model.channels, side, side), t]
     if config.model.num_classes:
         arguments.append(torch.zeros(count, dtype=torch.int64))
