@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.processes import REPO
 
-from ddpm.diffusion.objectives import PROCESSES
+from ddpm.kinds import OBJECTIVES
 
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
@@ -88,6 +88,6 @@ def test_no_module_uses_private_parts_of_ray() -> None:
 
 
 def test_process_names_are_compared_in_one_place_only() -> None:
-    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in PROCESSES))
+    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in OBJECTIVES))
     found = {path.name for path in MODULES if quoted.search(path.read_text())}
-    assert found == {"config.py", "objectives.py", "samplers.py"}
+    assert found == {"config.py", "kinds.py"}

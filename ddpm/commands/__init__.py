@@ -40,7 +40,7 @@ def main() -> NoReturn:
 def _command() -> int | None:
     sys.argv[0] = "ddpm"
     description = "Train, sample and compare denoising diffusion models on Ray.\n"
-    name = cli.chosen("COMMAND", COMMANDS, description, RETIRED)
+    name = cli.chosen("COMMAND", COMMANDS, description, retired=RETIRED)
     sys.argv[:2] = [f"ddpm {name}"]
     code: int | None = importlib.import_module(f"ddpm.commands.{name}").main()
     return code

@@ -22,7 +22,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,18 +72,6 @@ class Denoised(NamedTuple):
 class Objective(Protocol):
     """Interface of an objective and its forward process for the training loop, the samplers and the evaluation."""
 
-    uses_time: ClassVar[bool]
-    """Whether the net is given t."""
-    has_bound: ClassVar[bool]
-    """Whether there are a noise schedule and a variational bound, so bits/dim."""
-    has_uniform_noise: ClassVar[bool]
-    """Whether noise is uniform in [-1, 1), instead of standard normal."""
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: "Labels") -> "Objective":
-        """The objective that `config` describes."""
-        ...
-
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
     ) -> Loss:
@@ -104,10 +92,6 @@ class Objective(Protocol):
             t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
             label: [B] int64 in 0..num_classes; num_classes, or None for all images, means no label.
         """
-        ...
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        """Map t [B] to the noise level that guidance_interval refers to."""
         ...
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,28 +155,6 @@ class Gaussian:
     learns_variance: bool = False
     sigma_data: float = 0.5
     log_sigma: tuple[float, float] | None = None
-    uses_time: ClassVar[bool] = True
-    has_bound: ClassVar[bool] = True
-    has_uniform_noise: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Gaussian":
-        if config.predict not in PREDICTIONS:
-            raise ValueError(f"predict is {config.predict!r}; it must be one of {', '.join(PREDICTIONS)}")
-        log_sigma = TIMESTEPS[config.timesteps]
-        if log_sigma is not None:
-            given = config.log_sigma_mean, config.log_sigma_std
-            mean, std = (a if b is None else b for a, b in zip(log_sigma, given, strict=True))
-            log_sigma = mean, std
-        return PREDICTIONS[config.predict](
-            schedule,
-            labels,
-            config.weight,
-            config.min_snr_gamma,
-            config.variance == "learned",
-            config.sigma_data,
-            log_sigma,
-        )
 
     def __post_init__(self) -> None:
         for name in ("min_snr_gamma", "sigma_data"):
@@ -223,9 +185,6 @@ class Gaussian:
         output = model(self._input(x_t, t), t, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
         prediction, variance_mix = self._split(output)
         return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.schedule.sigma.float().to(t.device, non_blocking=True)[t]
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
@@ -394,14 +353,6 @@ class UniformMix:
     """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
 
     labels: Labels = Labels()
-    uses_time: ClassVar[bool] = False
-    has_bound: ClassVar[bool] = False
-    has_uniform_noise: ClassVar[bool] = True
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "UniformMix":
-        """Build the objective; it has one prediction and one weight, so `config` and the schedule are ignored."""
-        return cls(labels)
 
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
@@ -420,9 +371,6 @@ class UniformMix:
         x_0_hat = model(x_t, None, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
         amount = process.broadcast(t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT), x_t)
         return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         amount = torch.full((len(x_0),), level, device=x_0.device)
@@ -446,17 +394,6 @@ class Consistency:
     """
 
     prediction: Gaussian
-    uses_time: ClassVar[bool] = True
-    has_bound: ClassVar[bool] = False
-    has_uniform_noise: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Consistency":
-        if config.predict == "x_0":
-            raise ValueError(
-                "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
-            )
-        return cls(Gaussian.build(config, schedule, labels))
 
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
@@ -490,32 +427,47 @@ class Consistency:
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
         return self.prediction.denoise(model, x_t, t, label)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.prediction.noise_level(t)
-
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         return self.prediction.corrupt(x_0, level, noise)
 
 
-PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V, "edm": Edm, "flow": Flow}
-PROCESSES: dict[str, type[Objective]] = {
-    "gaussian": Gaussian,
-    "uniform_mix": UniformMix,
-    "consistency": Consistency,
-}
-
-TIMESTEPS = {"uniform": None, "log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
-"""Distributions of t in training: mean and standard deviation of log sigma. (On the straight path, whose time is
+LOG_SIGMA = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
+"""Mean and standard deviation of log sigma in training, by objective.timesteps. (On the straight path, whose time is
 u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table 1; Esser et al. 2024, Sec. 3.1."""
 
 
-def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
-    """The objective that `config` describes; num_classes as in the model, 0 for unconditional."""
-    if config.process not in PROCESSES:
-        raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
-    if config.variance == "learned" and not PROCESSES[config.process].has_bound:
-        raise ValueError(f"variance is 'learned'; {config.process} has no bound to learn it from")
-    return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
+def gaussian(
+    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+) -> Gaussian:
+    """The objective of the class `prediction` that `config` describes."""
+    log_sigma = None
+    if config.timesteps != "uniform":
+        mean, std = LOG_SIGMA[config.timesteps]
+        if config.log_sigma_mean is not None:
+            mean = config.log_sigma_mean
+        if config.log_sigma_std is not None:
+            std = config.log_sigma_std
+        log_sigma = (mean, std)
+    return prediction(
+        schedule=schedule,
+        labels=labels,
+        weighting=config.weight,
+        min_snr_gamma=config.min_snr_gamma,
+        learns_variance=config.variance == "learned",
+        sigma_data=config.sigma_data,
+        log_sigma=log_sigma,
+    )
+
+
+def consistency(
+    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+) -> Consistency:
+    """Consistency tuning of a net with this prediction."""
+    if config.predict == "x_0":
+        raise ValueError(
+            "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
+        )
+    return Consistency(gaussian(config, schedule, labels, prediction))
 
 
 def _per_image(prediction: Tensor, target: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ddpm.build import resolve_sample
+from ddpm.build import build_schedule, resolve_sample
 from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ddpm.config_io import from_json, to_json
-from ddpm.diffusion import schedules
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS
 from ddpm.utils.errors import UserError
 
@@ -79,7 +78,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         case "cosine" if (schedule.cosine_s, schedule.max_beta) == (0.008, 0.999):
             betas = {"beta_schedule": SCHEDULES["cosine"]}
         case _:
-            betas = {"trained_betas": schedules.build(schedule).beta.tolist()}
+            betas = {"trained_betas": build_schedule(schedule).beta.tolist()}
     return {
         "num_train_timesteps": schedule.num_timesteps,
         **betas,

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm import kinds
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_config import (
     config_of,
     defaults,
@@ -60,7 +60,7 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
     diffusers, config = _diffusers(), trained.config
-    if not PROCESSES[config.objective.process].has_bound:
+    if not kinds.objective(config.objective.process).has_bound:
         name = config.objective.process
         raise UserError(
             f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use examples/torch_export"

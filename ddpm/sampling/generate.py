@@ -5,7 +5,7 @@ Training (for its grids) and jobs/sample.py sample with `draw`: image i is a fun
 Axes: N images, C channels, H W.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import TrainedNet, build_objective, build_sampler
+from ddpm import kinds
+from ddpm.build import TrainedNet, build_objective, build_sampler, build_schedule
 from ddpm.config import Config
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -136,6 +136,14 @@ def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple
     return images.strip(list(rows), captions), images.gif_bytes(moving)
 
 
+def noise_level(config: Config) -> Callable[[Tensor], Tensor]:
+    """The function from t [B] to the noise level that sample.guidance_interval refers to: sigma, or t without one."""
+    if not kinds.objective(config.objective.process).uses_time:
+        return lambda t: t
+    sigma = build_schedule(config.schedule).sigma.float()
+    return lambda t: sigma.to(t.device, non_blocking=True)[t]
+
+
 def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
     """The net as a function for samplers: with `label`, and guidance if it is configured."""
 
@@ -144,9 +152,13 @@ def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
 
     if label is None:
         return given(None)
-    sample, noise_level = trained.config.sample, trained.objective.noise_level
+    sample = trained.config.sample
     return denoisers.guided(
-        given(label), given(None), sample.guidance_scale, sample.guidance_interval, noise_level
+        given(label),
+        given(None),
+        sample.guidance_scale,
+        sample.guidance_interval,
+        noise_level(trained.config),
     )
 
 
@@ -154,7 +166,7 @@ def _noise(config: Config, indices: Sequence[int], device: torch.device) -> PerI
     """Noise for the images with these indices, drawn on the CPU for any device."""
     side = config.model.image_size
     generators = [PhiloxGenerator(config.sample.seed, Purpose.SAMPLE, i) for i in indices]
-    uniform = PROCESSES[config.objective.process].has_uniform_noise
+    uniform = kinds.objective(config.objective.process).has_uniform_noise
     return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
 
 

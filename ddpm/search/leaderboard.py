@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ddpm.config import Affects, Config, SamplerName
+from ddpm.build import build_schedule
+from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect, override
-from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
@@ -31,7 +31,7 @@ from ddpm.search.setup import Setup
 from ddpm.search.trials import Trial, Trials, best, short, shown
 from ddpm.utils.tables import Table, estimate
 
-SAMPLER: SamplerName = "dpmpp_2m"
+SAMPLER = "dpmpp_2m"
 STEPS = 20
 """The sampler of finalists: fast, and the same for all."""
 TIMESTEPS = "schedule.num_timesteps"
@@ -292,4 +292,4 @@ def _num_timesteps(setup: Setup, trial: Trial) -> int:
 def _leftover(base: Config, trial: Trial) -> float:
     """sqrt(D alpha_bar_T) of the trial's config."""
     config = override(base, trial.changes)
-    return float((config.model.num_dims * schedules.build(config.schedule).alpha_bar[-1]).sqrt())
+    return float((config.model.num_dims * build_schedule(config.schedule).alpha_bar[-1]).sqrt())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm import kinds
 from ddpm.config import Config
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.utils import devices
 
 BFLOAT16_PEAKS = {
@@ -33,7 +33,7 @@ def flops_per_image(net: nn.Module, config: Config) -> float:
     t = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         x_t = torch.zeros(1, model.channels, model.image_size, model.image_size, device=device)
-        net(x_t, t if PROCESSES[config.objective.process].uses_time else None, None)
+        net(x_t, t if kinds.objective(config.objective.process).uses_time else None, None)
     return 3.0 * counter.get_total_flops()
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ddpm import kinds
 from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
@@ -187,7 +188,7 @@ class Recorder:
     def _held_out_bits(self) -> dict[str, float]:
         """Bits/dim of a few held-out images and the standard error; comparable between schedules of equal T."""
         config, runtime, held_out = self._config, self._runtime, self._held_out
-        has_bound = self._averaged.objective.has_bound and config.schedule.num_timesteps > 1
+        has_bound = kinds.objective(config.objective.process).has_bound and config.schedule.num_timesteps > 1
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
         if held_out is None or stop < PILOT_IMAGES + 2:
             return {}

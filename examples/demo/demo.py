@@ -16,11 +16,9 @@ import tyro
 import uvicorn
 
 import ddpm
-from ddpm import cli
-from ddpm.build import TrainedNet
+from ddpm import cli, kinds
+from ddpm.build import TrainedNet, num_sample_steps, resolve_sample
 from ddpm.config_io import override
-from ddpm.diffusion.samplers import SAMPLERS
-from ddpm.diffusion.timesteps import FEW
 from ddpm.sampling import generate
 from ddpm.utils import devices, images
 from ddpm.utils.errors import UserError
@@ -36,8 +34,11 @@ FIGURE = """<figure><img src="data:image/png;base64,{2}" alt="images of {0}" dec
 def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
     """The page: the images of each run, and the settings, which begin as the first run's."""
     configs = [trained.config for trained in runs.values()]
-    first, processes = configs[0].sample, {config.objective.process for config in configs}
-    samplers = ["auto", *(name for name, kind in SAMPLERS.items() if {kind.process} == processes)]
+    first = configs[0].sample
+    processes = {kinds.objective(config.objective.process).process for config in configs}
+    samplers = ["auto", *(kinds.samplers_of(*processes) if len(processes) == 1 else [])]
+    resolved = resolve_sample(first, configs[0].objective)
+    num_steps = num_sample_steps(resolved, configs[0].schedule.num_timesteps)
     most = min(config.schedule.num_timesteps for config in configs)
     has_labels = any(config.model.num_classes and config.objective.label_dropout for config in configs)
 
@@ -60,7 +61,7 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
             shown = gr.HTML(elem_classes="shown")
             with gr.Column(min_width=300):
                 seed = gr.Slider(0, 999, first.seed, step=1, label="Seed")
-                steps = gr.Slider(1, most, min(first.num_sample_steps or FEW, most), step=1, label="Steps")
+                steps = gr.Slider(1, most, min(num_steps, most), step=1, label="Steps")
                 chosen = first.sampler if first.sampler in samplers else "auto"
                 sampler = gr.Dropdown(samplers, value=chosen, label="Sampler")
                 scale = gr.Slider(0, 8, first.guidance_scale, label="Guidance", visible=has_labels)

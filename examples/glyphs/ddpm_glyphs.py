@@ -18,6 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.sources import Seed, Square, held_out
+from ddpm.kinds import Kind
+
+KIND = Kind("ddpm_glyphs:Glyphs")
+"""What the entry point returns."""
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import ddpm
 from ddpm import cli
+from ddpm.build import build_schedule
 from ddpm.config import Config
-from ddpm.diffusion import schedules
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
@@ -171,7 +171,7 @@ def main() -> None:
     config = run.trained.config
     if config.objective.process != "gaussian":
         raise UserError(f"RUN has the process {config.objective.process}; RePaint needs gaussian")
-    schedule = schedules.build(config.schedule)
+    schedule = build_schedule(config.schedule)
     num_sample_steps = arguments.num_sample_steps or min(FEW, schedule.num_timesteps)
     try:
         known = read_known(

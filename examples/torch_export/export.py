@@ -14,7 +14,7 @@ import torch
 import tyro
 
 import ddpm
-from ddpm import cli
+from ddpm import cli, kinds
 from ddpm.build import TrainedNet, build_net
 from ddpm.config_io import to_json
 from ddpm.utils.errors import UserError
@@ -33,7 +33,7 @@ def export(trained: TrainedNet) -> torch.export.ExportedProgram:
     net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     side = config.model.image_size
     arguments: list[torch.Tensor | None] = [torch.zeros(BATCH, config.model.channels, side, side), None]
-    if trained.objective.uses_time:
+    if kinds.objective(config.objective.process).uses_time:
         arguments[1] = torch.zeros(BATCH, dtype=torch.int64)
     if config.model.num_classes:
         arguments.append(torch.zeros(BATCH, dtype=torch.int64))

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY_NET
 from torch import Tensor
 
-from ddpm.build import TrainedNet, build_net, build_sampler, resolve_sample
+from ddpm.build import TrainedNet, build_net, build_sampler, build_schedule, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.hub import diffusers_config, export
 from ddpm.presets import CIFAR10
@@ -230,7 +229,7 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
     config = trained.config
     assert (config.model.width_multipliers, config.model.attention_resolutions) == ((1, 2), (4,))
     assert (config.sample.mean, config.sample.variance) == ("clipped", "beta")
-    assert torch.allclose(schedules.build(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
+    assert torch.allclose(build_schedule(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
     theirs = diffusers.UNet2DModel.from_pretrained(published, subfolder="unet")
     x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
     assert (trained.net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
