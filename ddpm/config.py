@@ -137,8 +137,7 @@ class ObjectiveConfig:
     process: Annotated[str, Choice("objective.process"), Affects.NOISE | Affects.SAMPLING | Affects.TASK] = (
         "gaussian"
     )
-    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0). consistency:
-    tunes a trained net, train.init_from, to sample in one or two steps (Geng et al. 2024); it has its own weight."""
+    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
     predict: Annotated[str, Choice("objective.predict"), MEANING] = "eps"
     """What the net's output means (gaussian process). edm: F of EDM (Karras et al. 2022), whose input is scaled, too.
     flow: the velocity eps - x_0 of flow matching; both have their own papers' loss with the weight simple."""
@@ -169,7 +168,7 @@ class ModelConfig:
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
-    """unet, dit, or a net of an installed package; together with --help-all it lists the flags of that net."""
+    """unet, or a net of an installed package; together with --help-all it lists the flags of that net."""
     image_size: Annotated[SmallCount, Affects.NET | Affects.TASK] = 32
     """Height and width of the images, in pixels."""
     channels: Annotated[SmallCount, Affects.NET | Affects.TASK] = 3
@@ -207,24 +206,6 @@ class UNetConfig(ModelConfig):
     """Groups of group normalisation."""
     zero_init: Annotated[bool, Affects.LEARNING] = True
     """Initialise the output convolution and the second convolution of every residual block to zero."""
-
-
-@dataclass(frozen=True)
-class DiTConfig(ModelConfig):
-    """The diffusion Transformer."""
-
-    module = "ddpm.models.dit"
-    net: Annotated[Literal["dit"], Choice("model.net")] = "dit"
-    patch_size: Count = 2
-    """Side of a patch; each patch is one token."""
-    width: Count = 128
-    """Width of a token."""
-    depth: Count = 4
-    """Number of blocks."""
-    num_heads: Count = 4
-    """Attention heads per block."""
-    mlp_ratio: Count = 4
-    """Width of the hidden layer of a block's MLP, as a multiple of width."""
 
 
 @dataclass(frozen=True)
@@ -296,9 +277,9 @@ class SampleConfig:
     affects: ClassVar = Affects.SAMPLING
     sampler: Annotated[str, Choice("sample.sampler", also=(AUTO,))] = AUTO
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
-    mix: for uniform_mix. multistep: for consistency. auto: ddim, mix or multistep."""
+    mix: for uniform_mix. auto: the first that fits the process, ddim or mix."""
     num_sample_steps: Count | None = None
-    """None: all T for ddpm, 2 for multistep, else 50."""
+    """None: all T for ddpm, else 50."""
     spacing: Spacing = AUTO
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""

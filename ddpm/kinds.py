@@ -90,17 +90,6 @@ OBJECTIVES = {
     "uniform_mix": ObjectiveKind(
         "ddpm.diffusion.objectives:UniformMix", process="uniform_mix", has_uniform_noise=True
     ),
-    "consistency": ObjectiveKind(
-        "ddpm.diffusion.objectives:consistency",
-        (
-            "schedule.kind",
-            "schedule.num_timesteps",
-            "objective.predict",
-            "objective.variance",
-            "objective.timesteps",
-        ),
-        process="consistency",
-    ),
 }
 PREDICTIONS = {
     "eps": Kind("ddpm.diffusion.objectives:Eps"),
@@ -152,23 +141,13 @@ SAMPLERS = {
         timesteps="ddpm.diffusion.timesteps:spaced_for_heun",
     ),
     "mix": SamplerKind("ddpm.diffusion.samplers:mix", ("sample.clip_x_0",), process="uniform_mix"),
-    "multistep": SamplerKind(
-        "ddpm.diffusion.samplers:multistep",
-        ("sample.spacing", "sample.clip_x_0"),
-        process="consistency",
-        num_sample_steps=2,
-        timesteps="ddpm.diffusion.timesteps:spaced_before_the_last",
-    ),
 }
 SPACINGS = {
     "uniform": Kind(),
     "quadratic": Kind(),
     "karras": Kind(reads=("sample.rho", "sample.sigma_min")),
 }
-NETS = {
-    "unet": Kind("ddpm.config:UNetConfig"),
-    "dit": Kind("ddpm.config:DiTConfig"),
-}
+NETS = {"unet": Kind("ddpm.config:UNetConfig")}
 """Targets are subclasses of `ddpm.config.ModelConfig`."""
 SOURCES = {
     "digits": Kind("ddpm.data.sources:Digits"),
@@ -209,7 +188,12 @@ GROUPS = {
 """The groups of entry points that add to a table."""
 CLASSES: dict[str, type[Kind]] = {"objective.process": ObjectiveKind, "sample.sampler": SamplerKind}
 """The class of a table's kinds; `Kind` for the other tables."""
-RETIRED: dict[str, Mapping[str, str]] = {}
+RETIRED: dict[str, Mapping[str, str]] = {
+    "objective.process": {"consistency": "examples/consistency"},
+    "sample.sampler": {"multistep": "examples/consistency"},
+    "model.net": {"dit": "examples/dit"},
+    "data.source": {"glyphs": "examples/glyphs"},
+}
 """Names that were built in, by field, and the folder that adds them now."""
 
 READ_BY_SOME = {key for table in TABLES.values() for kind in table.values() for key in kind.reads}
@@ -268,7 +252,7 @@ def expected(field: str, name: object, also: tuple[str, ...] = ()) -> str:
         name = ""
     folder = RETIRED.get(field, {}).get(name)
     if folder is not None:
-        return f"be added from {folder}: it is no longer built in"
+        return f"be added: it is an example now, and {folder} must be on PYTHONPATH"
     known = [*also, *names(field)]
     text = f"be one of {', '.join(known)}"
     if field in GROUPS:

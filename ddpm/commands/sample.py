@@ -32,8 +32,7 @@ class Arguments(SampleFlags):
     batch_size: Count | None = None
     """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
     sampler: SamplerName | None = None
-    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix.
-    multistep: nets of consistency."""
+    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: Count | None = None
     """Number of sampling steps."""
     variance: Variance | None = None

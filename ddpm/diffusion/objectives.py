@@ -12,7 +12,6 @@ Papers:
     Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     Liu et al. 2022, Rectified Flow, arXiv:2209.03003 (flow); Esser et al. 2024, arXiv:2403.03206 (logit-normal t)
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
-    Geng et al. 2024, Consistency Models Made Easy (ECT), arXiv:2406.14548 (consistency)
     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
     Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned variance)
     UniformMix: the Hugging Face diffusion course, unit 1
@@ -39,10 +38,6 @@ Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 BOUND_WEIGHT = 1e-3
 """Weight of the bound in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
-STAGES = 8
-"""Stages of consistency tuning, each with half the distance between two noise levels of the one before."""
-HUBER_C = 0.00054
-"""c of the Pseudo-Huber distance per root of a dimension, for images in [-1, 1]."""
 SMALLEST_AMOUNT = 1e-3
 """Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
 
@@ -167,12 +162,12 @@ class Gaussian:
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
     ) -> Loss:
         T = self.schedule.num_timesteps
-        t = self._draw_t(len(x_0), generator)
+        t = self.draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
         output = model(self._input(x_t, t), t, self.labels.for_training(label, generator)).to(x_0.dtype)
         prediction, variance_mix = self._split(output)
-        error = _per_image(prediction, self._target(x_0, t, eps))
+        error = per_image(prediction, self._target(x_0, t, eps))
         loss = (process.gather(self.weight, t, error) * error).mean()
         if variance_mix is not None:
             x_0_hat = self._read(prediction.detach(), x_t, t).x_0_hat
@@ -190,8 +185,8 @@ class Gaussian:
         t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
 
-    def _draw_t(self, n: int, generator: Generator) -> Tensor:
-        """[n] int64."""
+    def draw_t(self, n: int, generator: Generator) -> Tensor:
+        """The timesteps of n training images, [n] int64."""
         if self.log_sigma is None:
             return generator.integers(self.schedule.num_timesteps, [n])
         mean, std = self.log_sigma
@@ -361,7 +356,7 @@ class UniformMix:
         u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1
         x_t = process.mix(x_0, amount, u)
         prediction = model(x_t, None, self.labels.for_training(label, generator)).to(x_0.dtype)
-        error = _per_image(prediction, x_0)
+        error = per_image(prediction, x_0)
         return Loss(error.mean(), error.detach(), (4 * amount).long())
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
@@ -375,60 +370,6 @@ class UniformMix:
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         amount = torch.full((len(x_0),), level, device=x_0.device)
         return process.mix(x_0, amount, noise), amount
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """Consistency tuning (ECT) of a trained net: x_0_hat becomes the same at all noise levels of an image.
-
-    In x = x_t / sqrt(alpha_bar) = x_0 + sigma eps, x_0_hat is the paper's f(x, sigma), with f(x, 0) = x: c_skip is 1 at
-    sigma = 0 for every prediction but x_0. The loss of a pair of levels s < sigma with one x_0, eps and dropout mask is
-
-    d(f(x_0 + sigma eps, sigma), f(x_0 + s eps, s)) / (sigma - s),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
-
-    without a gradient of the second f. Here d is divided by sqrt(D), so |.|^2 is the mean over the D numbers of an
-    image, and c is 0.00054. s is the level nearest to sigma (1 - n / q^stage), n = 1 + k / (1 + e^(b sigma)), at least
-    one timestep below; where that is not above 0, s is 0 and f(x, 0) = x_0. Training has STAGES of equal length.
-
-    Source: Geng et al. 2024, Sec. 3; c: Song & Dhariwal 2023 (arXiv:2310.14189), Sec. 3.3.
-    """
-
-    prediction: Gaussian
-
-    def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
-    ) -> Loss:
-        of, schedule = self.prediction, self.prediction.schedule
-        t = of._draw_t(len(x_0), generator)
-        eps = generator.normal(x_0.shape, x_0.dtype)
-        label = of.labels.for_training(label, generator)
-        r = self.lower(progress).to(t.device, non_blocking=True)[t]
-
-        def f(t: Tensor) -> Tensor:
-            return of.denoise(model, process.q_sample(schedule.alpha_bar, x_0, t, eps), t, label).x_0_hat
-
-        with torch.no_grad():
-            target = torch.where(process.broadcast(r < 0, x_0), x_0, f(r.clamp(min=0)))
-        error = _per_image(f(t), target)
-        sigma = torch.cat([schedule.sigma, torch.zeros(1, dtype=torch.float64)])  # sigma[-1] is 0
-        distance = (error + HUBER_C**2).sqrt() - HUBER_C
-        gap = process.gather(sigma, t, error) - process.gather(sigma, r, error)
-        return Loss((distance / gap).mean(), error.detach(), 4 * t // schedule.num_timesteps)
-
-    def lower(self, progress: float) -> Tensor:
-        """[T] int64: the timestep of the second level, for each t; -1 is the clean image."""
-        sigma = self.prediction.schedule.sigma
-        stage = min(int(STAGES * progress), STAGES - 1) + 1
-        wanted = sigma * (1 - (1 + 8 * torch.sigmoid(-sigma)) / 2**stage)  # k = 8, b = 1, q = 2
-        levels = torch.cat([torch.zeros(1, dtype=torch.float64), sigma])
-        nearest = torch.bucketize(wanted, (levels[:-1] + levels[1:]) / 2) - 1
-        return torch.minimum(nearest, torch.arange(len(sigma)) - 1)
-
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        return self.prediction.denoise(model, x_t, t, label)
-
-    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prediction.corrupt(x_0, level, noise)
 
 
 LOG_SIGMA = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
@@ -459,18 +400,7 @@ def gaussian(
     )
 
 
-def consistency(
-    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
-) -> Consistency:
-    """Consistency tuning of a net with this prediction."""
-    if config.predict == "x_0":
-        raise ValueError(
-            "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
-        )
-    return Consistency(gaussian(config, schedule, labels, prediction))
-
-
-def _per_image(prediction: Tensor, target: Tensor) -> Tensor:
+def per_image(prediction: Tensor, target: Tensor) -> Tensor:
     """[B], the mean squared error of each image."""
     if prediction.shape != target.shape:  # broadcasting would hide it
         got, right = tuple(prediction.shape), tuple(target.shape)

@@ -18,7 +18,6 @@ Papers:
     ddim       Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
     dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095; Xue et al. 2023, SA-Solver, arXiv:2309.05019
     heun       Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
-    multistep  Song et al. 2023, Consistency Models, arXiv:2303.01469
     mix        the Hugging Face diffusion course, unit 1
 
 Axes: B batch, C channels, H W height and width, T timesteps.
@@ -34,7 +33,7 @@ from torch import Tensor
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
 from ddpm.diffusion.generator import Generator
-from ddpm.diffusion.process import posterior_mean, q_sample, same_t
+from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.reverse import learned_log_variance
 from ddpm.diffusion.schedules import Schedule
 
@@ -246,33 +245,6 @@ def heun(
             on_step(step, x, x_0_hat)
         x = x_prev
     return x
-
-
-@torch.no_grad()
-def multistep(
-    denoise: Denoise,
-    schedule: Schedule,
-    noise: Noise,
-    *,
-    timesteps: Sequence[int],
-    threshold: Threshold | None = clip,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Sampling from a consistency net: x_0_hat, noised to the next timestep with new noise, and so on.
-
-    Source: Song et al. 2023, Algorithm 1.
-    """
-    spacings.check(timesteps, schedule.num_timesteps)
-    x_0_hat = None
-    for step, t in enumerate(timesteps):
-        x = noise()
-        if x_0_hat is not None:
-            x = q_sample(schedule.alpha_bar, x_0_hat, same_t(t, x), x)
-        x_0_hat = predict(denoise, schedule, x, t, threshold).x_0_hat
-        if on_step is not None:
-            on_step(step, x, x_0_hat)
-    assert x_0_hat is not None, "there is a timestep"
-    return x_0_hat
 
 
 @torch.no_grad()

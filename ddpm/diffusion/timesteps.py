@@ -132,20 +132,6 @@ def spaced_for_heun(
     )
 
 
-def spaced_before_the_last(
-    schedule: Schedule, num_sample_steps: int, *, spacing: str, **settings: float
-) -> list[int]:
-    """`spaced`, but of `uniform` the first n of n + 1 timesteps.
-
-    For `samplers.multistep`, which reaches a clean image from any timestep, and need not visit the last one.
-    """
-    if spacing == "uniform":
-        check_num_sample_steps(num_sample_steps, schedule.num_timesteps)
-        one_more = min(num_sample_steps + 1, schedule.num_timesteps)
-        return uniform(schedule.num_timesteps, one_more)[:num_sample_steps]
-    return spaced(schedule, num_sample_steps, spacing=spacing, **settings)
-
-
 def check(timesteps: Sequence[int], num_timesteps: int) -> None:
     """Raise ValueError if `timesteps` are not distinct, falling and in 0..T-1, or if there is none."""
     falling = all(a > b for a, b in pairwise(timesteps))

@@ -27,7 +27,7 @@ BFLOAT16_PEAKS = {
 def flops_per_image(net: nn.Module, config: Config) -> float:
     """FLOPs of training on one image: 3 times the forward pass, since the backward pass takes twice as many.
 
-    The second forward pass of consistency tuning, which has no gradient, does not count.
+    A forward pass without a gradient, as that of consistency tuning, does not count.
     """
     device, model = next(net.parameters()).device, config.model
     t = torch.zeros(1, dtype=torch.int64, device=device)

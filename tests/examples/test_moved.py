@@ -16,6 +16,12 @@ MOVED = [
     "export run out --format pt2",
     "export run out --format=pt2",
     "train glyphs",
+    "prepare glyphs shards",
+    "train digits --data.source glyphs",
+    "train digits --model.net dit",
+    "train digits --objective.process consistency",
+    "train digits --sampler multistep",
+    "sample run --sampler multistep",
 ]
 
 

@@ -1,6 +1,7 @@
 """examples/torch_export: the program computes what the net computes."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ export = examples.load("torch_export", "export")
     ],
     ids=str,
 )
-def test_the_program_equals_the_net_for_any_batch_size(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_the_program_equals_the_net_for_any_batch_size(
+    changes: dict[str, Any], tmp_path: Path, on_path: Callable[[str], None]
+) -> None:
+    on_path("dit")
     config = override(TINY_NET, changes)
     net = build_net(override(config, {"train.precision": "float32"}))
     torch.manual_seed(1)

@@ -338,13 +338,11 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
             {"objective.process": "uniform_mix", "sample.sampler": "mix"},
             "objective.process uniform_mix",
         ),
-        ({"objective.process": "consistency"}, "objective.process consistency"),
         (
             {"objective.predict": "edm"},
             "objective.predict is edm.*examples/torch_export",
         ),
         ({"objective.predict": "flow"}, "objective.predict is flow"),
-        ({"model.net": "dit"}, "model.net is dit.*examples/torch_export"),
     ],
 )
 def test_other_nets_cannot_be_exported_to_diffusers(

@@ -67,7 +67,6 @@ def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, 
         ({"objective.predict": "edm"}, "objective.sigma_data", "objective.min_snr_gamma"),
         ({"model.num_classes": 10}, "objective.label_dropout", "train.init_from"),
         ({"objective.process": "uniform_mix"}, "objective.process", "schedule.kind"),
-        ({"objective.process": "consistency"}, "objective.predict", "objective.weight"),
         ({"cluster.num_workers": "1:4"}, "cluster.num_workers", "cluster.max_failures"),
     ],
 )
