@@ -252,7 +252,7 @@ def expected(field: str, name: object, also: tuple[str, ...] = ()) -> str:
         name = ""
     folder = RETIRED.get(field, {}).get(name)
     if folder is not None:
-        return f"be added: it is an example now, and {folder} must be on PYTHONPATH"
+        return f"be on PYTHONPATH: it is an example now, in {folder}"
     known = [*also, *names(field)]
     text = f"be one of {', '.join(known)}"
     if field in GROUPS:
