@@ -10,7 +10,7 @@ help:
 	@echo 'make train            install, and train on the digits; the results are in runs/digits'
 	@echo 'make ui               show the runs in MLflow, at http://127.0.0.1:5000'
 	@echo 'make test             install what tests need, and run all but the slow ones'
-	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers'
+	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers; installs gradio'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
 	@echo 'make test-nightly     on the oldest Ray too: lost and preempted nodes, elastic runs, submitted jobs'
 	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
@@ -30,9 +30,12 @@ ui: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
 
+# For examples/demo alone, in a folder of its own: gradio allows only some versions of Pillow.
+GRADIO_FOLDER := $(VENV)/gradio
+
 # CI leaves some of them out: make test-all MARKS='not long'
 MARKS :=
-test-all: $(VENV)/installed-test
+test-all: $(VENV)/installed-test $(GRADIO_FOLDER)/installed
 	$(BIN)/python -m pytest -m '$(MARKS)' --numprocesses 2 --dist worksteal --durations 40
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
@@ -46,7 +49,7 @@ test-oldest-ray test-nightly: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -m pytest -m $(MARK) --numprocesses 2 --dist load --durations 10
 
 # All that `check`, `docs` and the tests need, so that .ci/run can repeat a failed download.
-install-all: $(VENV)/installed-check $(VENV)/installed-docs $(OLDEST_RAY_FOLDER)/installed
+install-all: $(VENV)/installed-check $(VENV)/installed-docs $(OLDEST_RAY_FOLDER)/installed $(GRADIO_FOLDER)/installed
 
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu
@@ -94,6 +97,10 @@ $(VENV)/installed $(VENV)/installed-test $(VENV)/installed-check $(VENV)/install
 	@echo 'Installing into $(VENV); the first time takes some minutes, since PyTorch is large.'
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.$(EXTRA)'
 	@touch $(STAMPS:%=$(VENV)/%)
+
+$(GRADIO_FOLDER)/installed: examples/demo/requirements.txt | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_ARGS) --upgrade --target $(@D) --requirement $<
+	@touch $@
 
 $(OLDEST_RAY_FOLDER)/installed: $(VENV)/installed-test
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) 'ray==$(OLDEST_RAY).*'

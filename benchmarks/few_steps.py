@@ -1,6 +1,6 @@
 """Consistency tuning (ECT): KID of few steps of a tuned net, and of a net that was trained for the same time.
 
-    python benchmarks/few_steps.py [--sets digits fashion-mnist emoji] [--seeds 3]
+    PYTHONPATH=examples/consistency python benchmarks/few_steps.py [--sets digits fashion-mnist emoji] [--seeds 3]
 
 Of each seed, one net is trained on all images; another on half of them, and is then tuned on 3/8 of them. A step of
 tuning has four passes through the net where one of training has three, so both cost the same, as the minutes show.
@@ -79,7 +79,8 @@ def main() -> None:
     arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
     lines, shown = each({f"few_steps-{name}": partial(compare, arguments, name) for name in arguments.sets})
     how = f"KID (of emoji by lite0, else by a classifier) of {arguments.num_images} images, mean and 95 % interval of "
-    how += f"{arguments.seeds} seeds (`python benchmarks/few_steps.py`). {tables.machine()}."
+    how += f"{arguments.seeds} seeds (`PYTHONPATH=examples/consistency python benchmarks/few_steps.py`). "
+    how += f"{tables.machine()}."
     names = "set", "net", "minutes", "sampler", "steps", "KID"
     tables.write(__file__, "One and two steps", how, "", *tables.table(names, lines), *shown)
 

@@ -17,10 +17,10 @@ from harness import tables
 from harness.arguments import read
 from harness.rankings import agreement
 
-from ddpm.build import build_objective
+from ddpm.build import build_objective, build_schedule
 from ddpm.checkpoints import checkpoint
 from ddpm.data.reading import DataSet
-from ddpm.diffusion import likelihood, schedules
+from ddpm.diffusion import likelihood
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.process import q_sample
 from ddpm.diffusion.reverse import Variance, fixed_variance
@@ -77,7 +77,7 @@ def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray
     """The bound of the chain of `num_steps` of the net's timesteps: [images, (kl, decoder, all)] a variance."""
     net, config, objective = candidate.net, candidate.config, build_objective(candidate.config)
     timesteps = uniform(config.schedule.num_timesteps, num_steps)
-    chain, where = respaced(schedules.build(config.schedule), timesteps), torch.tensor(timesteps[::-1])
+    chain, where = respaced(build_schedule(config.schedule), timesteps), torch.tensor(timesteps[::-1])
 
     def denoise(x_t: torch.Tensor, k: torch.Tensor) -> Denoised:
         return objective.denoise(net, x_t, where[k], None)

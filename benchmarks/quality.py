@@ -41,11 +41,12 @@ from numpy.typing import NDArray
 from peers import quality as peers
 from PIL import Image
 
+from ddpm.build import bind_sampler, build_schedule
 from ddpm.checkpoints import checkpoint
 from ddpm.commands import folder as folder_preset
 from ddpm.config import SampleConfig
 from ddpm.config_io import to_json
-from ddpm.diffusion import samplers, schedules
+from ddpm.diffusion import samplers
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
@@ -164,7 +165,8 @@ def draw(
     net: Model, objective: Objective, schedule: Schedule, shape: tuple[int, int, int], n: int
 ) -> torch.Tensor:
     """Images uint8 [N, H, W, C], drawn from the same noise for every net."""
-    sampler, drawn = samplers.build(SAMPLER, schedule, math.prod(shape)), []
+    sampler = bind_sampler(samplers.dpmpp_2m, SAMPLER, schedule, math.prod(shape))
+    drawn = []
     for start in range(0, n, BATCH_SIZE):
         generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
         noise = PerImageNoise(generators, shape)
@@ -208,7 +210,7 @@ def ours(
         trained = checkpoint.load_net(saved[at], ema=ema)
         trained.net.autocast_dtype = None  # all nets sample in float32
         seen = checkpoint.read_state(saved[at])["images_seen"]
-        return judge(at, seen, trained.net, trained.objective, schedules.build(trained.config.schedule))
+        return judge(at, seen, trained.net, trained.objective, build_schedule(trained.config.schedule))
 
     times = nearest(saved, MARKS, arguments.minutes)
     online = judged(times[-1], ema=False)

@@ -26,11 +26,10 @@ from harness.arguments import read
 from harness.processes import busy
 from peers.step import CASES
 
-from ddpm.build import TrainedNet, build_net, resolve_sample
+from ddpm.build import TrainedNet, build_net, num_sample_steps, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.diffusion.timesteps import FEW
 from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
@@ -147,12 +146,10 @@ def main() -> None:
                 ratios = [ratio(found, ALL, DIFFUSERS), ratio(found, ALL, ONE)]
                 equal.append([net, sampler, number, *speeds, *ratios])
         if net in TRAINED:
-            sample, num_timesteps = (
-                resolve_sample(config.sample, config.objective),
-                config.schedule.num_timesteps,
-            )
+            sample = resolve_sample(config.sample, config.objective)
+            num_timesteps = config.schedule.num_timesteps
             (found,) = measure(arguments, config, "ddpm", num_timesteps)
-            ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
+            ours = f"{sample.sampler}, {num_sample_steps(sample, num_timesteps)} steps"
             speeds = [f"{statistics.median(found[name]):.2f}" for name in (DIFFUSERS, ALL)]
             good.append([net, f"ddpm, {num_timesteps} steps", ours, *speeds, ratio(found, ALL, DIFFUSERS)])
     tables.write(

@@ -15,6 +15,7 @@ from ddpm.cli import PresetArguments
 from ddpm.commands.train import launch
 from ddpm.config import Config
 from ddpm.config_io import override
+from ddpm.diffusion.samplers import Sampler
 from ddpm.hub import resolve
 from ddpm.presets import PRESETS
 from ddpm.sampling import workers
@@ -37,14 +38,28 @@ class Run:
             return checkpoint.load_net(folder)
 
     def sample(
-        self, num_images: int = 16, seed: int = 0, label: int | None = None, **settings: Any
+        self,
+        num_images: int = 16,
+        seed: int = 0,
+        label: int | None = None,
+        sampler: str | Sampler | None = None,
+        **settings: Any,
     ) -> Pixels:
-        """The images of jobs/sample.py, uint8 [N, H, W, C]; `settings` are those of config.sample: sampler="ddpm"."""
+        """The images of jobs/sample.py, uint8 [N, H, W, C].
+
+        `sampler` is the name of one, or a function: examples/inpainting has one. Other settings are those of
+        config.sample: num_sample_steps=20. A function reads only those of guidance.
+        """
+        function = None
+        if isinstance(sampler, str):
+            settings["sampler"] = sampler
+        else:
+            function = sampler
         changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
         trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
         given = [name for name, value in settings.items() if value is not None]
         run_params.check_effect([trained.config], given)
-        return workers.in_memory(workers.SampleJob(trained, label), num_images)
+        return workers.in_memory(workers.SampleJob(trained, label, function), num_images)
 
     def show(self, *arguments: Any, **settings: Any) -> Image.Image:
         """The images of `sample` as a grid, which a notebook displays."""

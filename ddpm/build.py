@@ -1,24 +1,28 @@
-"""Builders of what a config describes: the net, the objective, the sampler; and a net together with its config.
+"""Builders of what a config describes: net, schedule, objective, sampler; and a net together with its config.
 
 Axes: N images, C channels, H W, T timesteps.
 """
 
 import importlib
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddpm.config import Config, ObjectiveConfig, SampleConfig
-from ddpm.diffusion import augmentation, denoisers, inpainting, samplers, schedules
-from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES, Objective
-from ddpm.diffusion.objectives import build as _build_objective
-from ddpm.diffusion.samplers import SAMPLERS, Sampler
+from ddpm import kinds
+from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig
+from ddpm.diffusion import augmentation, denoisers, samplers, timesteps
+from ddpm.diffusion.denoisers import clip
+from ddpm.diffusion.objectives import Labels, Objective
+from ddpm.diffusion.reverse import fixed_variance
+from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.schedules import Schedule
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
@@ -56,7 +60,7 @@ def build_net(config: Config) -> nn.Module:
         try:
             net: nn.Module = importlib.import_module(config.model.module).build(
                 config.model,
-                time_conditional=PROCESSES[config.objective.process].uses_time,
+                time_conditional=kinds.objective(config.objective.process).uses_time,
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
                 out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
@@ -67,10 +71,29 @@ def build_net(config: Config) -> nn.Module:
             raise UserError(f"model: {error}") from None
 
 
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    """The noise schedule that `config` describes."""
+    kind = kinds.find("schedule.kind", config.kind)
+    read = [key.removeprefix("schedule.") for key in kind.reads]
+    settings = {name: getattr(config, name) for name in read}
+    schedule: Schedule = kind.load()(config.num_timesteps, **settings)
+    return schedule
+
+
 def build_objective(config: Config) -> Objective:
     """The objective that `config` describes."""
+    own = config.objective
+    kind = kinds.objective(own.process)
+    if own.variance == "learned" and not kind.has_bound:
+        raise UserError(f"variance is 'learned'; {own.process} has no bound to learn it from")
     try:
-        return _build_objective(config.objective, schedules.build(config.schedule), config.model.num_classes)
+        objective: Objective = kind.build(
+            config=own,
+            schedule=build_schedule(config.schedule),
+            labels=Labels(config.model.num_classes, own.label_dropout),
+            prediction=kinds.find("objective.predict", own.predict).load(),
+        )
+        return objective
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -80,38 +103,89 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     learned = objective.variance == "learned"
     if sample.variance == "learned" and not learned:
         raise UserError("variance is learned, but this net did not learn it; use beta or beta_tilde")
-    fitting = [name for name, kind in SAMPLERS.items() if kind.process == objective.process]
-    if sample.sampler not in ("auto", *fitting):
-        raise UserError(
-            f"sampler {sample.sampler} cannot undo the process {objective.process}; use {' or '.join(fitting)}"
-        )
-    sampler = fitting[0] if sample.sampler == "auto" else sample.sampler
-    variance = ("learned" if learned else "beta_tilde") if sample.variance == "auto" else sample.variance
-    resolved: dict[str, Any] = {"sampler": sampler, "variance": variance}
-    return replace(sample, **resolved)
+    process = kinds.objective(objective.process).process
+    sampler = sample.sampler
+    if sampler == kinds.AUTO:
+        sampler = kinds.default_sampler(process)
+    elif kinds.sampler(sampler).process != process:
+        fitting = kinds.samplers_of(process)
+        raise UserError(f"sampler {sampler} cannot undo the process {process}; use {' or '.join(fitting)}")
+    variance = sample.variance
+    if variance == "auto":
+        variance = "learned" if learned else "beta_tilde"
+    return replace(sample, sampler=sampler, variance=variance)
 
 
-def build_sampler(config: Config, known: Known | None = None) -> Sampler:
-    """The sampler that config.sample describes, on the run's own schedule.
+def num_sample_steps(sample: SampleConfig, num_timesteps: int) -> int:
+    """The number of steps of a resolved `sample`; T is num_timesteps."""
+    if sample.num_sample_steps is not None:
+        return sample.num_sample_steps
+    kind = kinds.sampler(sample.sampler)
+    if kind.num_sample_steps is None:
+        return num_timesteps
+    if "sample.spacing" in kind.reads:
+        return min(kind.num_sample_steps, num_timesteps)
+    return kind.num_sample_steps
 
-    `known`, a given part of each image, selects RePaint, whatever the sampler.
-    """
-    sample, process = config.sample, config.objective.process
-    if known is not None:
-        if process != SAMPLERS["ddpm"].process:
-            raise UserError(
-                f"inpainting works with nets of the process gaussian, and this one's is {process}"
-            )
-        sample = replace(sample, sampler="ddpm")
-    resolved = resolve_sample(sample, config.objective)
+
+def build_sampler(config: Config) -> Sampler:
+    """The sampler that config.sample describes, on the run's own schedule."""
+    sample = resolve_sample(config.sample, config.objective)
     if config.model.num_classes and sample.guidance_scale != 1 and config.objective.label_dropout == 0:
         saw = "guidance needs a net that saw images without their labels, and objective.label_dropout was 0"
         raise UserError(f"{saw}; set sample.guidance_scale to 1")
+    function = kinds.sampler(sample.sampler).load()
     try:
-        denoisers.check_interval(resolved.guidance_interval)
-        schedule = schedules.build(config.schedule)
-        if known is None:
-            return samplers.build(resolved, schedule, config.model.num_dims)
-        return inpainting.build(resolved, schedule, known)
+        denoisers.check_interval(sample.guidance_interval)
+        return bind_sampler(function, sample, build_schedule(config.schedule), config.model.num_dims)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None
+
+
+def bind_sampler(
+    function: Callable[..., Tensor], sample: SampleConfig, schedule: Schedule, num_dims: int
+) -> Sampler:
+    """The sampler `function` with the settings of a resolved `sample`, for images of num_dims numbers.
+
+    Its parameters get, by their names, the settings that its kind reads, and: num_sample_steps, schedule, timesteps (if
+    it reads sample.spacing), variance (sample.variance), threshold (sample.clip_x_0 or sample.mean). They are checked
+    here, not at the first sample after hours of training.
+    """
+    kind = kinds.sampler(sample.sampler)
+    n = num_sample_steps(sample, schedule.num_timesteps)
+    timesteps.check_num_sample_steps(n)
+    read = [key.removeprefix("sample.") for key in kind.reads]
+    available = {name: getattr(sample, name) for name in read}
+    available["num_sample_steps"] = n
+    available["schedule"] = schedule
+    if "eta" in read:
+        samplers.check_eta(sample.eta)
+    if "spacing" in read:
+        available["timesteps"] = build_timesteps(sample, schedule, num_dims)
+    if "mean" in read:
+        available["threshold"] = clip if sample.mean == "clipped" else None
+    if "clip_x_0" in read:
+        available["threshold"] = clip if sample.clip_x_0 else None
+    if "variance" in read and sample.variance == "learned":
+        available["variance"] = None
+    elif "variance" in read:
+        chain = timesteps.respaced(schedule, available["timesteps"])
+        available["variance"] = fixed_variance(chain, sample.variance)
+    settings = kinds.accepted(function, available)
+    return lambda denoise, noise, on_step=None: function(denoise, noise=noise, on_step=on_step, **settings)
+
+
+def build_timesteps(sample: SampleConfig, schedule: Schedule, num_dims: int) -> list[int]:
+    """The timesteps that a resolved `sample` visits, for images of num_dims numbers."""
+    kind = kinds.sampler(sample.sampler)
+    n = num_sample_steps(sample, schedule.num_timesteps)
+    timesteps.check_num_sample_steps(n, schedule.num_timesteps)
+    chosen: list[int] = pkgutil.resolve_name(kind.timesteps)(
+        schedule,
+        n,
+        spacing=kind.spacing if sample.spacing == kinds.AUTO else sample.spacing,
+        rho=sample.rho,
+        sigma_max=timesteps.SIGMA_MAX * num_dims**0.5,
+        sigma_min=sample.sigma_min,
+    )
+    return chosen

@@ -16,9 +16,10 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from ddpm import presets
+from ddpm import kinds, presets
 from ddpm.config import Config
 from ddpm.config_io import check_values, from_json, override
+from ddpm.kinds import Choice
 from ddpm.utils.command_line import installed
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import read_whole
@@ -85,12 +86,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def chosen(first: str, names: Mapping[str, str], description: str | None) -> str:
+def chosen(
+    first: str,
+    names: Mapping[str, str],
+    description: str | None,
+    field: str | None = None,
+    retired: Mapping[str, str] | None = None,
+) -> str:
     """The first word of the command line; a request for help there prints what it may be, and exits the process.
 
     Args:
         first: what it is, for messages: "PRESET".
         names: its valid values, and a line about each.
+        field: the field of ddpm.kinds.TABLES, if they are names of kinds.
+        retired: values of earlier versions, and what to use instead.
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in (*HELP, HELP_ALL):
@@ -101,6 +110,10 @@ def chosen(first: str, names: Mapping[str, str], description: str | None) -> str
     listed = ", ".join(names)
     if not word or word.startswith("-"):
         raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
+    if retired and word in retired:
+        raise UserError(f"there is no {first} {word}; {retired[word]}")
+    if word not in names and field is not None:
+        raise UserError(f"there is no {first} {word}; it must {kinds.expected(field, word)}")
     if word not in names:
         raise UserError(f"there is no {first} {word}; it must be one of {listed}")
     return word
@@ -113,7 +126,8 @@ def parse_preset(
 
     `folder PATH` is the config `of_folder` of that path.
     """
-    name, words = chosen("PRESET", presets.ABOUT, description), sys.argv[2:]
+    name = chosen("PRESET", presets.ABOUT, description, retired=presets.RETIRED)
+    words = sys.argv[2:]
     preset = presets.PRESETS[name]
     if name == "folder" and words and not words[0].startswith("-"):
         preset = of_folder(words.pop(0))
@@ -139,10 +153,12 @@ def parse(
         shown: the keys of a config that --help shows; None: all.
     """
     words = sys.argv[1:] if words is None else words
-    only = shown if {*HELP} & {*words} and HELP_ALL not in words else None
+    asks_for_help = bool({*HELP, HELP_ALL} & {*words})
+    only = shown if asks_for_help and HELP_ALL not in words else None
     words = ["--help" if word == HELP_ALL else word for word in words]
     prog = " ".join(sys.argv[: len(sys.argv) - len(words)])
-    registry, stderr = _registry(taken, only), io.StringIO()
+    registry = _registry(taken, only, asks_for_help)
+    stderr = io.StringIO()
     text = installed(description or "")
     try:
         with redirect_stderr(stderr):
@@ -159,7 +175,7 @@ def parse(
     return arguments
 
 
-def _registry(taken: Collection[str], only: Collection[str] | None) -> ConstructorRegistry:
+def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bool) -> ConstructorRegistry:
     """A registry with which tyro gives the fields of configs short names, and all fields help that fits the install.
 
     They are no aliases of the fields themselves: an alias that is also a flag of the job is an error of tyro's.
@@ -167,6 +183,7 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
     Args:
         taken: short names that no field gets.
         only: the keys of a config that help shows, in one list; None: all, group by group.
+        for_help: whether help is shown, which lists the names of kinds, also of installed packages.
     """
     registry = ConstructorRegistry()
     groups = {Config: ""} | {kind: f"{name}." for name, kind in typing.get_type_hints(Config).items()}
@@ -183,6 +200,10 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
         changed = []
         for field in spec.fields:
             field = replace(field, helptext=partial(_help, field.helptext))
+            metavar = _metavar(field.type) if for_help else None
+            if metavar is not None:
+                with_metavar: Any = Annotated[field.type, tyro.conf.arg(metavar=metavar)]
+                field = replace(field, type=with_metavar)
             if group is None:
                 changed.append(field)
                 continue
@@ -199,6 +220,20 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
         return replace(spec, fields=tuple(changed))
 
     return registry
+
+
+def _metavar(kind: Any) -> str | None:
+    """The names that help lists for a field of this type; None: it holds no name of a kind."""
+    for mark in getattr(kind, "__metadata__", ()):
+        if isinstance(mark, Choice):
+            return "{" + ",".join(mark.names) + "}"
+    inner = typing.get_args(kind)
+    found = next(filter(None, map(_metavar, inner)), None)
+    if found is not None and typing.get_origin(kind) is tuple:
+        return f"[{found} [...]]"
+    if found is not None and type(None) in inner:
+        return found.replace("{", "{None,", 1)
+    return found
 
 
 def _help(text: str | Callable[[], str | None] | None) -> str | None:

@@ -10,26 +10,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
 from annotated_types import Ge, Gt, Interval, Len
 
+from ddpm.kinds import AUTO, Choice
 from ddpm.utils.errors import UserError
 
-# Choices on command lines. Each lists the keys of a table in the package that builds them: this module imports neither
-# PyTorch nor a higher package. tests/test_tables.py checks that they are equal.
-ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "straight", "geometric"]
-"""diffusion.schedules.SCHEDULES."""
-Process = Literal["gaussian", "uniform_mix", "consistency"]
-"""diffusion.objectives.PROCESSES."""
-Prediction = Literal["eps", "x_0", "v", "edm", "flow"]
-"""diffusion.objectives.PREDICTIONS."""
-Timesteps = Literal["uniform", "log_normal", "logit_normal"]
-"""diffusion.objectives.TIMESTEPS."""
-SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix", "multistep"]
-"""diffusion.samplers.SAMPLERS."""
-FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
-"""evaluation.nets.FEATURE_NETS."""
-Spacing = Literal["auto", "uniform", "quadratic", "karras"]
+SamplerName = Annotated[str, Choice("sample.sampler")]
+Spacing = Annotated[str, Choice("sample.spacing", also=(AUTO,))]
+FeatureNetName = Annotated[str, Choice("features")]
 Variance = Literal["beta", "beta_tilde", "learned"]
 """The variance of the noise that a step of the sampler ddpm adds."""
 SampleVariance = Literal["auto", Variance]
@@ -114,7 +102,7 @@ class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
     affects: ClassVar = Affects.NOISE | Affects.SAMPLING
-    kind: ScheduleKind = "linear"
+    kind: Annotated[str, Choice("schedule.kind")] = "linear"
     """Noise schedule: how beta_t grows over the steps. straight: the path of flow matching. geometric: EDM's noise."""
     num_timesteps: Count = 1000
     """T, the number of noise levels."""
@@ -146,19 +134,20 @@ class ObjectiveConfig:
     """The forward process, and what the net predicts."""
 
     affects: ClassVar = Affects.NOISE
-    process: Annotated[Process, Affects.NOISE | Affects.SAMPLING | Affects.TASK] = "gaussian"
-    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0). consistency:
-    tunes a trained net, train.init_from, to sample in one or two steps (Geng et al. 2024); it has its own weight."""
-    predict: Annotated[Prediction, MEANING] = "eps"
+    process: Annotated[str, Choice("objective.process"), Affects.NOISE | Affects.SAMPLING | Affects.TASK] = (
+        "gaussian"
+    )
+    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
+    predict: Annotated[str, Choice("objective.predict"), MEANING] = "eps"
     """What the net's output means (gaussian process). edm: F of EDM (Karras et al. 2022), whose input is scaled, too.
     flow: the velocity eps - x_0 of flow matching; both have their own papers' loss with the weight simple."""
     sigma_data: Annotated[Positive, MEANING] = 0.5
     """edm: the standard deviation of the images, in [-1, 1]."""
-    weight: Literal["simple", "min_snr", "edm", "flow"] = "simple"
+    weight: Annotated[str, Choice("objective.weight")] = "simple"
     """Loss weight over t: 1, min-SNR (Hang et al. 2023), or as if edm or flow were predicted."""
     min_snr_gamma: Positive = 5.0
     """min_snr: gamma, the SNR at which the weight is capped."""
-    timesteps: Timesteps = "uniform"
+    timesteps: Annotated[str, Choice("objective.timesteps")] = "uniform"
     """How t is drawn in training. log_normal: sigma is log-normal, as in EDM. logit_normal: so is that of the straight
     path (Esser et al. 2024), which is log-normal sigma with another mean and deviation."""
     log_sigma_mean: Annotated[float, Interval(ge=-20, le=20)] | None = None
@@ -171,18 +160,15 @@ class ObjectiveConfig:
     """Share of labels dropped, sample by sample, for classifier-free guidance (with model.num_classes > 0)."""
 
 
-NET_HELP = tyro.conf.arg(metavar="{unet,dit,...}")
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """Fields of every net; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
+    """Fields of every net."""
 
     affects: ClassVar = Affects.NET
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
-    """unet, dit, or a net of an installed package; together with --help-all it lists the flags of that net."""
+    """unet, or a net of an installed package; together with --help-all it lists the flags of that net."""
     image_size: Annotated[SmallCount, Affects.NET | Affects.TASK] = 32
     """Height and width of the images, in pixels."""
     channels: Annotated[SmallCount, Affects.NET | Affects.TASK] = 3
@@ -203,7 +189,7 @@ class UNetConfig(ModelConfig):
     """The U-Net."""
 
     module = "ddpm.models.unet"
-    net: Annotated[Literal["unet"], NET_HELP] = "unet"
+    net: Annotated[Literal["unet"], Choice("model.net")] = "unet"
     base_width: Count = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
     width_multipliers: Annotated[tuple[Count, ...], Len(1)] = (1, 2, 2, 2)
@@ -220,28 +206,6 @@ class UNetConfig(ModelConfig):
     """Groups of group normalisation."""
     zero_init: Annotated[bool, Affects.LEARNING] = True
     """Initialise the output convolution and the second convolution of every residual block to zero."""
-
-
-@dataclass(frozen=True)
-class DiTConfig(ModelConfig):
-    """The diffusion Transformer."""
-
-    module = "ddpm.models.dit"
-    net: Annotated[Literal["dit"], NET_HELP] = "dit"
-    patch_size: Count = 2
-    """Side of a patch; each patch is one token."""
-    width: Count = 128
-    """Width of a token."""
-    depth: Count = 4
-    """Number of blocks."""
-    num_heads: Count = 4
-    """Attention heads per block."""
-    mlp_ratio: Count = 4
-    """Width of the hidden layer of a block's MLP, as a multiple of width."""
-
-
-NETS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
-NETS_GROUP = "ddpm.nets"
 
 
 @dataclass(frozen=True)
@@ -311,12 +275,12 @@ class SampleConfig:
     """How images are sampled: grids during training, and the defaults of later sampling."""
 
     affects: ClassVar = Affects.SAMPLING
-    sampler: Literal["auto", SamplerName] = "auto"
+    sampler: Annotated[str, Choice("sample.sampler", also=(AUTO,))] = AUTO
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
-    mix: for uniform_mix. multistep: for consistency. auto: ddim, mix or multistep."""
+    mix: for uniform_mix. auto: the first that fits the process, ddim or mix."""
     num_sample_steps: Count | None = None
-    """None: all T for ddpm, 2 for multistep, else 50."""
-    spacing: Spacing = "auto"
+    """None: all T for ddpm, else 50."""
+    spacing: Spacing = AUTO
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: Annotated[float, Ge(1)] = 7.0

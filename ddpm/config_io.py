@@ -9,8 +9,9 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddpm.config import NETS, NETS_GROUP, Affects, Config, ModelConfig, UNetConfig
-from ddpm.utils import plugins, strict_json
+from ddpm import kinds
+from ddpm.config import Affects, Config, ModelConfig, UNetConfig
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 
 _dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
@@ -123,7 +124,7 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
     config = strict_json.parse(Config, _dumps(tree), where)
     kind: type[ModelConfig] = UNetConfig
     if isinstance(model, dict):
-        kind = net_named(model.get("net", "unet"), f"{where}: model")
+        kind = net_named(model.get("net", "unet"), where)
         if base is not None and type(base.model) is not kind:  # keeps what all nets have
             common = {f.name for f in dataclasses.fields(ModelConfig)}
             model = {key: value for key, value in model.items() if key in common or key in given}
@@ -133,14 +134,13 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
 
 def net_named(name: Any, where: str) -> type[ModelConfig]:
     """The config class of a net, ours or an installed package's; `where` is the file or flag with its name."""
-    cls = NETS.get(name) or plugins.load(NETS_GROUP, name) if isinstance(name, str) else None
-    if cls is None:
-        known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
-        raise UserError(
-            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or a net of an installed package"
-        )
+    field = "model.net"
+    if not isinstance(name, str) or not kinds.is_known(field, name):
+        must = kinds.expected(field, name)
+        raise UserError(f"{where}: {field} is {reprlib.repr(name)}; it must {must}")
+    cls = kinds.find(field, name).load()
     if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
         raise UserError(
-            f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
+            f"the target of the net {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
         )
     return cls

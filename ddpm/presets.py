@@ -1,7 +1,6 @@
 """Configurations to start from, each with its cost and expected result.
 
 digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
-glyphs          32x32 grey letters and digits, rendered from fonts; no download.
 fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes.
 folder          8x8 to 32x32, grey or colour: your own pictures, `folder PATH`; 0.4 M weights. Nothing to tune.
 cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.
@@ -43,15 +42,6 @@ DIGITS = Config(
     train=replace(SHORT_RUN, total_images=144_000, sample_every_images=24_000, held_out_images=297),
     # The net is too small for two threads (benchmarks/runtime.md, busy.md).
     cluster=ClusterConfig(threads_per_worker=1),
-)
-
-GLYPHS = Config(
-    data=DataConfig(source="glyphs"),
-    schedule=ScheduleConfig(kind="cosine"),
-    objective=ObjectiveConfig(weight="min_snr"),
-    model=SMALL_NET,
-    optim=OptimConfig(lr=1e-3, lr_warmup_images=12_800, lr_schedule="cosine", ema_decay=0.999),
-    train=replace(SHORT_RUN, total_images=1_000_000, sample_every_images=128_000),
 )
 
 FASHION_MNIST = Config(
@@ -104,7 +94,6 @@ CELEBA64 = Config(
 
 PRESETS = {
     "digits": DIGITS,
-    "glyphs": GLYPHS,
     "fashion-mnist": FASHION_MNIST,
     "folder": FOLDER,
     "cifar10": CIFAR10,
@@ -113,3 +102,6 @@ PRESETS = {
 
 ABOUT = dict(line.split(maxsplit=1) for line in (__doc__ or "").splitlines()[2:] if line)
 """A line about each preset."""
+
+RETIRED = {"glyphs": "the source is an example now: examples/glyphs/README.md has the command"}
+"""Presets of earlier versions, and what to use instead."""

@@ -246,6 +246,12 @@ def run_job() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put the folder of an example on this process's path: what it registers is found, though it is not installed."""
+    return lambda name: monkeypatch.syspath_prepend(processes.REPO / "examples" / name)
+
+
+@pytest.fixture
 def user_error(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The line by which a job refuses a command line, in this process: user_error("train", "digits", "--lr", "a")."""
 

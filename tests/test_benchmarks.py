@@ -88,7 +88,9 @@ def test_a_benchmark_runs(
     command = [sys.executable, script, *(word.format(**inputs) for word in words), "--smoke"]
     tables = {file: file.read_bytes() for file in script.parent.glob("*.*")}
     with tempfile.TemporaryDirectory(dir="/tmp") as temp_dir:  # short, since paths of sockets are limited
-        env = python_path(REPO / "tests", REPO / "benchmarks") | {"TMPDIR": temp_dir}
+        env = python_path(REPO / "tests", REPO / "benchmarks", REPO / "examples/consistency") | {
+            "TMPDIR": temp_dir
+        }
         done = run(command, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         if program != "honesty":  # which prints its tables

@@ -10,7 +10,7 @@ import pytest
 from support import processes
 
 from ddpm import cli, presets
-from ddpm.config import DiTConfig, UNetConfig
+from ddpm.config import UNetConfig
 from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import SPIN_COUNT
 
@@ -134,13 +134,16 @@ def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cli.starting_point(presets.DIGITS) == presets.DIGITS
 
 
-def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_can_be_chosen_for_every_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_path: Callable[[str], None]
+) -> None:
     """The flag has precedence over the file, and keeps the file's settings that all nets share."""
+    on_path("dit")
     file = tmp_path / "best.json"
     file.write_text('{"model": {"net": "dit", "depth": 3, "num_classes": 10}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
     model = cli.starting_point(presets.DIGITS).model
-    assert model == DiTConfig(image_size=8, channels=1, num_classes=10, depth=3)
+    assert (model.net, model.image_size, model.num_classes, vars(model)["depth"]) == ("dit", 8, 10, 3)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--model.net=unet"])
     model = cli.starting_point(presets.DIGITS).model
     assert model == UNetConfig(image_size=8, channels=1, num_classes=10)

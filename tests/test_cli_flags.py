@@ -25,12 +25,17 @@ MISTAKES = {
     "train digits more": "more; --help-all",
     "train digits --lr fast": "--lr/--optim.lr: ",
     "train digits --lr": "'--lr/--optim.lr'",
-    "train digits --sampler dpm": "'--sampler/--sample.sampler'",
+    "train digits --sampler dpm": "sample.sampler is 'dpm'; it must be one of auto, ddim, ddpm, ",
+    "train digits --schedule lineer": "(did you mean linear?)",
+    "train digits --model.net unett": "(did you mean unet?)",
+    "evaluate runs/a --features inceptoin": "(did you mean inception?)",
+    "evaluate runs/a --sampler ddim heum": "sampler.1 is 'heum'",
     "train folder nowhere": "nowhere is not a folder",
     "train folder": "--data.images FOLDER",
     "search digit": "there is no PRESET digit",
     "search digits --num-trails 4": "(did you mean --num-trials?)",
     "prepare digitss data": "there is no SOURCE digitss",
+    "train digits --data.source digitss": "data.source is 'digitss'",
     "sample runs/a --seeds 1": "(did you mean --seed?)",
 }
 
@@ -81,7 +86,8 @@ def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., A
     assert keys.keys() >= cli.SHOWN_FIRST
     brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
     assert (brief.returncode, whole.returncode) == (0, 0)
-    assert "--model.net {unet,dit,...}" in whole.stdout
+    for names in ("--model.net {unet}", "--schedule.kind {linear,", "--sample.sampler {auto,ddim,"):
+        assert names in " ".join(whole.stdout.replace("│", " ").split())
     for key in keys:
         flag = f"--{key.replace('_', '-')}"
         assert f" {flag} " in whole.stdout or f" {flag}, " in whole.stdout, flag

@@ -22,10 +22,10 @@ def test_every_command_has_a_script_in_the_checkout() -> None:
     assert scripts == set(COMMANDS)
 
 
+@pytest.mark.parametrize("name", RETIRED)
 def test_a_retired_command_names_what_to_use(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (name,) = RETIRED
     monkeypatch.setattr(sys, "argv", ["ddpm", name, "bash"])
     with pytest.raises(SystemExit) as ended:
         main()

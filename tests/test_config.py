@@ -1,7 +1,6 @@
 """A config survives a round trip through JSON, and an invalid file is a one-line error with file and key."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.build import resolve_sample
-from ddpm.config import Config, DiTConfig, ObjectiveConfig, UNetConfig
+from ddpm.config import Config, ObjectiveConfig, UNetConfig
 from ddpm.config_io import flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
 from ddpm.utils.errors import UserError
@@ -49,18 +48,6 @@ def test_retired_keys_are_dropped_at_their_defaults_and_else_refused() -> None:
         from_json('{"sample": {"dynamic_threshold": 0.9}}', where="run/config.json")
     with pytest.raises(UserError, match=r"^run/config\.json: sample\.variance is 'measured'; "):
         from_json('{"sample": {"variance": "measured"}}', where="run/config.json")
-
-
-def test_another_net_keeps_the_shared_settings() -> None:
-    before = override(PRESETS["digits"], {"model.num_classes": 10, "model.dropout": 0.1})
-    after = override(before, {"model.net": "dit", "model.depth": 3})
-    assert after.model == DiTConfig(image_size=8, channels=1, num_classes=10, dropout=0.1, depth=3)
-    assert override(after, {"model.depth": 4}).model == replace(after.model, depth=4)  # type: ignore[call-arg]
-    assert from_json(to_json(after)) == after
-    back = override(after, {"model.net": "unet"}).model
-    assert back == UNetConfig(image_size=8, channels=1, num_classes=10, dropout=0.1)
-    with pytest.raises(UserError, match=r"unknown key 'base_width'; known are net, image_size, .*patch_size"):
-        override(before, {"model.net": "dit", "model.base_width": 8})
 
 
 def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
@@ -139,7 +126,7 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_keys(key: str, unknown:
         ('{"optim": {"lr": "a"}}', "^run/config.json: optim.lr is 'a'; it must be a valid number"),
         ('{"optim": {"lr": 1e999}}', "^run/config.json: optim.lr is inf; it must be a finite number"),
         ('{"optim": {"rl": 1}}', "^run/config.json: optim: unknown key 'rl'"),
-        ('{"schedule": {"kind": "x"}}', "^run/config.json: schedule.kind is 'x'; it must be 'linear', "),
+        ('{"schedule": {"kind": "x"}}', "^run/config.json: schedule.kind is 'x'; it must be one of linear, "),
     ],
 )
 def test_an_invalid_file_is_a_one_line_error_with_its_name(text: str, message: str) -> None:
@@ -179,13 +166,11 @@ def test_any_value_of_a_known_key_is_valid_or_a_user_error(values: dict[str, Any
         ("mix", "uniform_mix", "mix"),
         ("mix", "gaussian", None),
         ("ddim", "uniform_mix", None),
-        ("auto", "consistency", "multistep"),
-        ("ddim", "consistency", None),
     ],
 )
 def test_a_sampler_fits_the_process(sampler: str, process: str, resolved: str | None) -> None:
     sample = override(Config(), {"sample.sampler": sampler}).sample
-    objective = ObjectiveConfig(process=process)  # type: ignore[arg-type]
+    objective = ObjectiveConfig(process=process)
     if resolved:
         assert resolve_sample(sample, objective).sampler == resolved
     else:

@@ -16,10 +16,15 @@ from support.processes import REPO
 from ddpm import cli
 from ddpm.utils.errors import UserError
 
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
+PAGES = [
+    REPO / "README.md",
+    REPO / "CONTRIBUTING.md",
+    *sorted((REPO / "docs").rglob("*.md")),
+    *sorted((REPO / "examples").rglob("*.md")),
+]
 SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
 ENDS = {"&&", ";", "|", ">"}
-PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs)/[\w./-]*")
+PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs|examples)/[\w./-]*")
 RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
 """Its commands and files are those of diffs and a package that tests/test_extending.py applies."""
 
@@ -58,17 +63,18 @@ COMMANDS = {
 }
 
 
-def scripts() -> Iterator[tuple[str, list[str]]]:
-    """Module and arguments of every command that is one of our jobs, also behind `ray job submit ... --`."""
+def scripts() -> Iterator[tuple[str, list[str], str]]:
+    """Module, arguments and PYTHONPATH of every command that is one of our jobs, also behind `ray job submit`."""
     for words in COMMANDS.values():
+        path = words[0].removeprefix("PYTHONPATH=") if words[0].startswith("PYTHONPATH=") else ""
         for i, word in enumerate(words):
             if (match := SCRIPT.fullmatch(word)) and i > 0 and words[i - 1].endswith("python"):
-                yield f"{match[1]}.{match[2]}", words[i + 1 :]
+                yield f"{match[1]}.{match[2]}", words[i + 1 :], path
 
 
 def test_commands_are_found() -> None:
     modules = {f"jobs.{path.stem}" for path in (REPO / "jobs").glob("*.py")}
-    assert {module for module, _ in scripts()} == modules | {"tune.search"}
+    assert {module for module, _, _ in scripts()} == modules | {"tune.search"}
     assert "make train" in COMMANDS and "ray up -y cluster.yaml" in COMMANDS
 
 
@@ -76,9 +82,9 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("module", "arguments"), list(scripts()), ids=str)
+@pytest.mark.parametrize(("module", "arguments", "path"), list(scripts()), ids=str)
 def test_jobs_take_their_arguments(
-    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     parse = cli.parse
 
@@ -87,6 +93,8 @@ def test_jobs_take_their_arguments(
         raise Parsed
 
     monkeypatch.chdir(tmp_path)
+    if path:
+        monkeypatch.syspath_prepend(REPO / path)
     if "--config" in arguments:
         file = Path(arguments[arguments.index("--config") + 1])
         file.parent.mkdir(parents=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.processes import REPO
 
+from ddpm.kinds import OBJECTIVES
+
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
 
@@ -83,3 +85,9 @@ def test_no_module_uses_private_parts_of_ray() -> None:
     """Only Ray's documented API is used: no private module is imported, and nothing in Ray is patched."""
     private = re.compile(r"_internal\b|ray\._private|setattr\(.*\bray\b")
     assert [path for path in MODULES if private.search(path.read_text())] == []
+
+
+def test_process_names_are_compared_in_one_place_only() -> None:
+    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in OBJECTIVES))
+    found = {path.name for path in MODULES if quoted.search(path.read_text())}
+    assert found == {"config.py", "kinds.py"}

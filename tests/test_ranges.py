@@ -11,11 +11,10 @@ from typing import Annotated, Any
 import pytest
 from annotated_types import BaseMetadata, GroupedMetadata
 
-from ddpm import cli
+from ddpm import cli, kinds
 from ddpm.commands import compare, evaluate, export, folder, sample, sync
-from ddpm.config import NETS, Config, DiTConfig, ScoredImages, UNetConfig
+from ddpm.config import Config, ScoredImages
 from ddpm.config_io import check_values, flatten, from_json, override, to_json
-from ddpm.data import catalog
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.presets import DIGITS
 from ddpm.search import config as search_config
@@ -84,7 +83,7 @@ JOBS = {
     "export a b --label -1": "label is -1; it must be at least 0",
     "sync a --timeout-s 0": "timeout_s is 0.0; it must be greater than 0",
     "compare a --out=": "out is ''; it must have at least 1 character",
-    "prepare glyphs a --size 8": "size is 8; it must be at least 16",
+    "prepare digits a --held-out-images 0": "held_out_images is 0; it must be at least 1",
 }
 
 
@@ -115,14 +114,14 @@ def unbounded(kind: Any) -> bool:
 
 def test_every_number_has_a_range() -> None:
     groups = [kind for kind in typing.get_type_hints(Config).values() if kind is not Config]
-    kinds = [*groups, *NETS.values(), *catalog.SOURCES.values(), search_config.Arguments]
-    kinds += [job.Arguments for job in (compare, evaluate, export, sample, sync)]
+    classes = [*groups, search_config.Arguments]
+    classes += [kind.load() for kind in [*kinds.NETS.values(), *kinds.SOURCES.values()]]
+    classes += [job.Arguments for job in (compare, evaluate, export, sample, sync)]
     found = {
         f.name
-        for kind in kinds
-        for f in dataclasses.fields(kind)
-        if f.init and unbounded(typing.get_type_hints(kind, include_extras=True)[f.name])
+        for cls in classes
+        for f in dataclasses.fields(cls)
+        if f.init and unbounded(typing.get_type_hints(cls, include_extras=True)[f.name])
     }
     assert found <= UNBOUNDED
-    assert {UNetConfig, DiTConfig} == set(NETS.values())
     assert typing.get_args(ScoredImages)[1].ge == LEAST_IMAGES

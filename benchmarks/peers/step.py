@@ -70,7 +70,7 @@ BEFORE = "before: "
 """Prefix of contestants that run the code of another checkout."""
 
 
-CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"]
+CaseName = Literal["cifar", "digits", "fashion-mnist", "cifar10", "celeba64"]
 
 
 @dataclass(frozen=True)

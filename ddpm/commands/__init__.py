@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ddpm import cli
-from ddpm.utils.errors import UserError
 
 COMMANDS = {
     "train": "train a preset, or resume a run",
@@ -18,13 +17,15 @@ COMMANDS = {
     "compare": "runs side by side on one page",
     "search": "search noise schedule and learning rate",
     "prepare": "make a data set of shards",
-    "export": "export a net, for diffusers or as a program",
+    "export": "export a net for diffusers",
     "card": "write a net's model card",
     "sync": "send a run to MLflow",
     "ui": "show the runs in MLflow",
-    "demo": "sample in the browser, two runs side by side",
 }
-RETIRED = {"completion": "use `ddpm train digits --tyro-print-completion bash`"}
+RETIRED = {
+    "completion": "use `ddpm train digits --tyro-print-completion bash`",
+    "demo": "it is an example now: python examples/demo/demo.py RUN",
+}
 """Commands of earlier versions, and what to use instead."""
 
 
@@ -38,9 +39,8 @@ def main() -> NoReturn:
 
 def _command() -> int | None:
     sys.argv[0] = "ddpm"
-    if len(sys.argv) > 1 and sys.argv[1] in RETIRED:
-        raise UserError(f"there is no COMMAND {sys.argv[1]}; {RETIRED[sys.argv[1]]}")
-    name = cli.chosen("COMMAND", COMMANDS, "Train, sample and compare denoising diffusion models on Ray.\n")
+    description = "Train, sample and compare denoising diffusion models on Ray.\n"
+    name = cli.chosen("COMMAND", COMMANDS, description, retired=RETIRED)
     sys.argv[:2] = [f"ddpm {name}"]
     code: int | None = importlib.import_module(f"ddpm.commands.{name}").main()
     return code

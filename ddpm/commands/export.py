@@ -1,15 +1,17 @@
-"""Export a net: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
+"""Export a net: python jobs/export.py CHECKPOINT DIR
 
 CHECKPOINT is a checkpoint, a run (its newest checkpoint), models:/NAME@ALIAS or builtin:NAME. DIR is a new folder: a
-pipeline for DDPMPipeline.from_pretrained with a run's model card (diffusers), or a torch.export program (pt2).
+pipeline for DDPMPipeline.from_pretrained, with a run's model card.
 
     python jobs/export.py PIPELINE DIR --format checkpoint
 
 turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-from DIR trains from its weights.
 """
 
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,8 +30,8 @@ class Arguments:
     """Folder or URI of a checkpoint or run, a registered or built-in net; --format checkpoint: a diffusers folder."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """New folder."""
-    format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
-    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: converts a diffusers folder."""
+    format: Literal["diffusers", "checkpoint"] = "diffusers"
+    """diffusers: a DDPMPipeline. checkpoint: converts a diffusers folder."""
     ema: bool = True
     """Export the averaged (EMA) weights instead of the last ones."""
     label: CountOrZero | None = None
@@ -41,6 +43,10 @@ class Arguments:
 
 
 def main() -> None:
+    if ("--format", "pt2") in pairwise(sys.argv) or "--format=pt2" in sys.argv:
+        raise UserError(
+            "--format pt2 is an example now: python examples/torch_export/export_program.py RUN DIR"
+        )
     arguments: Arguments = cli.parse(Arguments, __doc__)
     out, kind = arguments.out.absolute(), str(arguments.format)
     if arguments.register is None and arguments.alias is not None:
@@ -64,18 +70,14 @@ def main() -> None:
             folder = stack.enter_context(resolve.local_checkpoint(arguments.checkpoint))
             exported = {kind: out}
             trained = checkpoint.load_net(folder, ema=arguments.ema)
-            if kind == "pt2":
-                export.to_pt2(trained, out)
-                print(f"program     {out}/net.pt2")
-            else:
-                export.to_diffusers(trained, out, arguments.label)
-                steps = trained.config.schedule.num_timesteps
-                use = f"DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})"
-                print(f"pipeline    {out}")
-                print(f"draw        {use}")
-                with suppress(UserError):  # not a run
-                    text = card.card(arguments.checkpoint, use, None if arguments.ema else ())
-                    (out / "README.md").write_text(text)
+            export.to_diffusers(trained, out, arguments.label)
+            steps = trained.config.schedule.num_timesteps
+            use = f"DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})"
+            print(f"pipeline    {out}")
+            print(f"draw        {use}")
+            with suppress(UserError):  # not a run
+                text = card.card(arguments.checkpoint, use, None if arguments.ema else ())
+                (out / "README.md").write_text(text)
         if arguments.register is not None:
             model, where = registry.register(arguments.register, folder, exported, arguments.alias)
             print(f"model       {model} in {where}")

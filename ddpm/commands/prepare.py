@@ -35,7 +35,7 @@ class Arguments(Generic[S]):
 
 
 def main() -> None:
-    name = cli.chosen("SOURCE", dict.fromkeys(catalog.names(), ""), __doc__)
+    name = cli.chosen("SOURCE", dict.fromkeys(catalog.names(), ""), __doc__, catalog.FIELD)
     kind: Any = Arguments[catalog.kind_of(name)]  # type: ignore[valid-type, misc]
     arguments: Any = cli.parse(kind, __doc__, sys.argv[2:])
     from ddpm.cluster import job_folder  # after parsing, so that --help and errors come at once

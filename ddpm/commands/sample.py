@@ -5,8 +5,8 @@ MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png an
 depends on the seed and i alone. Settings that are not given are those of training; the same command resumes it.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -32,8 +32,7 @@ class Arguments(SampleFlags):
     batch_size: Count | None = None
     """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
     sampler: SamplerName | None = None
-    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix.
-    multistep: nets of consistency."""
+    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: Count | None = None
     """Number of sampling steps."""
     variance: Variance | None = None
@@ -44,37 +43,17 @@ class Arguments(SampleFlags):
     """Image i is a function of this seed and i."""
     trajectory: bool = False
     """Also write trajectory.png and trajectory.gif: the first images, from noise to the finished image."""
-    inpaint: Path | None = None
-    """Image file; the part that --mask marks is kept in all images (RePaint, 250 steps with resampling)."""
-    mask: Path | None = None
-    """inpaint: image file, white where the image is kept."""
-    num_resamples: Count | None = None
-    """inpaint: RePaint resampling passes per jump; 1: no resampling. None: 10."""
-    jump_length: Count | None = None
-    """inpaint: steps per jump back; less than the number of sampling steps. None: 10."""
 
 
 def main() -> None:
+    if any(word.partition("=")[0] == "--inpaint" for word in sys.argv):
+        raise UserError("--inpaint is an example now: python examples/inpainting/inpaint.py RUN")
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    if (arguments.inpaint is None) != (arguments.mask is None):
-        raise UserError("--inpaint and --mask belong together; give both or neither")
-    if arguments.inpaint and arguments.sampler not in (None, "ddpm"):
-        raise UserError(
-            f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
-        )
-    both = {"num_resamples": arguments.num_resamples, "jump_length": arguments.jump_length}
-    resampling = {key: value for key, value in both.items() if value is not None}
-    if arguments.inpaint and arguments.variance:
-        raise UserError(
-            "--variance has no effect with --inpaint: RePaint's steps have the variance beta_tilde"
-        )
-    if resampling and not arguments.inpaint:
-        raise UserError("--num-resamples and --jump-length have no effect without --inpaint")
     from ddpm.checkpoints import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.cluster import job_folder
     from ddpm.config_io import flatten
     from ddpm.hub.resolve import local_checkpoint, name_of
-    from ddpm.sampling import generate, workers
+    from ddpm.sampling import workers
     from ddpm.storage.locations import resolve
     from ddpm.tracking import run_params
     from ddpm.utils.progress import Display
@@ -84,20 +63,15 @@ def main() -> None:
         trained = checkpoint.load_net(folder)
         sample = arguments.changed(
             trained.config.sample,
-            sampler="ddpm" if arguments.inpaint else arguments.sampler,
+            sampler=arguments.sampler,
             num_sample_steps=arguments.num_sample_steps,
             variance=arguments.variance,
             seed=arguments.seed,
         )
-        if arguments.inpaint and arguments.num_sample_steps is None:
-            sample = replace(sample, num_sample_steps=None)  # the run's are of its own sampler
         trained = trained.sampled_with(sample)
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
-    known = None
-    if arguments.inpaint and arguments.mask:
-        known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, **resampling)
-    job = workers.SampleJob(trained, arguments.label, known, arguments.batch_size)
+    job = workers.SampleJob(trained, arguments.label, batch_size=arguments.batch_size)
     out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(

@@ -1,36 +1,23 @@
-"""The sources by name: built-in ones, and plugins of installed packages (group ddpm.sources)."""
+"""The sources by name (ddpm/kinds.py)."""
 
 import inspect
 from typing import Any
 
-from ddpm.data.glyphs import Glyphs
-from ddpm.data.sources.huggingface import HuggingFace
-from ddpm.data.sources.image_folder import Folder
-from ddpm.data.sources.sources import Digits, Source
-from ddpm.data.sources.torchvision import FashionMnist, Torchvision
-from ddpm.utils import plugins
+from ddpm import kinds
+from ddpm.data.sources.sources import Source
 from ddpm.utils.errors import UserError
 
-GROUP = "ddpm.sources"
-SOURCES: dict[str, type[Any]] = {
-    "digits": Digits,
-    "glyphs": Glyphs,
-    "fashion-mnist": FashionMnist,
-    "folder": Folder,
-    "torchvision": Torchvision,
-    "parquet": HuggingFace,
-}
-"""Each is a frozen dataclass of a source's options; its docstrings are the help of jobs/prepare.py."""
+FIELD = "data.source"
 
 
 def names() -> list[str]:
     """The names of all sources."""
-    return list(dict.fromkeys([*SOURCES, *plugins.names(GROUP)]))
+    return kinds.names(FIELD)
 
 
 def kind_of(name: str) -> Any:
-    """The source called `name`, None: there is none; a plugin cannot replace a built-in one."""
-    return SOURCES.get(name) or plugins.load(GROUP, name)
+    """The class of the source called `name`."""
+    return kinds.find(FIELD, name).load()
 
 
 def named(name: str | None) -> Source:
@@ -38,13 +25,14 @@ def named(name: str | None) -> Source:
     if name is None:
         raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
     key, _, dataset = name.partition(":")
-    kind, options = kind_of(key), {"dataset": dataset} if dataset else {}
+    options = {"dataset": dataset} if dataset else {}
+    kind = kind_of(key)
     try:
         inspect.signature(kind).bind(**options)
-    except TypeError:  # no source has this name, or it needs options
+    except TypeError:
         raise UserError(
-            f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE "
-            "URI`, and give it as --data.shards URI"
+            f"data.source is {name!r}, and {key} needs other options; make a data set with `python jobs/prepare.py "
+            f"{key} URI`, and give it as --data.shards URI"
         ) from None
     source: Source = kind(**options)
     return source

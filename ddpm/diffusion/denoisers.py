@@ -11,7 +11,6 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from torch import Tensor
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.process import broadcast, predict_eps_from_x_0, same_t
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.config import SampleConfig
 
 Denoise = Callable[[Tensor, Tensor], Denoised]
 """denoise(x_t, t): t is [B] int64; for `samplers.mix` it is the amount of noise, [B] float in (0, 1]."""
@@ -46,14 +42,6 @@ def predict(
 def clip(x_0_hat: Tensor) -> Tensor:
     """x_0_hat clipped to [-1, 1]."""
     return x_0_hat.clamp(-1, 1)
-
-
-def build_threshold(config: "SampleConfig") -> Threshold | None:
-    """The threshold that `config` describes for its sampler."""
-    if config.mean not in ("clipped", "plain"):
-        raise ValueError(f"mean is {config.mean!r}; it must be clipped or plain")
-    clips = config.mean == "clipped" if config.sampler == "ddpm" else config.clip_x_0
-    return clip if clips else None
 
 
 def guided(

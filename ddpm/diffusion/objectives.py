@@ -12,7 +12,6 @@ Papers:
     Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     Liu et al. 2022, Rectified Flow, arXiv:2209.03003 (flow); Esser et al. 2024, arXiv:2403.03206 (logit-normal t)
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
-    Geng et al. 2024, Consistency Models Made Easy (ECT), arXiv:2406.14548 (consistency)
     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
     Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned variance)
     UniformMix: the Hugging Face diffusion course, unit 1
@@ -22,7 +21,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +38,6 @@ Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 BOUND_WEIGHT = 1e-3
 """Weight of the bound in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
-STAGES = 8
-"""Stages of consistency tuning, each with half the distance between two noise levels of the one before."""
-HUBER_C = 0.00054
-"""c of the Pseudo-Huber distance per root of a dimension, for images in [-1, 1]."""
 SMALLEST_AMOUNT = 1e-3
 """Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
 
@@ -72,18 +67,6 @@ class Denoised(NamedTuple):
 class Objective(Protocol):
     """Interface of an objective and its forward process for the training loop, the samplers and the evaluation."""
 
-    uses_time: ClassVar[bool]
-    """Whether the net is given t."""
-    has_bound: ClassVar[bool]
-    """Whether there are a noise schedule and a variational bound, so bits/dim."""
-    has_uniform_noise: ClassVar[bool]
-    """Whether noise is uniform in [-1, 1), instead of standard normal."""
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: "Labels") -> "Objective":
-        """The objective that `config` describes."""
-        ...
-
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
     ) -> Loss:
@@ -104,10 +87,6 @@ class Objective(Protocol):
             t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
             label: [B] int64 in 0..num_classes; num_classes, or None for all images, means no label.
         """
-        ...
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        """Map t [B] to the noise level that guidance_interval refers to."""
         ...
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,28 +150,6 @@ class Gaussian:
     learns_variance: bool = False
     sigma_data: float = 0.5
     log_sigma: tuple[float, float] | None = None
-    uses_time: ClassVar[bool] = True
-    has_bound: ClassVar[bool] = True
-    has_uniform_noise: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Gaussian":
-        if config.predict not in PREDICTIONS:
-            raise ValueError(f"predict is {config.predict!r}; it must be one of {', '.join(PREDICTIONS)}")
-        log_sigma = TIMESTEPS[config.timesteps]
-        if log_sigma is not None:
-            given = config.log_sigma_mean, config.log_sigma_std
-            mean, std = (a if b is None else b for a, b in zip(log_sigma, given, strict=True))
-            log_sigma = mean, std
-        return PREDICTIONS[config.predict](
-            schedule,
-            labels,
-            config.weight,
-            config.min_snr_gamma,
-            config.variance == "learned",
-            config.sigma_data,
-            log_sigma,
-        )
 
     def __post_init__(self) -> None:
         for name in ("min_snr_gamma", "sigma_data"):
@@ -205,12 +162,12 @@ class Gaussian:
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
     ) -> Loss:
         T = self.schedule.num_timesteps
-        t = self._draw_t(len(x_0), generator)
+        t = self.draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
         output = model(self._input(x_t, t), t, self.labels.for_training(label, generator)).to(x_0.dtype)
         prediction, variance_mix = self._split(output)
-        error = _per_image(prediction, self._target(x_0, t, eps))
+        error = per_image(prediction, self._target(x_0, t, eps))
         loss = (process.gather(self.weight, t, error) * error).mean()
         if variance_mix is not None:
             x_0_hat = self._read(prediction.detach(), x_t, t).x_0_hat
@@ -224,15 +181,12 @@ class Gaussian:
         prediction, variance_mix = self._split(output)
         return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.schedule.sigma.float().to(t.device, non_blocking=True)[t]
-
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
 
-    def _draw_t(self, n: int, generator: Generator) -> Tensor:
-        """[n] int64."""
+    def draw_t(self, n: int, generator: Generator) -> Tensor:
+        """The timesteps of n training images, [n] int64."""
         if self.log_sigma is None:
             return generator.integers(self.schedule.num_timesteps, [n])
         mean, std = self.log_sigma
@@ -394,14 +348,6 @@ class UniformMix:
     """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
 
     labels: Labels = Labels()
-    uses_time: ClassVar[bool] = False
-    has_bound: ClassVar[bool] = False
-    has_uniform_noise: ClassVar[bool] = True
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "UniformMix":
-        """Build the objective; it has one prediction and one weight, so `config` and the schedule are ignored."""
-        return cls(labels)
 
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
@@ -410,7 +356,7 @@ class UniformMix:
         u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1
         x_t = process.mix(x_0, amount, u)
         prediction = model(x_t, None, self.labels.for_training(label, generator)).to(x_0.dtype)
-        error = _per_image(prediction, x_0)
+        error = per_image(prediction, x_0)
         return Loss(error.mean(), error.detach(), (4 * amount).long())
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
@@ -421,104 +367,40 @@ class UniformMix:
         amount = process.broadcast(t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT), x_t)
         return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t
-
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         amount = torch.full((len(x_0),), level, device=x_0.device)
         return process.mix(x_0, amount, noise), amount
 
 
-@dataclass(frozen=True)
-class Consistency:
-    """Consistency tuning (ECT) of a trained net: x_0_hat becomes the same at all noise levels of an image.
-
-    In x = x_t / sqrt(alpha_bar) = x_0 + sigma eps, x_0_hat is the paper's f(x, sigma), with f(x, 0) = x: c_skip is 1 at
-    sigma = 0 for every prediction but x_0. The loss of a pair of levels s < sigma with one x_0, eps and dropout mask is
-
-    d(f(x_0 + sigma eps, sigma), f(x_0 + s eps, s)) / (sigma - s),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
-
-    without a gradient of the second f. Here d is divided by sqrt(D), so |.|^2 is the mean over the D numbers of an
-    image, and c is 0.00054. s is the level nearest to sigma (1 - n / q^stage), n = 1 + k / (1 + e^(b sigma)), at least
-    one timestep below; where that is not above 0, s is 0 and f(x, 0) = x_0. Training has STAGES of equal length.
-
-    Source: Geng et al. 2024, Sec. 3; c: Song & Dhariwal 2023 (arXiv:2310.14189), Sec. 3.3.
-    """
-
-    prediction: Gaussian
-    uses_time: ClassVar[bool] = True
-    has_bound: ClassVar[bool] = False
-    has_uniform_noise: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Consistency":
-        if config.predict == "x_0":
-            raise ValueError(
-                "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
-            )
-        return cls(Gaussian.build(config, schedule, labels))
-
-    def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
-    ) -> Loss:
-        of, schedule = self.prediction, self.prediction.schedule
-        t = of._draw_t(len(x_0), generator)
-        eps = generator.normal(x_0.shape, x_0.dtype)
-        label = of.labels.for_training(label, generator)
-        r = self.lower(progress).to(t.device, non_blocking=True)[t]
-
-        def f(t: Tensor) -> Tensor:
-            return of.denoise(model, process.q_sample(schedule.alpha_bar, x_0, t, eps), t, label).x_0_hat
-
-        with torch.no_grad():
-            target = torch.where(process.broadcast(r < 0, x_0), x_0, f(r.clamp(min=0)))
-        error = _per_image(f(t), target)
-        sigma = torch.cat([schedule.sigma, torch.zeros(1, dtype=torch.float64)])  # sigma[-1] is 0
-        distance = (error + HUBER_C**2).sqrt() - HUBER_C
-        gap = process.gather(sigma, t, error) - process.gather(sigma, r, error)
-        return Loss((distance / gap).mean(), error.detach(), 4 * t // schedule.num_timesteps)
-
-    def lower(self, progress: float) -> Tensor:
-        """[T] int64: the timestep of the second level, for each t; -1 is the clean image."""
-        sigma = self.prediction.schedule.sigma
-        stage = min(int(STAGES * progress), STAGES - 1) + 1
-        wanted = sigma * (1 - (1 + 8 * torch.sigmoid(-sigma)) / 2**stage)  # k = 8, b = 1, q = 2
-        levels = torch.cat([torch.zeros(1, dtype=torch.float64), sigma])
-        nearest = torch.bucketize(wanted, (levels[:-1] + levels[1:]) / 2) - 1
-        return torch.minimum(nearest, torch.arange(len(sigma)) - 1)
-
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        return self.prediction.denoise(model, x_t, t, label)
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.prediction.noise_level(t)
-
-    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prediction.corrupt(x_0, level, noise)
-
-
-PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V, "edm": Edm, "flow": Flow}
-PROCESSES: dict[str, type[Objective]] = {
-    "gaussian": Gaussian,
-    "uniform_mix": UniformMix,
-    "consistency": Consistency,
-}
-
-TIMESTEPS = {"uniform": None, "log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
-"""Distributions of t in training: mean and standard deviation of log sigma. (On the straight path, whose time is
+LOG_SIGMA = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
+"""Mean and standard deviation of log sigma in training, by objective.timesteps. (On the straight path, whose time is
 u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table 1; Esser et al. 2024, Sec. 3.1."""
 
 
-def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
-    """The objective that `config` describes; num_classes as in the model, 0 for unconditional."""
-    if config.process not in PROCESSES:
-        raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
-    if config.variance == "learned" and not PROCESSES[config.process].has_bound:
-        raise ValueError(f"variance is 'learned'; {config.process} has no bound to learn it from")
-    return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
+def gaussian(
+    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+) -> Gaussian:
+    """The objective of the class `prediction` that `config` describes."""
+    log_sigma = None
+    if config.timesteps != "uniform":
+        mean, std = LOG_SIGMA[config.timesteps]
+        if config.log_sigma_mean is not None:
+            mean = config.log_sigma_mean
+        if config.log_sigma_std is not None:
+            std = config.log_sigma_std
+        log_sigma = (mean, std)
+    return prediction(
+        schedule=schedule,
+        labels=labels,
+        weighting=config.weight,
+        min_snr_gamma=config.min_snr_gamma,
+        learns_variance=config.variance == "learned",
+        sigma_data=config.sigma_data,
+        log_sigma=log_sigma,
+    )
 
 
-def _per_image(prediction: Tensor, target: Tensor) -> Tensor:
+def per_image(prediction: Tensor, target: Tensor) -> Tensor:
     """[B], the mean squared error of each image."""
     if prediction.shape != target.shape:  # broadcasting would hide it
         got, right = tuple(prediction.shape), tuple(target.shape)

@@ -18,7 +18,6 @@ Papers:
     ddim       Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
     dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095; Xue et al. 2023, SA-Solver, arXiv:2309.05019
     heun       Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
-    multistep  Song et al. 2023, Consistency Models, arXiv:2303.01469
     mix        the Hugging Face diffusion course, unit 1
 
 Axes: B batch, C channels, H W height and width, T timesteps.
@@ -26,21 +25,17 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
+from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
 from ddpm.diffusion.generator import Generator
-from ddpm.diffusion.objectives import PROCESSES
-from ddpm.diffusion.process import posterior_mean, q_sample, same_t
-from ddpm.diffusion.reverse import fixed_variance, learned_log_variance
+from ddpm.diffusion.process import posterior_mean, same_t
+from ddpm.diffusion.reverse import learned_log_variance
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.config import SampleConfig
 
 Noise = Callable[[], Tensor]
 """Each call draws the next [B, C, H, W]: standard normal; for `mix` uniform in [-1, 1]."""
@@ -147,7 +142,7 @@ def ddim(
 
     Source: Song et al. 2021, Eqs. 12 and 16.
     """
-    _check_eta(eta)
+    check_eta(eta)
     spacings.check(timesteps, schedule.num_timesteps)
     x = noise()
     for step, t in enumerate(timesteps):
@@ -195,7 +190,7 @@ def dpmpp_2m(
     Source: Lu et al. 2022, Algorithm 2, and its section on diffusion SDEs for eta = 1; for the SDEs between,
     Xue et al. 2023, whose tau^2 is eta.
     """
-    _check_eta(eta)
+    check_eta(eta)
     signal, sigma = _signal_and_sigma(schedule, timesteps)
     x, before = noise(), None
     for step, t in enumerate(timesteps):
@@ -253,33 +248,6 @@ def heun(
 
 
 @torch.no_grad()
-def multistep(
-    denoise: Denoise,
-    schedule: Schedule,
-    noise: Noise,
-    *,
-    timesteps: Sequence[int],
-    threshold: Threshold | None = clip,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Sampling from a consistency net: x_0_hat, noised to the next timestep with new noise, and so on.
-
-    Source: Song et al. 2023, Algorithm 1.
-    """
-    spacings.check(timesteps, schedule.num_timesteps)
-    x_0_hat = None
-    for step, t in enumerate(timesteps):
-        x = noise()
-        if x_0_hat is not None:
-            x = q_sample(schedule.alpha_bar, x_0_hat, same_t(t, x), x)
-        x_0_hat = predict(denoise, schedule, x, t, threshold).x_0_hat
-        if on_step is not None:
-            on_step(step, x, x_0_hat)
-    assert x_0_hat is not None, "there is a timestep"
-    return x_0_hat
-
-
-@torch.no_grad()
 def mix(
     denoise: Denoise,
     noise: Noise,
@@ -306,58 +274,10 @@ def mix(
     return x
 
 
-def _variance(config: "SampleConfig", schedule: Schedule, timesteps: list[int]) -> dict[str, Any]:
-    if config.variance == "learned":
-        return {"variance": None}
-    return {"variance": fixed_variance(spacings.respaced(schedule, timesteps), config.variance)}
-
-
-def _eta(config: "SampleConfig", *_: object) -> dict[str, Any]:
-    _check_eta(config.eta)
-    return {"eta": config.eta}
-
-
-def _mix(config: "SampleConfig", *_: object) -> dict[str, Any]:
-    n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
-    spacings.check_num_sample_steps(n)
-    return {"num_sample_steps": n}
-
-
-class SamplerKind(NamedTuple):
-    """An entry of SAMPLERS."""
-
-    sample: Callable[..., Tensor]
-    settings: Callable[..., dict[str, Any]] = lambda *_: {}
-    """settings(config, schedule, timesteps): its own keyword arguments, checked."""
-    process: str = "gaussian"
-    """The process that it reverses. The first sampler of each process is the default."""
-
-
-SAMPLERS = {
-    "ddim": SamplerKind(ddim, _eta),
-    "ddpm": SamplerKind(ancestral, _variance),
-    "dpmpp_2m": SamplerKind(dpmpp_2m, _eta),
-    "heun": SamplerKind(heun),
-    "mix": SamplerKind(mix, _mix, "uniform_mix"),
-    "multistep": SamplerKind(multistep, process="consistency"),
-}
-
-
-def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> Sampler:
-    """The sampler that `config` describes, in which `auto` is resolved (`ddpm.build.resolve_sample`).
-
-    Settings are checked here, not at the first sample after hours of training. num_dims is D = C H W.
-    """
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    kind = SAMPLERS[config.sampler]
-    settings: dict[str, Any] = {"threshold": build_threshold(config)}
-    timesteps: list[int] = []
-    if PROCESSES[kind.process].uses_time:
-        timesteps = spacings.build(config, schedule, num_dims)
-        settings |= {"schedule": schedule, "timesteps": timesteps}
-    settings |= kind.settings(config, schedule, timesteps)
-    return lambda denoise, noise, on_step=None: kind.sample(denoise, noise=noise, on_step=on_step, **settings)
+def check_eta(eta: float) -> None:
+    """Raise ValueError if `eta` is not in [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must be in [0, 1]")
 
 
 def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -366,8 +286,3 @@ def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[lis
     chosen = list(timesteps)
     signal, sigma = schedule.alpha_bar[chosen].sqrt().tolist(), schedule.sigma[chosen].tolist()
     return [*signal, 1.0], [*sigma, 0.0]
-
-
-def _check_eta(eta: float) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must be in [0, 1]")

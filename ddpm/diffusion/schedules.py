@@ -20,13 +20,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ddpm.config import ScheduleConfig
 
 MAX_TIMESTEPS = 1_000_000
 """Largest T."""
@@ -109,39 +105,47 @@ def scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> Sch
     return Schedule(root**2)
 
 
-def cosine(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
+def cosine(num_timesteps: int, cosine_s: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """alpha_bar falls as a squared cosine: f(u) / f(0), f(u) = cos((u + s) / (1 + s) * pi / 2)^2.
 
     f reaches 0 at u = 1, so the last beta would be 1 and is capped at `max_beta`: at that step Algorithm 2 divides by
     sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
 
     Args:
-        s: offset in [0, 1] that prevents a tiny first beta.
+        cosine_s: s, an offset in [0, 1] that prevents a tiny first beta.
 
     Source: Nichol & Dhariwal 2021, Eq. 17.
     """
-    _check("s", s, 0 <= s <= 1, "[0, 1]")
+    s = cosine_s
+    _check("cosine_s", s, 0 <= s <= 1, "[0, 1]")
     return _from_alpha_bar(lambda u: torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2, num_timesteps, max_beta)
 
 
 def sigmoid(
-    num_timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    num_timesteps: int,
+    sigmoid_start: float = -3.0,
+    sigmoid_end: float = 3.0,
+    sigmoid_tau: float = 1.0,
+    max_beta: float = 0.999,
 ) -> Schedule:
-    """alpha_bar falls as a logistic curve from `start` to `end`, rescaled to go from 1 to 0.
+    """alpha_bar falls as a logistic curve from start to end, rescaled to go from 1 to 0.
 
     With S the logistic function, alpha_bar(u) = (S(end / tau) - S((start + u (end - start)) / tau)) /
     (S(end / tau) - S(start / tau)). This is not the "sigmoid" of diffusers, in which beta itself is a
     logistic curve (GeoDiff).
 
     Args:
-        start: argument of the logistic curve at u = 0, below `end`.
-        end: argument at u = 1.
-        tau: temperature, above 0; smaller is steeper.
+        sigmoid_start: argument of the logistic curve at u = 0, below `sigmoid_end`.
+        sigmoid_end: argument at u = 1.
+        sigmoid_tau: temperature, above 0; smaller is steeper.
 
     Source: Jabri et al. 2022; Chen 2023, Algorithm 1.
     """
-    _check("start", start, start < end, f"below end, which is {end}")
-    _check("tau", tau, tau > 0, "(0, inf)")
+    start = sigmoid_start
+    end = sigmoid_end
+    tau = sigmoid_tau
+    _check("sigmoid_start", start, start < end, f"below sigmoid_end, which is {end}")
+    _check("sigmoid_tau", tau, tau > 0, "(0, inf)")
 
     # S(b) - S(a) is proportional to tanh(b / 2) - tanh(a / 2), and the factor drops out of the ratio.
     def curve(u: Tensor) -> Tensor:
@@ -172,25 +176,6 @@ def geometric(num_timesteps: int, sigma_min: float, sigma_max: float) -> Schedul
     before = torch.cat([torch.zeros(1, dtype=torch.float64), square[:-1]])
     # 1 - alpha_bar_t / alpha_bar_{t-1}, without cancellation.
     return Schedule((square - before) / (1 + square))
-
-
-SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
-    "linear": (linear, ("beta_start", "beta_end")),
-    "scaled_linear": (scaled_linear, ("beta_start", "beta_end")),
-    "cosine": (cosine, ("cosine_s", "max_beta")),
-    "sigmoid": (sigmoid, ("sigmoid_start", "sigmoid_end", "sigmoid_tau", "max_beta")),
-    "straight": (straight, ("max_beta",)),
-    "geometric": (geometric, ("sigma_min", "sigma_max")),
-}
-"""Builders by kind, each with the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
-
-
-def build(config: "ScheduleConfig") -> Schedule:
-    """The schedule that `config` describes."""
-    if config.kind not in SCHEDULES:
-        raise ValueError(f"kind is {config.kind!r}; it must be one of {', '.join(SCHEDULES)}")
-    make, fields = SCHEDULES[config.kind]
-    return make(config.num_timesteps, *(getattr(config, field) for field in fields))
 
 
 def _from_alpha_bar(curve: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Schedule:

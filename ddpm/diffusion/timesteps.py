@@ -14,17 +14,11 @@ Axes: T timesteps; D = C H W numbers per image.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
 from ddpm.diffusion.schedules import Schedule
 
-if TYPE_CHECKING:
-    from ddpm.config import SampleConfig
-
-FEW = 50
-"""Default number of steps of the samplers that need few."""
 SIGMA_MAX = 10.0
 """Start of karras, in units of sqrt(D).
 
@@ -96,37 +90,46 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
     return Schedule(1 - alpha_bar / before)
 
 
-def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int]:
-    """The timesteps that `config` describes, for images of `num_dims` numbers, D.
-
-    Defaults: all T for ddpm, 2 for multistep and at most 50 for the others; karras for the samplers of second order,
-    whose few steps should be short where little noise is left, and uniform for the others. multistep, which reaches a
-    clean image from any timestep, does not visit the last one of n + 1.
-    """
-    T = schedule.num_timesteps
-    n = config.num_sample_steps
-    if n is None:
-        n = T if config.sampler == "ddpm" else min(2 if config.sampler == "multistep" else FEW, T)
-    check_num_sample_steps(n, T)
-    spacing: str = config.spacing
-    if spacing == "auto":
-        spacing = "karras" if config.sampler in ("dpmpp_2m", "heun") else "uniform"
+def spaced(
+    schedule: Schedule,
+    num_sample_steps: int,
+    *,
+    spacing: str,
+    rho: float,
+    sigma_max: float,
+    sigma_min: float,
+) -> list[int]:
+    """The timesteps by the name of their spacing; the last three arguments are those of `karras`."""
     match spacing:
-        case "uniform" if config.sampler == "multistep":
-            return uniform(T, min(n + 1, T))[:n]
         case "uniform":
-            return uniform(T, n)
+            return uniform(schedule.num_timesteps, num_sample_steps)
         case "quadratic":
-            return quadratic(T, n)
+            return quadratic(schedule.num_timesteps, num_sample_steps)
         case "karras":
-            sigma_max = SIGMA_MAX * num_dims**0.5
-            if config.sampler == "heun":
-                # Not rounded up: Heun's first step must not go down by orders of magnitude (see `samplers.heun`), as
-                # from 1825 to 58 with sigmoid.
-                sigma_max = (schedule.sigma[schedule.sigma <= sigma_max].tolist() or [sigma_max])[-1]
-            return karras(schedule, n, config.rho, sigma_max, config.sigma_min)
+            return karras(schedule, num_sample_steps, rho, sigma_max, sigma_min)
         case _:
-            raise ValueError(f"spacing is {config.spacing!r}; it must be auto, uniform, quadratic or karras")
+            raise ValueError(f"spacing is {spacing!r}; it must be uniform, quadratic or karras")
+
+
+def spaced_for_heun(
+    schedule: Schedule,
+    num_sample_steps: int,
+    *,
+    spacing: str,
+    rho: float,
+    sigma_max: float,
+    sigma_min: float,
+) -> list[int]:
+    """`spaced`, with the first timestep of `karras` rounded down.
+
+    Heun's first step must not go down by orders of magnitude (see `samplers.heun`), as from 1825 to 58 with sigmoid.
+    """
+    below = schedule.sigma[schedule.sigma <= sigma_max]
+    if len(below) > 0:
+        sigma_max = below[-1].item()
+    return spaced(
+        schedule, num_sample_steps, spacing=spacing, rho=rho, sigma_max=sigma_max, sigma_min=sigma_min
+    )
 
 
 def check(timesteps: Sequence[int], num_timesteps: int) -> None:

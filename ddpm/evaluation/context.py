@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.build import TrainedNet, build_sampler, resolve_sample
+from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, FeatureNetName, SampleConfig, SampleFlags
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
-from ddpm.diffusion import schedules, timesteps
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import nets
 from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.measure import bound_variance
@@ -101,12 +99,7 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     sample = replace(
         sample, **{name: defaults[name] for name in SETTINGS if f"sample.{name}" not in effective}
     )
-    if sample.num_sample_steps is not None:
-        return sample
-    steps = timesteps.FEW
-    if PROCESSES[config.objective.process].uses_time:
-        steps = len(timesteps.build(sample, schedules.build(config.schedule), config.model.num_dims))
-    return replace(sample, num_sample_steps=steps)
+    return replace(sample, num_sample_steps=num_sample_steps(sample, config.schedule.num_timesteps))
 
 
 def check_effect(configs: Iterable[Config], settings: Settings) -> None:

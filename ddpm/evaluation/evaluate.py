@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm import kinds
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
 from ddpm.data.reading import DataSet
@@ -117,7 +118,9 @@ def evaluate(
     check_effect((replace(candidates[i].config, sample=sample) for i, sample in samplings), settings)
     context = open_context(candidates, settings)
     bounded = [
-        (i, None) for i, candidate in enumerate(candidates) if bounds and candidate.objective.has_bound
+        (i, None)
+        for i, candidate in enumerate(candidates)
+        if bounds and kinds.objective(candidate.config.objective.process).has_bound
     ]
     num_held_out = min(settings.num_images, context.held_out.rows.num_rows)
     data = context.train, context.held_out, context.feature_net, settings, context.label

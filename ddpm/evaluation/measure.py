@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import TrainedNet
+from ddpm import kinds
+from ddpm.build import TrainedNet, build_schedule
 from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import BoundVariance, Config
 from ddpm.data.reading import LabelledImages
-from ddpm.diffusion import likelihood, schedules
+from ddpm.diffusion import likelihood
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import Variance, fixed_variance
@@ -75,7 +76,8 @@ def measure(trained: TrainedNet, batch: LabelledImages, variance: BoundVariance 
         batch: other images than those whose bound is measured.
         variance: as in `bound_variance`.
     """
-    chosen, schedule = bound_variance(trained.config, variance), schedules.build(trained.config.schedule)
+    chosen = bound_variance(trained.config, variance)
+    schedule = build_schedule(trained.config.schedule)
     denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.MEASURE))
     errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
     x_0_error = errors.mean(0)
@@ -104,7 +106,8 @@ def bits_per_dim(
     """
     indices = range(start, start + len(batch.image))
     denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
-    schedule, variance = schedules.build(trained.config.schedule), measured.variance
+    schedule = build_schedule(trained.config.schedule)
+    variance = measured.variance
     fixed = None if variance == "learned" else fixed_variance(schedule, variance, measured.x_0_error)
     if num_draws == 0 or schedule.num_timesteps == 1:
         bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
@@ -119,8 +122,8 @@ def _prepared(
     trained: TrainedNet, batch: LabelledImages, indices: Sequence[int], counters: tuple[int, ...]
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
     """The net as `denoise`, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
-    if not trained.objective.has_bound:
-        process = trained.config.objective.process
+    process = trained.config.objective.process
+    if not kinds.objective(process).has_bound:
         raise UserError(f"the process {process} has no variational bound, so no bits/dim")
     x_0, label = trained.inputs(batch.image, batch.label)
     channels, height, width = x_0.shape[1:]

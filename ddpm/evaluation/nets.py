@@ -4,16 +4,14 @@ Axes: N images, H W, C channels, F features.
 """
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm import kinds
 from ddpm.data.reading import DataSet
-from ddpm.evaluation import classifier
 from ddpm.evaluation.features import FeatureNet, digest_of, normalised, rgb
-from ddpm.evaluation.inception import Inception
 from ddpm.evaluation.reference import Cache
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -79,17 +77,9 @@ class Lite0:
         return normalised(self.net.to(x.device).extract_features(x).mean((2, 3)))
 
 
-FEATURE_NETS: dict[str, Callable[[DataSet, Cache, str | None], FeatureNet]] = {
-    "classifier": lambda train, cache, _: classifier.build(train, cache),
-    "inception": lambda train, cache, weights: Inception(weights),
-    "lite0": lambda *_: Lite0(),
-    "pixels": lambda train, *_: Pixels(train.shape),
-}
-"""Builders by name; each takes the arguments of `build` after the name."""
-
-
 def build(name: str, train: DataSet, cache: Cache, inception_weights: str | None = None) -> FeatureNet:
     """The feature net `name` for images like those of `train`; `inception_weights` are those of `Inception`."""
-    if name not in FEATURE_NETS:
-        raise UserError(f"feature net {name!r} is unknown; it must be one of {', '.join(FEATURE_NETS)}")
-    return FEATURE_NETS[name](train, cache, inception_weights)
+    net: FeatureNet = kinds.find("features", name).build(
+        train=train, shape=train.shape, cache=cache, weights=inception_weights
+    )
+    return net

@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ddpm.build import resolve_sample
+from ddpm.build import build_schedule, resolve_sample
 from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ddpm.config_io import from_json, to_json
-from ddpm.diffusion import schedules
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS
 from ddpm.utils.errors import UserError
 
@@ -30,7 +29,7 @@ def unet_of(config: Config) -> UNetConfig:
     if not isinstance(config.model, UNetConfig):
         raise UserError(
             f"model.net is {config.model.net}; a DDPMPipeline of diffusers has a UNet2DModel, so only the net unet "
-            "can become one; use --format pt2"
+            "can become one; use examples/torch_export"
         )
     return config.model
 
@@ -71,7 +70,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     if config.objective.predict not in PREDICTIONS:
         raise UserError(
             f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "
-            f"{', '.join(PREDICTIONS)}; use --format pt2"
+            f"{', '.join(PREDICTIONS)}; use examples/torch_export"
         )
     betas: dict[str, Any]
     match schedule.kind:
@@ -81,7 +80,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         case "cosine" if (schedule.cosine_s, schedule.max_beta) == (0.008, 0.999):
             betas = {"beta_schedule": SCHEDULES["cosine"]}
         case _:
-            betas = {"trained_betas": schedules.build(schedule).beta.tolist()}
+            betas = {"trained_betas": build_schedule(schedule).beta.tolist()}
     return {
         "num_train_timesteps": schedule.num_timesteps,
         **betas,

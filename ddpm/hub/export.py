@@ -1,7 +1,6 @@
-"""Export of nets to a diffusers pipeline folder or a torch.export program, and import of such a folder.
+"""Export of nets to a diffusers pipeline folder, and import of such a folder.
 
-    DIR/model_index.json  unet/  scheduler/     diffusers: DDPMPipeline.from_pretrained(DIR) draws the same images
-    DIR/net.pt2  config.json                    torch.export.load("DIR/net.pt2").module()(x_t, t)
+    DIR/model_index.json  unet/  scheduler/     DDPMPipeline.from_pretrained(DIR) draws the same images
 
 What diffusers cannot express directly is translated or refused; nothing is left out silently:
 
@@ -30,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm import kinds
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
-from ddpm.config_io import to_json
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_config import (
     config_of,
     defaults,
@@ -62,10 +60,10 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
     diffusers, config = _diffusers(), trained.config
-    if not PROCESSES[config.objective.process].has_bound:
+    if not kinds.objective(config.objective.process).has_bound:
         name = config.objective.process
         raise UserError(
-            f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use --format pt2"
+            f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use examples/torch_export"
         )
     unet_of(config)
     weights, config = _without_labels(trained.net.state_dict(), config, label)
@@ -74,32 +72,6 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
     pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler_config(config)))
     with _new_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def to_pt2(trained: TrainedNet, out: Path) -> None:
-    """Write the new folder `out` with the net as a torch.export program, for any batch size, in float32.
-
-    Its arguments are those of the net: x_t, t and label, as far as the net takes them (t is None for
-    uniform_mix). config.json gives the meaning of its output. For edm and flow x_t is scaled first:
-    `Edm` and `Flow` in `ddpm.diffusion.objectives`.
-    """
-    config = trained.config
-    plain = build_net(replace(config, train=replace(config.train, precision="float32")))
-    plain.load_state_dict(trained.net.state_dict())
-    plain.eval().requires_grad_(False)
-    # Row-major: for channels-last weights torch.export.save warns that they may be parts of others (2.13).
-    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    batch = torch.export.Dim("batch", min=1)
-    side, count = config.model.image_size, 2  # torch.export would take 1 for a constant
-    t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
-    arguments = [torch.zeros(count, config.model.channels, side, side), t]
-    if config.model.num_classes:
-        arguments.append(torch.zeros(count, dtype=torch.int64))
-    dynamic = tuple(None if argument is None else {0: batch} for argument in arguments)
-    program = torch.export.export(plain, tuple(arguments), dynamic_shapes=dynamic)
-    with _new_folder(out) as folder:
-        torch.export.save(program, folder / "net.pt2")
-        (folder / "config.json").write_text(to_json(config))
 
 
 def from_diffusers(source: Path, out: Path) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ddpm.models.dropout import Dropout
+from ddpm.models.regions import Region
 
 if TYPE_CHECKING:
-    from ddpm.config import DiTConfig, UNetConfig
+    from ddpm.config import ModelConfig, UNetConfig
 
 NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000
@@ -37,7 +38,7 @@ FEW_PIXELS = 1024
 """Largest N for which attention on a CPU holds all N x N weights in memory."""
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, Region):
     """A residual block, then self-attention if asked for: [B, C_in, H, W] -> [B, C_out, H, W]."""
 
     def __init__(self, width_in: int, width_out: int, attention: bool, config: UNetConfig) -> None:
@@ -192,9 +193,7 @@ Requirement = tuple[str, bool, str]
 """The name of a config's field, whether its value fits the net, and which values would."""
 
 
-def check_sizes(
-    config: UNetConfig | DiTConfig, num_timesteps: int, requirements: Iterable[Requirement]
-) -> None:
+def check_sizes(config: ModelConfig, num_timesteps: int, requirements: Iterable[Requirement]) -> None:
     """Raise ValueError for the first requirement, of every net or of `requirements`, that is not met."""
     classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
     common: list[Requirement] = [

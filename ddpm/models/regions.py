@@ -8,20 +8,21 @@ regional compilation, https://docs.pytorch.org/tutorials/recipes/regional_compil
 import torch
 from torch import nn
 
-from ddpm.models import dit, layers
-
-BLOCKS = (layers.ResidualBlock, dit.Block)
 VARIANTS = 4
-"""Variants of a block: the last pass of a step may have fewer images, a pass of consistency may have no gradients."""
+"""Variants of a block: the last pass of a step may have fewer images, a pass of an objective may have no gradients."""
+
+
+class Region:
+    """A base class of a net's blocks that marks them: each is compiled by itself."""
 
 
 def compile_blocks(net: nn.Module) -> None:
-    """Compile the blocks of `net` in place, at their first call; a net without `BLOCKS` as a whole.
+    """Compile the blocks of `net` in place, at their first call; a net without a `Region` as a whole.
 
     Each shape has its own code (dynamic=False): else PyTorch would take the second block's width for a size that
     changes from call to call. All of them count toward one limit, which is raised to hold them.
     """
-    blocks = [module for module in net.modules() if isinstance(module, BLOCKS)]
+    blocks = [module for module in net.modules() if isinstance(module, Region)]
     limits = torch.compiler.config
     limits.recompile_limit = max(limits.recompile_limit, VARIANTS * len(blocks))
     for block in blocks:

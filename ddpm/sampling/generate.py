@@ -5,9 +5,8 @@ Training (for its grids) and jobs/sample.py sample with `draw`: image i is a fun
 Axes: N images, C channels, H W.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,15 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import TrainedNet, build_objective, build_sampler
+from ddpm import kinds
+from ddpm.build import TrainedNet, build_objective, build_sampler, build_schedule
 from ddpm.cluster.worker_pool import check_cancelled
 from ddpm.config import Config
-from ddpm.data.sources import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
-from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES, Denoised
-from ddpm.diffusion.samplers import OnStep, PerImageNoise
+from ddpm.diffusion.objectives import Denoised
+from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
@@ -34,21 +32,6 @@ from ddpm.utils.seeding import Purpose
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
-
-
-def read_known(
-    image: Path, mask: Path, config: Config, num_resamples: int = 10, jump_length: int = 10
-) -> Known:
-    """The input of inpainting, from two image files: white in `mask` keeps the pixel of `image`, black samples it.
-
-    Both are resized and cropped to the centre square, as training data is.
-    """
-    size, channels = config.model.image_size, config.model.channels
-    x_0, keep = (
-        torch.from_numpy(np.asarray(image_folder.store([image_folder.read_file(path)], size, c, "raw")[0]))
-        for path, c in ((image, channels), (mask, 1))
-    )
-    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
 
 
 def check_label(config: Config, label: int | None) -> None:
@@ -77,7 +60,7 @@ def draw(
     indices: Sequence[int],
     *,
     label: Label = None,
-    known: Known | None = None,
+    sampler: Sampler | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images with these indices, in one batch.
@@ -85,7 +68,7 @@ def draw(
     Args:
         indices: image i depends on the seed, i, and its label alone.
         label: as in `labels`.
-        known: a given part of every image, for inpainting.
+        sampler: used in place of the one that the configuration describes.
         on_step: called at every step of the sampler.
 
     Returns:
@@ -95,7 +78,8 @@ def draw(
     device = trained.device
     classes = labels(config, indices, label)
     denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
-    sampler = build_sampler(config, known)
+    if sampler is None:
+        sampler = build_sampler(config)
     return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
 
 
@@ -165,6 +149,14 @@ def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple
     return images.strip(list(rows), captions), images.gif_bytes(moving)
 
 
+def noise_level(config: Config) -> Callable[[Tensor], Tensor]:
+    """The function from t [B] to the noise level that sample.guidance_interval refers to: sigma, or t without one."""
+    if not kinds.objective(config.objective.process).uses_time:
+        return lambda t: t
+    sigma = build_schedule(config.schedule).sigma.float()
+    return lambda t: sigma.to(t.device, non_blocking=True)[t]
+
+
 def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
     """The net as a function for samplers: with `label`, and guidance if it is configured."""
 
@@ -183,7 +175,7 @@ def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
         given(None),
         scale=sample.guidance_scale,
         interval=sample.guidance_interval,
-        level=trained.objective.noise_level,
+        level=noise_level(trained.config),
     )
 
 
@@ -191,7 +183,7 @@ def _noise(config: Config, indices: Sequence[int], device: torch.device) -> PerI
     """Noise for the images with these indices, drawn on the CPU for any device."""
     side = config.model.image_size
     generators = [PhiloxGenerator(config.sample.seed, Purpose.SAMPLE, i) for i in indices]
-    uniform = PROCESSES[config.objective.process].has_uniform_noise
+    uniform = kinds.objective(config.objective.process).has_uniform_noise
     return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
 
 

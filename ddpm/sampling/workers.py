@@ -21,7 +21,7 @@ from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect
-from ddpm.diffusion.inpainting import Known
+from ddpm.diffusion.samplers import Sampler
 from ddpm.sampling import generate, writers
 from ddpm.sampling.writers import PngWriter
 from ddpm.storage.locations import Location
@@ -44,8 +44,9 @@ class SampleJob:
     """Its config has the sampling configuration, with the seed."""
     label: int | None = None
     """The class of all images; None: image i has class i mod num_classes."""
-    known: Known | None = None
-    """A given part of every image, for inpainting."""
+    sampler: Sampler | None = None
+    """Used in place of the one that the configuration describes, by `in_memory` alone: no file could say what it
+    draws."""
     batch_size: int | None = None
     """Images per batch of a worker; None: 32 on a core, 256 on a GPU."""
 
@@ -55,7 +56,8 @@ class SampleJob:
 
     def __post_init__(self) -> None:
         generate.check_label(self.config, self.label)
-        build_sampler(self.config, self.known)
+        if self.sampler is None:
+            build_sampler(self.config)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,9 +67,10 @@ class SampleJob:
 
     def asked(self, batch_size: int) -> dict[str, Any]:
         """Everything that determines image i and its file, as flat JSON."""
+        if self.sampler is not None:
+            raise ValueError("sampler is given; images by it are drawn with `in_memory`")
         config = self.config
-        sample = config.sample if self.known is None else replace(config.sample, sampler="ddpm")
-        config = replace(config, sample=resolve_sample(sample, config.objective))
+        config = replace(config, sample=resolve_sample(config.sample, config.objective))
         keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
         flat = {key: value for key, value in flatten(config).items() if key in keys}
         asked: dict[str, Any] = {"format": "png", "batch_size": batch_size}  # requests of 0.1 have a format
@@ -76,12 +79,6 @@ class SampleJob:
             "weights": _sha256(self.trained.net.state_dict()),
             "label": self.label,
         }
-        if self.known is not None:
-            asked |= {
-                "inpaint": _sha256({"x_0": self.known.x_0, "mask": self.known.mask}),
-                "num_resamples": self.known.num_resamples,
-                "jump_length": self.known.jump_length,
-            }
         return asked | flat
 
 
@@ -90,7 +87,7 @@ class SampleWorker:
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
         self._trained = job.trained
-        self._given: dict[str, Any] = {"label": job.label, "known": job.known}
+        self._given: dict[str, Any] = {"label": job.label, "sampler": job.sampler}
         job.trained.net.to(device).eval().requires_grad_(False)
 
     def draw(self, indices: range) -> Pixels:

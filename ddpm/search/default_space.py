@@ -7,11 +7,11 @@
     log(low,high)       uniform in the logarithm; low must be above 0
     int(low,high)       whole numbers, both ends included; intlog(low,high) is uniform in the logarithm
 
-A key that belongs to some kinds of schedule only is varied only where its kind was chosen: a cosine has no beta_end.
+A key that only some kinds read is varied only where one of them was chosen: a cosine has no beta_end.
 Nothing in a flag is executed.
 """
 
-from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.kinds import SCHEDULES
 
 DEFAULT = (
     f"schedule.kind={'|'.join(SCHEDULES)}",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import Config, SamplerName
+from ddpm.build import build_schedule
+from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
@@ -24,7 +24,7 @@ from ddpm.evaluation.settings import Settings
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trial, Trials, best
 
-SAMPLER: SamplerName = "dpmpp_2m"
+SAMPLER = "dpmpp_2m"
 STEPS = 20
 """The sampler of finalists: fast, and the same for all."""
 LEFTOVER = 0.5
@@ -178,4 +178,4 @@ def _num_timesteps(setup: Setup, trial: Trial) -> int:
 def _leftover(base: Config, trial: Trial) -> float:
     """sqrt(D alpha_bar_T) of the trial's config."""
     config = override(base, trial.changes)
-    return float((config.model.num_dims * schedules.build(config.schedule).alpha_bar[-1]).sqrt())
+    return float((config.model.num_dims * build_schedule(config.schedule).alpha_bar[-1]).sqrt())

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ddpm import kinds
 from ddpm.checkpoints import runs
 from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.data import builtin, ray_dataset
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation.rung import Evaluator, Rungs
 from ddpm.search import space as spaces
 from ddpm.search.config import Arguments
@@ -56,7 +56,7 @@ def prepare(arguments: Arguments) -> Setup:
     """The search that the command line describes."""
     config = _named(arguments)
     loop.check(config)
-    if not PROCESSES[config.objective.process].has_bound:
+    if not kinds.objective(config.objective.process).has_bound:
         raise UserError(f"the process {config.objective.process} has no bits/dim to search by")
     space = spaces.parse(arguments.space, config)
     if arguments.metric != "bits_per_dim" and space.has_schedule:

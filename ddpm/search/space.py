@@ -17,19 +17,12 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
+from ddpm import kinds
 from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect, override
-from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
-KINDS = {
-    f"schedule.{field}": tuple(kind for kind, (_, fields) in SCHEDULES.items() if field in fields)
-    for _, fields in SCHEDULES.values()
-    for field in fields
-}
-"""The kinds of schedule that use a key; all kinds use the other keys."""
-KIND = "schedule.kind"
 NUM_CLASSES = "model.num_classes"
 """The one key besides those of Affects.TASK that changes the bounded quantity. The keys of objective. (label_dropout,
 too) change only the net: the bound is computed from x_0_hat for any prediction, and a net with labels is always given
@@ -60,33 +53,27 @@ def grid_values(domain: Domain, num_points: int) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Space:
-    """The domains of some keys; a schedule's kind comes first."""
+    """The domains of some keys; those that choose a kind come first."""
 
     domains: Mapping[str, Domain]
-    kind: str
-    """The kind of the config's schedule, if the kind is not varied."""
+    base: Mapping[str, Any]
+    """The flat config that trials change."""
 
     @property
     def has_schedule(self) -> bool:
         """Whether trials differ in their noise schedules, or in the meaning of their loss."""
         return any(key.startswith(("schedule.", "objective.")) for key in self.domains)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of schedule that trials can have."""
-        return ends(self.domains[KIND]) if KIND in self.domains else (self.kind,)
-
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Optuna's value for each key that matters; the kind is asked for first."""
+        """Optuna's value for each key that has an effect; kinds are asked for first."""
         suggested: dict[str, Any] = {}
         for key, domain in self.domains.items():
-            kind = suggested.get(KIND, self.kind)
-            if kind in KINDS.get(key, (kind,)):
+            if self._has_effect(key, suggested):
                 suggested[key] = _ask(trial, key, domain)
         return suggested
 
     def grid(self, num_points: int, most: int | None = None) -> list[dict[str, Any]]:
-        """The first `most` combinations, or all, with `num_points` of each range; each kind has only its own keys."""
+        """The first `most` combinations, or all, with `num_points` of each range; only of keys that have an effect."""
         return list(
             itertools.islice(self._combinations(lambda domain: grid_values(domain, num_points)), most)
         )
@@ -94,21 +81,31 @@ class Space:
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""
         of_schedule = {key: domain for key, domain in self.domains.items() if key.startswith("schedule.")}
-        yield from Space(of_schedule, self.kind)._combinations(ends, MAX_CORNERS)
+        yield from Space(of_schedule, self.base)._combinations(ends, MAX_CORNERS)
         for key, domain in self.domains.items():
             if key not in of_schedule:
                 yield from ({key: end} for end in ends(domain))
 
+    def unused(self) -> list[str]:
+        """The keys that have an effect in no trial."""
+        used = {key for point in self._combinations(ends, 1) for key in point}
+        return [key for key in self.domains if key not in used]
+
     def as_json(self) -> dict[str, Any]:
         return {key: json.loads(distribution_to_json(domain)) for key, domain in self.domains.items()}
+
+    def _has_effect(self, key: str, chosen: Mapping[str, Any]) -> bool:
+        return key not in kinds.without_effect({**self.base, **chosen})
 
     def _combinations(
         self, values_of: Callable[[Domain], tuple[Any, ...]], most: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """All combinations of the values of all domains, at most `most` for each kind of schedule."""
-        for kind in self.kinds:
-            keys = [key for key in self.domains if kind in KINDS.get(key, (kind,))]
-            values = ((kind,) if key == KIND else values_of(self.domains[key]) for key in keys)
+        """All combinations of the values of all domains, at most `most` for each combination of kinds."""
+        choices = [key for key in self.domains if key in kinds.TABLES]
+        for names in itertools.product(*(ends(self.domains[key]) for key in choices)):
+            chosen = dict(zip(choices, names, strict=True))
+            keys = [key for key in self.domains if self._has_effect(key, chosen)]
+            values = [(chosen[key],) if key in chosen else values_of(self.domains[key]) for key in keys]
             for point in itertools.islice(itertools.product(*values), most):
                 yield dict(zip(keys, point, strict=True))
 
@@ -125,9 +122,8 @@ def parse(flags: Sequence[str], base: Config) -> Space:
         if key in domains:
             raise UserError(f"--space has {key} twice")
         domains[key] = _domain(key, text, base)
-    if KIND in domains:
-        domains = {KIND: domains[KIND]} | domains
-    space = Space(domains, base.schedule.kind)
+    choices = {key: domain for key, domain in domains.items() if key in kinds.TABLES}
+    space = Space(choices | domains, flatten(base))
     _check(space, base)
     return space
 
@@ -141,12 +137,8 @@ def _check(space: Space, base: Config) -> None:
             "of log p(x | y) with labels and of log p(x) without, and the two are not comparable; search each under a "
             "--name of its own"
         )
-    for key in space.domains:
-        if not set(space.kinds) & set(KINDS.get(key, space.kinds)):
-            raise UserError(
-                f"--space {key} changes nothing: it is used by {' and '.join(KINDS[key])}, and {KIND} is "
-                f"{' or '.join(space.kinds)}"
-            )
+    for key in space.unused():
+        raise UserError(f"--space {key} changes nothing: it is read with {kinds.readers(key)} alone")
     timesteps = space.domains.get("schedule.num_timesteps")
     if timesteps is not None and (most := max(ends(timesteps))) > MAX_TIMESTEPS:
         raise UserError(f"--space allows {most:,} timesteps; at most {MAX_TIMESTEPS:,} are allowed")

@@ -8,48 +8,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ddpm import presets
+from ddpm import kinds, presets
 from ddpm.build import resolve_sample
 from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect
-from ddpm.diffusion.objectives import PROCESSES
-from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.utils.errors import UserError
 
 
 def params(config: Config) -> dict[str, Any]:
     """The flat config without None, and without keys that have no effect on the images of this run."""
-    objective, has_labels = config.objective, config.model.num_classes > 0
-    process, draws_sigma = PROCESSES[objective.process], objective.timesteps != "uniform"
-    uses_time, weights = process.uses_time, objective.weight if process.has_bound else ""
-    sample = resolve_sample(config.sample, objective)
-    is_ddpm, spacing = sample.sampler == "ddpm", sample.spacing
-    by_default = ("auto", "dpmpp_2m"), ("auto", "heun")
-    is_karras = uses_time and (spacing == "karras" or (spacing, sample.sampler) in by_default)
-    schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
-    has_effect = {
-        **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
-        **dict.fromkeys((f"objective.{name}" for name in ("predict", "variance", "timesteps")), uses_time),
-        "objective.weight": weights != "",
-        "objective.sigma_data": uses_time and "edm" in (objective.predict, weights),
-        "objective.min_snr_gamma": weights == "min_snr",
-        **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
-        "objective.label_dropout": has_labels,
-        "sample.guidance_scale": has_labels,
-        "sample.guidance_interval": has_labels and sample.guidance_scale != 1,
-        **dict.fromkeys(("sample.rho", "sample.sigma_min"), is_karras),
-        "sample.spacing": uses_time,
-        "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
-        "sample.mean": is_ddpm,
-        "sample.variance": is_ddpm,
-        "sample.clip_x_0": not is_ddpm,
-    }
-    keys = keys_that_affect(config, Affects.ANYTHING)
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if value is not None and has_effect.get(key, key in keys)
-    }
+    resolve_sample(config.sample, config.objective)  # checks it
+    flat = flatten(config)
+    left_out = kinds.without_effect(flat)
+    if config.model.num_classes == 0:
+        left_out |= {"objective.label_dropout", "sample.guidance_scale", "sample.guidance_interval"}
+    elif config.sample.guidance_scale == 1:
+        left_out.add("sample.guidance_interval")
+    keys = keys_that_affect(config, Affects.ANYTHING) - left_out
+    return {key: value for key, value in flat.items() if value is not None and key in keys}
 
 
 def check_effect(configs: Iterable[Config], given: Iterable[str], named: Callable[[str], str] = str) -> None:

@@ -5,8 +5,9 @@ Every rank calls these functions: each measures its share of the images, and the
 
 import torch
 
+from ddpm import kinds
 from ddpm.build import TrainedNet
-from ddpm.data.reading import Images
+from ddpm.data.reading import LabelledImages
 from ddpm.evaluation import measure
 from ddpm.training.runtime import Runtime
 
@@ -20,7 +21,7 @@ BOUND_DRAWS = 4
 """Timesteps measured of each of them."""
 
 
-def mean_loss(averaged: TrainedNet, images: Images, runtime: Runtime) -> float:
+def mean_loss(averaged: TrainedNet, images: LabelledImages, runtime: Runtime) -> float:
     """Mean loss over the images: the same t and noise every time."""
     total = torch.zeros((), device=runtime.device)
     starts = range(0, len(images.image), BATCH)
@@ -30,13 +31,16 @@ def mean_loss(averaged: TrainedNet, images: Images, runtime: Runtime) -> float:
     return (runtime.mean(total) * runtime.world_size / len(images.image)).item()
 
 
-def bits_per_dim(averaged: TrainedNet, images: Images, runtime: Runtime) -> dict[str, float]:
+def bits_per_dim(averaged: TrainedNet, images: LabelledImages, runtime: Runtime) -> dict[str, float]:
     """Bits/dim of a few images and the standard error, as metrics; comparable between schedules of equal T.
 
     Empty if the process has no bound, or there are too few images.
     """
     stop = min(PILOT_IMAGES + BOUND_IMAGES, len(images.image))
-    has_bound = averaged.objective.has_bound and averaged.config.schedule.num_timesteps > 1
+    has_bound = (
+        kinds.objective(averaged.config.objective.process).has_bound
+        and averaged.config.schedule.num_timesteps > 1
+    )
     if not has_bound or stop < PILOT_IMAGES + 2:
         return {}
     measured = measure.measure(averaged, images[:PILOT_IMAGES])

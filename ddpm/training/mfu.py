@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm import kinds
 from ddpm.config import Config
-from ddpm.diffusion.objectives import PROCESSES
 from ddpm.utils import devices
 
 BFLOAT16_PEAKS = {
@@ -27,14 +27,14 @@ BFLOAT16_PEAKS = {
 def flops_per_image(net: nn.Module, config: Config) -> float:
     """FLOPs of training on one image: 3 times the forward pass, since the backward pass takes twice as many.
 
-    The second forward pass of consistency tuning, which has no gradient, does not count.
+    A forward pass without a gradient, as that of consistency tuning, does not count.
     """
     device = next(net.parameters()).device
     model = config.model
     t = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         x_t = torch.zeros(1, model.channels, model.image_size, model.image_size, device=device)
-        net(x_t, t if PROCESSES[config.objective.process].uses_time else None, None)
+        net(x_t, t if kinds.objective(config.objective.process).uses_time else None, None)
     return 3.0 * counter.get_total_flops()
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ddpm.build import TrainedNet
-from ddpm.data.reading import Images
+from ddpm.data.reading import LabelledImages
 from ddpm.sampling import generate
 from ddpm.training.runtime import Runtime
 from ddpm.utils import images
@@ -22,14 +22,14 @@ def sample_grid(averaged: TrainedNet, runtime: Runtime) -> Pixels:
     return images.grid(drawn.cpu()[order][:num_images].numpy())
 
 
-def denoising_strip(averaged: TrainedNet, held_out: Images) -> Pixels:
+def denoising_strip(averaged: TrainedNet, held_out: LabelledImages) -> Pixels:
     """Held-out images, noised and denoised."""
     some = held_out[:STRIP_IMAGES]
     x_0, label = averaged.inputs(some.image, some.label)
     return generate.denoising_strip(averaged, x_0, label)
 
 
-def final_pictures(averaged: TrainedNet, held_out: Images | None) -> dict[str, bytes]:
+def final_pictures(averaged: TrainedNet, held_out: LabelledImages | None) -> dict[str, bytes]:
     """Pictures of the finished run by file name: forward noising, and the reverse trajectory."""
     pictures = {}
     if held_out is not None:

@@ -52,7 +52,7 @@ def test_the_facts_of_a_run_are_those_of_its_beginning(root_uri: str) -> None:
     card = runs.read_card(run.location)
     assert {name: getattr(card, name) for name in vars(facts)} == vars(facts)
     assert (card.name, card.run_key) == ("a", run.key) and card.created_ms > 10**12
-    runs.open_run("a", root_uri, Facts(preset="glyphs"))
+    runs.open_run("a", root_uri, Facts(preset="cifar10"))
     assert runs.read_card(run.location) == card
 
 

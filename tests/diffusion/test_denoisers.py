@@ -4,9 +4,8 @@ import pytest
 import torch
 from support.exact_denoisers import ancestral, gaussian, normal, toy_denoiser
 
-from ddpm.config import SampleConfig
 from ddpm.diffusion import process, schedules
-from ddpm.diffusion.denoisers import build_threshold, clip, guided, predict
+from ddpm.diffusion.denoisers import clip, guided, predict
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import mix
 
@@ -83,12 +82,3 @@ def test_a_prediction_stays_consistent_after_any_threshold(threshold):
     raw = toy_denoiser(SHORT)(x_t, t).x_0_hat
     assert raw.abs().max() > 1
     assert torch.equal(x_0_hat, threshold(raw) if threshold else raw)
-
-
-def test_build_threshold():
-    def built(**changes):
-        return build_threshold(SampleConfig(**changes))
-
-    assert built(sampler="heun") is clip and built(sampler="heun", clip_x_0=False) is None
-    assert built(sampler="ddpm", clip_x_0=False) is clip
-    assert built(sampler="ddpm", mean="plain") is None

@@ -9,7 +9,7 @@ from support.exact_denoisers import normal
 
 from ddpm.config import ObjectiveConfig
 from ddpm.diffusion import objectives, process, schedules
-from ddpm.diffusion.objectives import Edm, Flow, V
+from ddpm.diffusion.objectives import Edm, Eps, Flow, Labels, V
 from ddpm.diffusion.samplers import ddim, heun
 from ddpm.diffusion.timesteps import karras, uniform
 from ddpm.utils.generators import PhiloxGenerator
@@ -48,7 +48,7 @@ def loss_and_gradient(loss_of):
 def drawn(objective):
     """What `objective.loss` draws from PhiloxGenerator(3): x_0, t, eps."""
     x_0, generator = 0.5 * normal(SHAPE, 1)(), PhiloxGenerator(3)
-    return x_0, objective._draw_t(len(x_0), generator), generator.normal(SHAPE, torch.float64)
+    return x_0, objective.draw_t(len(x_0), generator), generator.normal(SHAPE, torch.float64)
 
 
 @pytest.mark.parametrize("schedule", [GEOMETRIC, schedules.cosine(1000)])
@@ -162,9 +162,9 @@ def denoiser(objective, net):
 )
 def test_sigma_is_log_normal_and_so_is_u_logit_normal(changes, schedule, mean, std):
     """Karras et al. 2022, Table 1: log sigma ~ N(mean, std^2). Esser et al. 2024: logit u ~ N(mean, std^2)."""
-    objective = objectives.build(ObjectiveConfig(**changes), schedule, 0)
+    objective = objectives.gaussian(ObjectiveConfig(**changes), schedule, Labels(), Eps)
     n = 20_000
-    sigma = schedule.sigma[objective._draw_t(n, PhiloxGenerator(5))]
+    sigma = schedule.sigma[objective.draw_t(n, PhiloxGenerator(5))]
     u = sigma / (1 + sigma)
     logit = (u / (1 - u)).log().numpy()
     # Kolmogorov and Smirnov's 0.1 % bound, and half a step of the schedule, 0.005 in log sigma, at the densest place.
@@ -172,5 +172,5 @@ def test_sigma_is_log_normal_and_so_is_u_logit_normal(changes, schedule, mean, s
 
 
 def test_sigma_beyond_the_schedule_is_its_first_or_last():
-    t = objectives.Eps(GEOMETRIC, log_sigma=(0.0, 20.0))._draw_t(1000, PhiloxGenerator(0))
+    t = objectives.Eps(GEOMETRIC, log_sigma=(0.0, 20.0)).draw_t(1000, PhiloxGenerator(0))
     assert (t.min(), t.max(), t.dtype) == (0, 999, torch.int64)

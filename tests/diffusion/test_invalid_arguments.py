@@ -6,10 +6,12 @@ import pytest
 import torch
 from support.exact_denoisers import ancestral, grey, normal, toy_denoiser
 
-from ddpm.config import ObjectiveConfig, SampleConfig, ScheduleConfig
-from ddpm.diffusion import likelihood, objectives, process, samplers, schedules
+from ddpm import kinds
+from ddpm.build import bind_sampler
+from ddpm.config import SampleConfig
+from ddpm.diffusion import likelihood, process, samplers, schedules
 from ddpm.diffusion.denoisers import guided
-from ddpm.diffusion.objectives import Eps, UniformMix
+from ddpm.diffusion.objectives import Eps, Labels, UniformMix
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import ddim, dpmpp_2m, heun, mix
 from ddpm.diffusion.schedules import Schedule
@@ -36,15 +38,14 @@ SCHEDULES = [
     (lambda: schedules.linear(10, 0.0, 0.02), r"beta_start is 0.0; .* \(0, 1\)"),
     (lambda: schedules.scaled_linear(10, 0.02, 0.01), r"beta_end is 0.01; .* beta_start being 0.02"),
     (lambda: schedules.linear(10, 1e-4, 1.0), r"beta_end is 1.0"),
-    (lambda: schedules.cosine(10, s=-1), r"s is -1; .* \[0, 1\]"),
+    (lambda: schedules.cosine(10, cosine_s=-1), r"cosine_s is -1; .* \[0, 1\]"),
     (lambda: schedules.cosine(10, max_beta=1.0), r"max_beta is 1.0; .* \(0, 1\)"),
-    (lambda: schedules.sigmoid(10, start=3, end=3), r"start is 3; .* below end"),
-    (lambda: schedules.sigmoid(10, tau=0.0), r"tau is 0.0"),
+    (lambda: schedules.sigmoid(10, sigmoid_start=3, sigmoid_end=3), r"sigmoid_start is 3; .* below"),
+    (lambda: schedules.sigmoid(10, sigmoid_tau=0.0), r"sigmoid_tau is 0.0"),
     (lambda: schedules.sigmoid(0), r"num_timesteps is 0"),
     (lambda: schedules.geometric(0, 0.002, 80), r"num_timesteps is 0"),
     (lambda: schedules.geometric(10, 80, 80), r"sigma_min is 80; .* \(0, sigma_max\), sigma_max being 80"),
     (lambda: schedules.linear(10, float("nan"), 0.02), r"beta_start is nan"),
-    (lambda: schedules.build(ScheduleConfig(kind="exp")), r"kind is 'exp'"),
     (lambda: Schedule(torch.full((4,), 0.1)), r"beta is torch.float32 .* float64 \[T\]"),
     (lambda: Schedule(double(0.1, 1.0)), r"every beta must be in \(0, 1\)"),
     (lambda: Schedule(double(*[0.999] * 200)), r"alpha_bar .* inside \(0, 1\)"),
@@ -63,13 +64,12 @@ PROCESS = [
     (lambda: process.q_sample(A, X.half(), T, X.half()), "needs float32 or float64"),
 ]
 OBJECTIVES = [
-    (lambda: objectives.build(ObjectiveConfig(predict="score"), LINEAR, 0), "'score'.*eps, x_0, v"),
-    (lambda: objectives.build(ObjectiveConfig(label_dropout=1.1), LINEAR, 0), "label_dropout is 1.1"),
-    (lambda: objectives.build(ObjectiveConfig(), LINEAR, -1), "num_classes is -1"),
+    (lambda: Labels(0, 1.1), "label_dropout is 1.1"),
+    (lambda: Labels(-1), "num_classes is -1"),
     (lambda: Eps(LINEAR, min_snr_gamma=0.0), "min_snr_gamma is 0.0"),
     (lambda: Eps(LINEAR, sigma_data=0.0), "sigma_data is 0.0"),
     (
-        lambda: objectives.build(ObjectiveConfig(variance="learned", timesteps="log_normal"), LINEAR, 0),
+        lambda: Eps(LINEAR, learns_variance=True, log_sigma=(0.0, 1.0)),
         "variance is learned .*; timesteps must be uniform",
     ),
     (
@@ -145,13 +145,12 @@ def test_invalid_arguments_are_errors(call, message):
         ("ddim", {"eta": 1.5}, r"eta is 1.5; .* \[0, 1\]"),
         ("dpmpp_2m", {"eta": -0.5}, r"eta is -0.5; .* \[0, 1\]"),
         ("mix", {"num_sample_steps": 0}, "num_sample_steps is 0; .* 1, 2"),
-        ("ddpm", {"mean": "mode"}, "mean is 'mode'"),
         ("ddpm", {}, "variance is 'auto'; it must be beta, beta_tilde or measured"),
-        ("auto", {}, "sampler is 'auto'"),
         ("heun", {"spacing": "log"}, "spacing is 'log'"),
         ("heun", {"spacing": "karras", "rho": 0.5}, "rho is 0.5"),
     ],
 )
 def test_a_sampler_is_checked_before_sampling(sampler, changes, message):
     with pytest.raises(ValueError, match=message):
-        samplers.build(SampleConfig(sampler=sampler, **changes), LINEAR, 64)
+        sample = SampleConfig(sampler=sampler, **changes)
+        bind_sampler(kinds.sampler(sampler).load(), sample, LINEAR, 64)

@@ -1,11 +1,15 @@
 """Objectives: the distribution of t and noise, the loss, and the meaning of predictions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ddpm.config import ObjectiveConfig
-from ddpm.diffusion import objectives, process, schedules
-from ddpm.diffusion.objectives import X0, Edm, Eps, Flow, Labels, UniformMix, V
+from ddpm.build import build_objective
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.diffusion import process, schedules
+from ddpm.diffusion.objectives import X0, Edm, Eps, Flow, Gaussian, Labels, UniformMix, V
 from ddpm.utils.generators import PhiloxGenerator
 
 SCHEDULE = schedules.linear(1000, 1e-4, 0.02)
@@ -227,13 +231,25 @@ def test_uniform_mix_denoise_implies_u():
     assert clean.eps_hat.isfinite().all()
 
 
-def test_build():
-    def built(num_classes=0, **changes):
-        return objectives.build(ObjectiveConfig(**changes), SCHEDULE, num_classes)
-
-    assert built() == Eps(SCHEDULE, Labels(0, 0.1))
-    assert built(10, predict="x_0", label_dropout=0.2) == X0(SCHEDULE, Labels(10, 0.2))
-    assert built(predict="v", weight="min_snr", min_snr_gamma=3.0) == V(
-        SCHEDULE, Labels(0, 0.1), "min_snr", 3.0
-    )
-    assert built(3, process="uniform_mix") == UniformMix(Labels(3, 0.1))  # whatever `predict` is
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Eps(SCHEDULE, Labels(0, 0.1))),
+        (
+            {"model.num_classes": 10, "objective.predict": "x_0", "objective.label_dropout": 0.2},
+            X0(SCHEDULE, Labels(10, 0.2)),
+        ),
+        (
+            {"objective.predict": "v", "objective.weight": "min_snr", "objective.min_snr_gamma": 3.0},
+            V(SCHEDULE, Labels(0, 0.1), "min_snr", 3.0),
+        ),
+        # whatever `predict` is
+        ({"model.num_classes": 3, "objective.process": "uniform_mix"}, UniformMix(Labels(3, 0.1))),
+    ],
+)
+def test_build(changes, expected):
+    objective = build_objective(override(Config(), changes))
+    assert type(objective) is type(expected) and objective.labels == expected.labels
+    if isinstance(objective, Gaussian):
+        assert torch.equal(objective.schedule.beta, SCHEDULE.beta)
+        assert replace(objective, schedule=SCHEDULE) == expected

@@ -19,8 +19,9 @@ from support.exact_denoisers import (
     visited,
 )
 
+from ddpm import build, kinds
 from ddpm.config import SampleConfig
-from ddpm.diffusion import process, samplers, schedules
+from ddpm.diffusion import process, schedules
 from ddpm.diffusion.denoisers import clip
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise, ddim, dpmpp_2m, heun, mix
@@ -405,7 +406,8 @@ def test_build(config, expected):
     def denoise(x_t, t):
         return Denoised(0.9 * x_t.roll(1, 3) + 1, 0.5 * x_t)
 
-    sampler, seen = samplers.build(config, SHORT, 64), []
+    sampler = build.bind_sampler(kinds.sampler(config.sampler).load(), config, SHORT, 64)
+    seen = []
     x = expected(denoise, SHORT, normal((2, 1, 2, 2)))
     assert torch.equal(sampler(denoise, normal((2, 1, 2, 2))), x)
     assert torch.equal(sampler(denoise, normal((2, 1, 2, 2)), lambda *step: seen.append(step)), x) and seen

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from ddpm.build import build_schedule
 from ddpm.config import ScheduleConfig
 from ddpm.diffusion import schedules
 
@@ -37,7 +38,7 @@ def test_beta_equals_that_of_diffusers(ours, theirs, num_timesteps):
 
 
 def test_cosine_follows_its_closed_form_and_caps_the_last_beta():
-    schedule = schedules.cosine(1000, s=0.008, max_beta=0.999)
+    schedule = schedules.cosine(1000, cosine_s=0.008, max_beta=0.999)
     u = torch.arange(1, 1001, dtype=torch.float64) / 1000
     curve = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     torch.testing.assert_close(schedule.alpha_bar[:-1], curve[:-1], rtol=1e-9, atol=0)
@@ -108,7 +109,7 @@ def test_build(kind):
         "straight": schedules.straight(50, 0.999),
         "geometric": schedules.geometric(50, 0.01, 80.0),
     }[kind]
-    torch.testing.assert_close(schedules.build(config).beta, expected.beta, rtol=0, atol=0)
+    torch.testing.assert_close(build_schedule(config).beta, expected.beta, rtol=0, atol=0)
 
 
 def test_a_schedule_may_have_one_timestep():

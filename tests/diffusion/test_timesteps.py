@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.exact_denoisers import denoiser_from_x_0
 
+from ddpm.build import build_timesteps
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules, timesteps
 from ddpm.diffusion.timesteps import karras, quadratic, respaced, uniform
@@ -117,7 +118,7 @@ def test_the_chain_of_all_timesteps_is_the_schedule_itself():
 
 def test_build():
     def built(schedule=LINEAR, num_dims=64, **changes):
-        return timesteps.build(SampleConfig(**{"sampler": "ddim", **changes}), schedule, num_dims)
+        return build_timesteps(SampleConfig(**{"sampler": "ddim", **changes}), schedule, num_dims)
 
     assert built() == uniform(1000, 50)
     assert built(sampler="ddpm") == list(range(999, -1, -1))
@@ -138,16 +139,16 @@ def test_karras_starts_where_noise_hides_the_mean_of_an_image():
 
     def sigmas(num_dims, sampler="dpmpp_2m", schedule=COSINE):
         config = SampleConfig(sampler=sampler, num_sample_steps=20)
-        return [round(s) for s in schedule.sigma[timesteps.build(config, schedule, num_dims)[:2]].tolist()]
+        return [round(s) for s in schedule.sigma[build_timesteps(config, schedule, num_dims)[:2]].tolist()]
 
-    assert timesteps.build(SampleConfig(sampler="dpmpp_2m"), COSINE, 64) == karras(COSINE, 50)
+    assert build_timesteps(SampleConfig(sampler="dpmpp_2m"), COSINE, 64) == karras(COSINE, 50)
     assert sigmas(64) == [80, 58] and sigmas(3 * 32**2) == [642, 321] and sigmas(3 * 64**2) == [20291, 642]
     # Heun's corrector uses the second eps_hat for the whole step, so it starts lower.
     assert sigmas(3 * 64**2, "heun") == [642, 321] and sigmas(3 * 32**2, "heun") == [321, 214]
     assert sigmas(3 * 32**2, "heun", schedules.sigmoid(1000))[0] == 58
     coarse = schedules.linear(5, 0.995, 0.996)  # it begins at 14, and 10 is wanted
     config = SampleConfig(sampler="heun", num_sample_steps=5)
-    assert timesteps.build(config, coarse, 1) == [4, 3, 2, 1, 0]
+    assert build_timesteps(config, coarse, 1) == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,6 @@ def test_flat_images_keep_their_mean(shape, before, sampler, tolerance):
         return x.mean().item()
 
     zero = torch.zeros(1, *shape, dtype=torch.float64)
-    chosen = timesteps.build(SampleConfig(sampler=sampler, num_sample_steps=20), COSINE, num_dims)
+    chosen = build_timesteps(SampleConfig(sampler=sampler, num_sample_steps=20), COSINE, num_dims)
     assert level(chosen) == pytest.approx(0.6, abs=tolerance)
     assert level(karras(COSINE, 20)) == pytest.approx(before, abs=0.002)  # from 80

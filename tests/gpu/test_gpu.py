@@ -82,7 +82,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
 
 NETS: dict[str, dict[str, Any]] = {
     "labels and learned variance": {"model.num_classes": 10, "objective.variance": "learned"},
-    "dit": {"model.net": "dit", "model.width": 16, "model.num_heads": 2, "train.precision": "bfloat16"},
     "muon": {"optim.kind": "muon", "train.precision": "bfloat16", "data.augment": 0.5},
     "edm": {"objective.predict": "edm", "objective.weight": "edm", "objective.timesteps": "log_normal"},
     "uniform_mix": {"objective.process": "uniform_mix", "data.horizontal_flip": True},

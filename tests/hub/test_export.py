@@ -1,4 +1,4 @@
-"""Exports to diffusers and torch.export compute the same, and importing an export restores the net."""
+"""An export to diffusers computes the same, and importing it restores the net."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY_NET
 from torch import Tensor
 
-from ddpm.build import TrainedNet, build_net, build_sampler, resolve_sample
+from ddpm.build import TrainedNet, build_net, build_sampler, build_schedule, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.hub import diffusers_config, export
 from ddpm.presets import CIFAR10
@@ -230,7 +229,7 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
     config = trained.config
     assert (config.model.width_multipliers, config.model.attention_resolutions) == ((1, 2), (4,))
     assert (config.sample.mean, config.sample.variance) == ("clipped", "beta")
-    assert torch.allclose(schedules.build(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
+    assert torch.allclose(build_schedule(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
     theirs = diffusers.UNet2DModel.from_pretrained(published, subfolder="unet")
     x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
     assert (trained.net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
@@ -320,16 +319,15 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
 ) -> None:
     (tmp_path / "out").mkdir()
     trained = make_net(TINY)
-    for write in (export.to_diffusers, export.to_pt2):
-        with pytest.raises(UserError, match="out exists, and nothing is overwritten"):
-            write(trained, tmp_path / "out")
+    with pytest.raises(UserError, match="out exists, and nothing is overwritten"):
+        export.to_diffusers(trained, tmp_path / "out")
 
     def fails(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch.export, "save", fails)
+    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", fails)
     with pytest.raises(UserError, match=r"cannot write .*new: No space left"):
-        export.to_pt2(trained, tmp_path / "new")
+        export.to_diffusers(trained, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -340,13 +338,11 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
             {"objective.process": "uniform_mix", "sample.sampler": "mix"},
             "objective.process uniform_mix",
         ),
-        ({"objective.process": "consistency"}, "objective.process consistency"),
         (
             {"objective.predict": "edm"},
-            "objective.predict is edm.*--format pt2",
+            "objective.predict is edm.*examples/torch_export",
         ),
         ({"objective.predict": "flow"}, "objective.predict is flow"),
-        ({"model.net": "dit"}, "model.net is dit.*--format pt2"),
     ],
 )
 def test_other_nets_cannot_be_exported_to_diffusers(
@@ -355,31 +351,3 @@ def test_other_nets_cannot_be_exported_to_diffusers(
     with pytest.raises(UserError, match=message):
         export.to_diffusers(make_net(override(TINY, changes)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
-        {"model.net": "dit", "model.num_classes": 3},
-        {"model.net": "dit", "objective.process": "uniform_mix", "sample.sampler": "mix"},
-        {"model.num_classes": 3, "data.augment": 0.1},
-        {"objective.variance": "learned"},
-        {"objective.process": "uniform_mix", "sample.sampler": "mix"},
-    ],
-    ids=str,
-)
-def test_the_exported_program_equals_the_net_for_any_batch_size(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
-    config = override(TINY, changes)
-    trained = make_net(config)
-    export.to_pt2(trained, tmp_path / "out")
-    assert checkpoint.read_config(tmp_path / "out") == config
-    program = torch.export.load(tmp_path / "out/net.pt2").module()
-    for count in (1, 2, 5):
-        t = torch.randint(0, config.schedule.num_timesteps, (count,))
-        arguments = [torch.randn(count, 1, 8, 8), t if trained.net.time_conditional else None]
-        if config.model.num_classes:
-            arguments.append(torch.randint(0, 4, (count,)))
-        assert (program(*arguments) - trained.net(*arguments)).abs().max() < 1e-5

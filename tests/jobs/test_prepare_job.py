@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import pytest
 from PIL import Image
-from support import processes
+from support import examples, processes
 
 from ddpm.cluster import job_folder
 from ddpm.commands import prepare
@@ -102,11 +102,12 @@ def test_resuming_after_a_kill_between_shards_gives_the_same_bytes(
 ) -> None:
     words = ["--num-images", "40000", "--size", "16"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_job("prepare", "glyphs", whole, *words).returncode == 0
-    with processes.Job("prepare", "glyphs", parts, *words, log=tmp_path / "job.log") as job:
+    env = examples.env("glyphs")
+    assert run_job("prepare", "glyphs", whole, *words, env=env).returncode == 0
+    with processes.Job("prepare", "glyphs", parts, *words, log=tmp_path / "job.log", env=env) as job:
         job.wait_for((parts / "train/00000.parquet").exists)
     assert not (parts / MANIFEST).exists()
     first = (parts / "train/00000.parquet").stat().st_mtime_ns
-    assert run_job("prepare", "glyphs", parts, *words).returncode == 0
+    assert run_job("prepare", "glyphs", parts, *words, env=env).returncode == 0
     assert files_of(parts) == files_of(whole)
     assert (parts / "train/00000.parquet").stat().st_mtime_ns == first, "a finished shard was made again"

@@ -1,12 +1,9 @@
 """python jobs/sample.py from the command line, also when it is killed."""
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +12,6 @@ from support.servers import RayHead
 from support.tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
-from ddpm.commands import sample
 from ddpm.config_io import override
 from ddpm.training.state import State
 
@@ -59,8 +55,6 @@ def test_it_samples_from_a_run_into_a_folder_named_by_run_and_seed(
 
 
 def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str], tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    part = ["run", "--inpaint", "a.png", "--mask", "a.png"]
     for flags, message in (
         (["nothing-here"], "does not exist"),
         (["run", "--sampler", "mix"], "mix cannot undo the process gaussian"),
@@ -75,28 +69,9 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
         (["run", "--dynamic-threshold", "0.9"], "--dynamic-threshold"),
         (["run", "--sigma-min", "0.1"], "--sigma-min has no effect here"),
         (["run", "--guidance-interval", "0.5", "2"], "--guidance-interval has no effect here"),
-        (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
-        ([*part, "--sampler", "ddim"], "with the sampler ddpm, not ddim"),
-        ([*part, "--num-resamples", "0"], "num_resamples is 0"),
-        ([*part, "--variance", "beta"], "--variance has no effect with --inpaint"),
-        (["run", "--jump-length", "5"], "--num-resamples and --jump-length have no effect without --inpaint"),
     ):
         assert message in user_error("sample", *flags, "--out", "refused")
         assert not (tmp_path / "refused").exists()
-
-
-def test_inpainting_takes_its_own_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run's own are those of its sampler."""
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    words = "run --num-images 1 --inpaint a.png --mask a.png --num-resamples 2 --out part"
-    monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
-    sample.main()
-    request = json.loads((tmp_path / "part/request.json").read_text())
-    assert (request["sample.num_sample_steps"], request["num_resamples"], request["jump_length"]) == (
-        None,
-        2,
-        10,
-    )
 
 
 def test_a_killed_job_can_be_resumed(run_job: Callable[..., Any], tmp_path: Path) -> None:

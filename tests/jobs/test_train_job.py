@@ -32,7 +32,7 @@ def test_user_errors_are_reported_before_heavy_imports(
     assert not re.findall(rf"\| +(?:{'|'.join(unneeded)})$", done.stderr, re.MULTILINE)
 
 
-PRESETS = ("digits", "glyphs", "fashion-mnist", "folder", "cifar10", "celeba64")
+PRESETS = ("digits", "fashion-mnist", "folder", "cifar10", "celeba64")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import examples
 from torch import Tensor, nn
 
-from ddpm.config import DiTConfig, UNetConfig
-from ddpm.models import dit, dropout, unet
+from ddpm.config import UNetConfig
+from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
+
+dit = examples.load("dit", "ddpm_dit.net")
 
 P = 0.1
 N = 16_384
@@ -113,7 +116,7 @@ UNET = UNetConfig(
 )
 NETS = [
     unet.build(replace(UNET, attention_resolutions=(4,), norm_groups=4, zero_init=False)),
-    dit.build(DiTConfig(image_size=8, channels=1, dropout=0.3, width=16, depth=3, num_heads=2)),
+    dit.build(dit.DiTConfig(image_size=8, channels=1, dropout=0.3, width=16, depth=3, num_heads=2)),
 ]
 
 

@@ -1,7 +1,6 @@
 """Sampling with killed workers: in the end the folder has the files that one undisturbed process writes."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support import processes
 from support.processes import Job
 from support.tiny import TINY_NET
@@ -20,7 +18,6 @@ from support.tiny import TINY_NET
 from ddpm.build import TrainedNet, build_net
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, workers
 from ddpm.sampling.workers import SampleJob
 from ddpm.storage.locations import resolve
@@ -148,7 +145,6 @@ def test_another_request_is_a_user_error(tmp_path: Path) -> None:
         (job_of(override(TINY, {"sample.seed": 1})), r"sample\.seed 0 \(now 1\)"),
         (job_of(override(TINY, {"train.seed": 1})), r"weights \w+ \(now \w+\)"),
         (job_of(TINY, batch_size=5), r"batch_size 4 \(now 5\)"),
-        (job_of(TINY, known=known_part(num_resamples=1)), r"inpaint None \(now \w+\)"),
     ]
     for other, message in others:
         with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
@@ -221,33 +217,9 @@ def test_a_bucket_gets_the_same_files_as_a_folder(s3_bucket: str, tmp_path: Path
     assert {name: there.child(name).read() for name in here} == here
 
 
-def known_part(**settings: Any) -> Known:
-    """An image of which the left half is known."""
-    x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., :4] = 1
-    return Known(x_0, mask, **settings)
-
-
-def test_inpainting_keeps_the_image_where_the_mask_is_white(tmp_path: Path) -> None:
-    image_file = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:, :4] = 255
-    Image.fromarray(image_file).save(tmp_path / "picture.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    config = override(TINY, {"sample.num_sample_steps": 12})
-    both = tmp_path / "picture.png", tmp_path / "mask.png"
-    known = generate.read_known(*both, config, num_resamples=2, jump_length=3)
-    assert (known.num_resamples, known.jump_length) == (2, 3)
-    found = sample_into(tmp_path / "out", job_of(config, known=known), 3)
-    pixels = [images.from_png(found[f"images/{i:06d}.png"])[..., 0] for i in range(3)]
-    for image in pixels:
-        assert (image[:, :4] == image_file[:, :4]).all()
-    assert (pixels[0][:, 4:] != pixels[1][:, 4:]).any()
-    request = json.loads(found["request.json"])
-    assert (request["num_resamples"], request["jump_length"]) == (2, 3)
-    with pytest.raises(UserError, match=r"jump_length is 12; .* 12 steps"):
-        job_of(config, known=dataclasses.replace(known, jump_length=12))
-    mixed = override(config, {"objective.process": "uniform_mix"})
-    with pytest.raises(UserError, match="nets of the process gaussian, and this one's is uniform_mix"):
-        job_of(mixed, known=known)
+def test_images_of_a_sampler_in_code_are_drawn_in_memory_alone(tmp_path: Path) -> None:
+    """request.json, by which a request is continued, cannot say what they are."""
+    job = job_of(TINY, sampler=lambda denoise, noise, on_step=None: noise())
+    assert workers.in_memory(job, 5).shape == (5, 8, 8, 1)
+    with pytest.raises(ValueError, match="sampler is given"):
+        sample_into(tmp_path / "out", job, 5)

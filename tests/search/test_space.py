@@ -10,10 +10,11 @@ from support.processes import REPO
 
 from ddpm.config_io import override
 from ddpm.diffusion import schedules
+from ddpm.kinds import SCHEDULES
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.search import space
 from ddpm.search.default_space import DEFAULT
-from ddpm.search.space import KINDS, grid_values
+from ddpm.search.space import grid_values
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
@@ -41,6 +42,18 @@ def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
     }
 
 
+def test_a_key_of_another_choice_is_varied_only_where_it_is_read() -> None:
+    flags = ["objective.min_snr_gamma=uniform(1,5)", "objective.weight=simple|min_snr", "optim.lr=1e-3|1e-4"]
+    points = space.parse(flags, DIGITS).grid(2)
+    of_simple = [point for point in points if point["objective.weight"] == "simple"]
+    assert (len(points), len(of_simple)) == (6, 2)
+    assert all(("objective.min_snr_gamma" in point) == (point not in of_simple) for point in points)
+    with pytest.raises(
+        UserError, match=r"objective\.min_snr_gamma changes nothing.* objective\.weight min_snr"
+    ):
+        space.parse(["objective.min_snr_gamma=uniform(1,5)", "objective.weight=simple|edm"], DIGITS)
+
+
 def test_random_trials_have_only_the_keys_of_their_kind() -> None:
     found = space.parse(DEFAULT, DIGITS)
 
@@ -52,12 +65,15 @@ def test_random_trials_have_only_the_keys_of_their_kind() -> None:
         return [trial.params for trial in trials]
 
     assert points(7) == points(7) != points(8)
-    assert {point["schedule.kind"] for point in points(7)} == set(schedules.SCHEDULES)
+    assert {point["schedule.kind"] for point in points(7)} == set(SCHEDULES)
     for point in points(7):
-        kind = point["schedule.kind"]
-        assert set(point) == {
-            flag.partition("=")[0] for flag in DEFAULT if kind in KINDS.get(flag.partition("=")[0], (kind,))
+        read = {
+            *SCHEDULES[point["schedule.kind"]].reads,
+            "schedule.kind",
+            "schedule.num_timesteps",
+            "optim.lr",
         }
+        assert set(point) == read & {flag.partition("=")[0] for flag in DEFAULT}
         loop.check(override(DIGITS, point))
 
 
@@ -114,7 +130,7 @@ BAD = {
     "schedule.num_timesteps=int(0,100)": "schedule.num_timesteps is 0",
     "schedule.num_timesteps=int(10,1e6)": "at most 10,000 are allowed",
     "schedule.cosine_s=uniform(0,2)": "schedule.cosine_s is 2.0",
-    "schedule.beta_end=log(0.01,0.1)": "schedule.kind is cosine",
+    "schedule.beta_end=log(0.01,0.1)": "schedule.kind linear or scaled_linear",
     "train.total_images=100|200": "cannot vary train.total_images",
     "cluster.num_workers=1|2": "cannot vary cluster.num_workers",
     "objective.process=gaussian|uniform_mix": "cannot vary objective.process",

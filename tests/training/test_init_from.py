@@ -44,7 +44,7 @@ def begin(config: Config, folder: Path) -> list[str]:
 def test_the_first_checkpoint_has_the_averaged_weights_of_the_source(
     tiny: Config, source: Path, tmp_path: Path
 ) -> None:
-    changes = {"model.dropout": 0.1, "objective.process": "consistency"}  # both mean the same net
+    changes = {"model.dropout": 0.1, "objective.weight": "min_snr"}  # both mean the same net
     config = override(tiny, changes | {"train.init_from": str(source)})
     assert begin(config, tmp_path / "run") == []
     assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
@@ -96,7 +96,6 @@ def test_a_run_with_init_from_resumes_bitwise_equal(
     ("changes", "message"),
     [
         ({"model.base_width": 16}, "model.base_width 8 (now 16)"),
-        ({"model.net": "dit"}, "model.net unet (now dit)"),
         ({"objective.predict": "v"}, "objective.predict eps (now v)"),
         ({"train.init_from": "none"}, "none does not exist"),
     ],

@@ -40,7 +40,6 @@ from ddpm.utils.errors import UserError
     [
         {"model.dropout": 0.0},
         {"objective.variance": "learned"},
-        {"objective.process": "consistency"},
         {"optim.kind": "muon", "model.num_classes": 10, "data.augment": 0.3},
     ],
 )
@@ -258,7 +257,6 @@ def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
     "change",
     [
         {"objective.process": "uniform_mix"},
-        {"objective.process": "consistency"},
         {"schedule.num_timesteps": 1},
         {"train.held_out_images": 9},
     ],
@@ -309,7 +307,6 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
     "change",
     [
         {"objective.process": "uniform_mix"},
-        {"objective.process": "consistency"},
         {"objective.predict": "v", "objective.weight": "min_snr"},
         {"objective.predict": "x_0"},
         {"objective.predict": "edm", "objective.timesteps": "log_normal", "schedule.kind": "geometric"},

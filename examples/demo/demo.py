@@ -1,20 +1,27 @@
-"""The demonstration in the browser: nets denoise side by side, with the same settings. It needs the extra `demo`."""
+"""Sample in the browser: python examples/demo/demo.py RUN [RUN]
+
+Images appear as they are denoised, of two runs side by side, with the same settings. It needs requirements.txt.
+`generate.denoising` draws what `ddpm.Run.sample` draws, and yields every step.
+"""
 
 import base64
 import html
 import math
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import fastapi
 import gradio as gr
+import tyro
 import uvicorn
 
-from ddpm.build import TrainedNet
+import ddpm
+from ddpm import cli, kinds
+from ddpm.build import TrainedNet, num_sample_steps, resolve_sample
 from ddpm.config_io import override
-from ddpm.diffusion.samplers import SAMPLERS
-from ddpm.diffusion.timesteps import FEW
 from ddpm.sampling import generate
-from ddpm.utils import images
+from ddpm.utils import devices, images
+from ddpm.utils.errors import UserError
 
 FRAMES = 25  # at most, of one sampling; the page would show more of them late
 CSS = """.shown { flex: 4 1 300px } .runs { display: flex; flex-wrap: wrap; gap: 1.5rem }
@@ -27,8 +34,11 @@ FIGURE = """<figure><img src="data:image/png;base64,{2}" alt="images of {0}" dec
 def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
     """The page: the images of each run, and the settings, which begin as the first run's."""
     configs = [trained.config for trained in runs.values()]
-    first, processes = configs[0].sample, {config.objective.process for config in configs}
-    samplers = ["auto", *(name for name, kind in SAMPLERS.items() if {kind.process} == processes)]
+    first = configs[0].sample
+    processes = {kinds.objective(config.objective.process).process for config in configs}
+    samplers = ["auto", *(kinds.samplers_of(*processes) if len(processes) == 1 else [])]
+    resolved = resolve_sample(first, configs[0].objective)
+    num_steps = num_sample_steps(resolved, configs[0].schedule.num_timesteps)
     most = min(config.schedule.num_timesteps for config in configs)
     has_labels = any(config.model.num_classes and config.objective.label_dropout for config in configs)
 
@@ -51,7 +61,7 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
             shown = gr.HTML(elem_classes="shown")
             with gr.Column(min_width=300):
                 seed = gr.Slider(0, 999, first.seed, step=1, label="Seed")
-                steps = gr.Slider(1, most, min(first.num_sample_steps or FEW, most), step=1, label="Steps")
+                steps = gr.Slider(1, most, min(num_steps, most), step=1, label="Steps")
                 chosen = first.sampler if first.sampler in samplers else "auto"
                 sampler = gr.Dropdown(samplers, value=chosen, label="Sampler")
                 scale = gr.Slider(0, 8, first.guidance_scale, label="Guidance", visible=has_labels)
@@ -69,3 +79,26 @@ def serve(page: gr.Blocks, port: int) -> None:
     app, theme = fastapi.FastAPI(), gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))
     gr.mount_gradio_app(app, page, "/", theme=theme, css=CSS, footer_links=[], run_history=False)
     uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, timeout_graceful_shutdown=1)
+
+
+def main(
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN]")],
+    num_images: int = 16,
+    port: int = 7860,
+) -> None:
+    """
+    Args:
+        runs: Folders or URIs of runs or checkpoints, registered models, or built-in nets.
+        num_images: Images of each.
+        port: Port on this machine; 0: any free one.
+    """
+    if len(runs) not in (1, 2):
+        raise UserError(f"{len(runs)} runs are given; expected one, or two to compare")
+    nets = {uri: ddpm.Run(uri).trained for uri in runs}
+    for trained in nets.values():
+        trained.net.to(devices.default())
+    serve(build(nets, num_images), port)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: tyro.cli(main, description=__doc__))

@@ -1,22 +1,31 @@
 """Consistency tuning: parity with the formulas of ECT in float64, written here as the paper has them; its sampler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusion.test_edm_and_flow import GEOMETRIC, SHAPE, Net, drawn, edm_denoiser, loss_and_gradient
+from support import examples
 from support.exact_denoisers import denoiser_from_x_0, normal
+from support.local import Logged, assert_same, fit, tensors
 
 from ddpm import build
-from ddpm.config import SampleConfig
+from ddpm.config import Config, SampleConfig
 from ddpm.config_io import override
-from ddpm.diffusion import samplers, schedules, timesteps
-from ddpm.diffusion.objectives import PREDICTIONS, Consistency, Edm, V
+from ddpm.data.reading import DataSet
+from ddpm.diffusion import schedules
+from ddpm.diffusion.objectives import Edm, Eps, Flow, V
 from ddpm.models import dropout
 from ddpm.models.dropout import Dropout
 from ddpm.presets import DIGITS
+from ddpm.tracking import run_params
 from ddpm.utils.generators import PhiloxGenerator
+
+Consistency = examples.load("consistency", "ddpm_consistency.objective").Consistency
+multistep = examples.load("consistency", "ddpm_consistency.sampler").multistep
 
 COSINE = schedules.cosine(500)
 
@@ -66,10 +75,10 @@ def test_the_levels_of_a_pair_approach_each_other_in_eight_stages(schedule):
         assert torch.equal(Consistency(V(schedule)).lower(progress), table)
 
 
-@pytest.mark.parametrize("name", sorted({*PREDICTIONS} - {"x_0"}))
-def test_without_noise_x_0_hat_is_the_input(name):
+@pytest.mark.parametrize("prediction", [Eps, V, Edm, Flow])
+def test_without_noise_x_0_hat_is_the_input(prediction):
     """f(x, 0) = x, for any net: here at the least noise that a schedule can have."""
-    of = PREDICTIONS[name](schedules.geometric(2, 1e-7, 1.0))
+    of = prediction(schedules.geometric(2, 1e-7, 1.0))
     x_t = normal(SHAPE)()
     x_0_hat = Consistency(of).denoise(Net(), x_t, torch.zeros(16, dtype=torch.int64), None).x_0_hat
     torch.testing.assert_close(x_0_hat, x_t, rtol=0, atol=1e-5)
@@ -112,11 +121,13 @@ def exact(schedule, mean, std):
 @pytest.mark.parametrize(
     ("n", "visited"), [(None, [499, 250]), (1, [499]), (2, [499, 250]), (5, [499, 399, 299, 200, 100])]
 )
-def test_steps_reach_the_distribution_of_the_data(n, visited):
+def test_steps_reach_the_distribution_of_the_data(n, visited, on_path):
+    on_path("consistency")
     sample = SampleConfig(sampler="multistep", num_sample_steps=n, clip_x_0=False)
-    chosen = timesteps.build(sample, COSINE, 16)
+    chosen = build.build_timesteps(sample, COSINE, 16)
     assert chosen == visited
-    sampler, steps = samplers.build(sample, COSINE, 16), list[int]()
+    sampler = build.bind_sampler(multistep, sample, COSINE, 16)
+    steps = list[int]()
     x = sampler(exact(COSINE, 0.3, 0.2), normal((20_000, 1, 2, 2)), lambda step, *_: steps.append(step))
     assert abs(x.mean() - 0.3) < 0.004 and abs(x.std() - 0.2) < 0.003
     assert steps == list(range(len(chosen)))
@@ -134,5 +145,51 @@ def test_steps_reach_the_distribution_of_the_data(n, visited):
         ("--sample.num-sample-steps 501", "sample: num_sample_steps is 501; it must be in 1..500"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_line(user_error: Callable[..., str], flags: str, message: str):
+def test_settings_that_do_not_fit_are_one_line(
+    user_error: Callable[..., str], on_path: Callable[[str], None], flags: str, message: str
+):
+    on_path("consistency")
     assert message in user_error("train", "digits", "--objective.process", "consistency", *flags.split())
+
+
+class Interrupted(Exception):
+    """Stands for the death of the process."""
+
+
+class Killed(Logged):
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+        if images_seen > 128:
+            raise Interrupted
+
+
+def test_tuning_that_was_interrupted_ends_with_the_same_weights(
+    tiny: Config, train_set: DataSet, tmp_path: Path, on_path: Callable[[str], None]
+) -> None:
+    """It samples by multistep, and has a held-out loss, but no bits/dim."""
+    on_path("consistency")
+    changes = {"objective.process": "consistency", "objective.predict": "v", "sample.num_sample_steps": 1}
+    config = override(tiny, {**changes, "model.dropout": 0.2})
+    logged = Logged()
+    straight = fit(config, train_set, tmp_path / "straight", logged)
+    with pytest.raises(Interrupted):
+        fit(config, train_set, tmp_path / "broken", Killed())
+    assert_same(tensors(straight), tensors(fit(config, train_set, tmp_path / "broken")))
+    assert "held_out/loss" in logged.rows[256] and "held_out/bits_per_dim" not in logged.rows[256]
+    found = run_params.params(config)
+    assert "objective.predict" in found and "objective.weight" not in found
+    assert build.resolve_sample(config.sample, config.objective).sampler == "multistep"
+
+
+@pytest.mark.slow
+def test_a_run_is_tuned_from_the_command_line(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    short = "--objective.predict v --train.total-images 640".split()
+    done = run_job("train", "digits", "--name", "denoiser", *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    env = examples.env("consistency")
+    tuning = "--objective.process consistency --train.init-from runs/denoiser --name few".split()
+    done = run_job("train", "digits", *short, *tuning, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    words = "runs/few --num-images 4 --num-sample-steps 1 --out drawn".split()
+    done = run_job("sample", *words, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "drawn/grid.png").is_file()

@@ -18,6 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.sources.sources import Seed, Square, held_out
+from ddpm.kinds import Kind
+
+KIND = Kind("ddpm_glyphs:Glyphs")
+"""What the entry point returns."""
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(
@@ -86,7 +90,7 @@ def draw(seed: int, index: int, size: int) -> Pixels:
 
 @cache
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+    import matplotlib  # half a second, and only where images are rendered
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     # Raqm, the other engine, is missing on some machines, and may place a letter differently.

@@ -1,11 +1,15 @@
 """RePaint: known pixels stay, sampled pixels fit to them, and each step equals that of diffusers."""
 
+import sys
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import RePaintScheduler
+from PIL import Image
+from support import examples
 from support.exact_denoisers import (
     ancestral,
     black_and_white,
@@ -16,15 +20,21 @@ from support.exact_denoisers import (
     toy_denoiser,
     visited,
 )
+from support.tiny import TINY_NET
 
-from ddpm.config import SampleConfig
-from ddpm.diffusion import inpainting, schedules
-from ddpm.diffusion.inpainting import Known, inpaint
+from ddpm.build import TrainedNet, build_net
+from ddpm.checkpoints import checkpoint
+from ddpm.config_io import override
+from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.timesteps import karras, uniform
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 
+repaint = examples.load("inpainting", "inpaint")
+Known = repaint.Known
+inpaint = repaint.inpaint
 SHORT = schedules.linear(100, 1e-3, 0.2)
 TOY = toy_denoiser(SHORT)
 ALL = uniform(100, 100)
@@ -162,24 +172,6 @@ def test_an_image_depends_only_on_its_seed():
     assert torch.equal(x[[5, 0]], turned)
 
 
-def test_build():
-    zero = torch.zeros(1, 1, 2, 2)
-    known = Known(zero, zero, 2, 5)
-
-    def sampled(**changes):
-        sampler = inpainting.build(SampleConfig(sampler="ddpm", **changes), SHORT, known)
-        return sampler(TOY, normal((2, 1, 2, 2)))
-
-    def expected(**settings):
-        return inpaint(TOY, SHORT, normal((2, 1, 2, 2)), known=known, **settings)
-
-    assert torch.equal(sampled(), expected(timesteps=ALL))  # of at most 250 steps
-    few = {"timesteps": karras(SHORT, 9, sigma_max=20.0), "threshold": None}
-    assert torch.equal(sampled(num_sample_steps=9, spacing="karras", mean="plain"), expected(**few))
-    with pytest.raises(ValueError, match="sampler is 'ddim'"):
-        inpainting.build(SampleConfig(sampler="ddim"), SHORT, known)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -197,3 +189,56 @@ def test_invalid_arguments_are_errors(changes, message):
     timesteps = settings.pop("timesteps", uniform(100, 20))
     with pytest.raises(ValueError, match=message):
         inpaint(TOY, SHORT, normal((2, 1, 4, 4)), known=Known(**settings), timesteps=timesteps)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A picture, and a mask of its left half."""
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return picture
+
+
+def write_net(folder, channels=1, process="gaussian"):
+    changes = {"schedule.num_timesteps": 50, "model.zero_init": False, "model.channels": channels}
+    config = override(TINY_NET, {**changes, "objective.process": process})
+    checkpoint.write_net(TrainedNet(build_net(config), config), {"images_seen": 0}, folder)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_command_keeps_the_image_where_the_mask_is_white(tmp_path, files, channels):
+    write_net(tmp_path / "net", channels=channels)
+    run_script("net", "--out", "drawn", "--num-images", "3", "--num-sample-steps", "12", "--jump-length", "3")
+    drawn = [np.atleast_3d(np.asarray(Image.open(tmp_path / f"drawn/{i:06d}.png"))) for i in range(3)]
+    for image in drawn:
+        assert image.shape == (8, 8, channels)
+        assert (image[:, :4] == files[:, :4, None]).all()
+    assert (drawn[0][:, 4:] != drawn[1][:, 4:]).any()
+    assert (tmp_path / "drawn/grid.png").is_file()
+
+
+def run_script(*words):
+    argv = ["inpaint.py", *words, "--image", "picture.png", "--mask", "mask.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        repaint.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("net --out new --jump-length 50", "jump_length is 50; .* 50 steps"),
+        ("net --out new --num-sample-steps 51", "num_sample_steps is 51"),
+        ("net --out net", "net"),
+        ("mixed --out new", "process uniform_mix"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(tmp_path, files, words, message):
+    write_net(tmp_path / "net")
+    write_net(tmp_path / "mixed", process="uniform_mix")
+    with pytest.raises(UserError, match=message):
+        run_script(*words.split())
+    assert not (tmp_path / "new").exists()

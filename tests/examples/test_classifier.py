@@ -1,4 +1,4 @@
-"""docs/examples, run as by a user."""
+"""examples/classifier, run as by a user."""
 
 import signal
 import sys
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import REPO, Background, run_job
+from support import examples
+from support.processes import Background, run_job
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,12 @@ def test_a_classifier_ends_with_the_same_weights_after_a_worker_is_killed(tmp_pa
 
     def final_checkpoint(name: str, kill: bool) -> dict[str, Any]:
         results = tmp_path / name
-        command = [sys.executable, str(REPO / "docs/examples/train_classifier.py"), "shards", str(results)]
+        command = [
+            sys.executable,
+            str(examples.FOLDER / "classifier/train_classifier.py"),
+            "shards",
+            str(results),
+        ]
         with Background(command, log=tmp_path / f"{name}.log", cwd=tmp_path) as job:
             if kill:
                 job.wait_for(lambda: len(checkpoints(results)) >= 2)

@@ -1,7 +1,7 @@
 """Train a classifier with Ray Train on shards. Whatever is killed, the final weights stay the same.
 
 python jobs/prepare.py digits shards
-python docs/examples/train_classifier.py shards results     # run it again to resume where it stopped
+python examples/classifier/train_classifier.py shards results     # run it again to resume where it stopped
 """
 
 import itertools
@@ -67,4 +67,5 @@ if __name__ == "__main__":
             name="classifier", storage_path=results, failure_config=FailureConfig(max_failures=3)
         ),
     ).fit()
+    assert result.checkpoint is not None, "each epoch stores one"
     print(f"trained: {result.metrics}, {result.checkpoint.path}")

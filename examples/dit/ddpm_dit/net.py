@@ -8,10 +8,7 @@ so that every block is then the identity, and the output is 0.
 Axes: B batch, C channels, H W pixels, p side of a patch, N = H W / p^2 tokens, E width of a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +27,8 @@ from ddpm.models.layers import (
     zero,
 )
 from ddpm.models.precision import supported_dtype
-
-if TYPE_CHECKING:
-    from ddpm.config import DiTConfig
+from ddpm.models.regions import Region
+from ddpm_dit.config import DiTConfig
 
 SINUSOID_WIDTH = 256
 NORM_EPS = 1e-6
@@ -101,7 +97,7 @@ class DiT(nn.Module):
         return unpatchify(tokens.float(), self.patch_size, rows)
 
 
-class Block(nn.Module):
+class Block(nn.Module, Region):
     """Attention among the tokens, then an MLP on each; [B, N, E] -> the same. Peebles and Xie 2022, Fig. 3."""
 
     def __init__(self, config: DiTConfig) -> None:

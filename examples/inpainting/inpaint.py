@@ -1,31 +1,42 @@
-"""RePaint: inpainting with a net that was trained on whole images.
+"""RePaint: sample a part of an image, given the rest, with a net that was trained on whole images.
+
+    python examples/inpainting/inpaint.py RUN --image IMAGE --mask MASK --out DIR
+
+A sampler is a function sampler(denoise, noise, on_step); this one is given to `ddpm.Run.sample`.
 
 Paper: Lugmayr et al. 2022, RePaint: Inpainting using DDPMs, arXiv:2201.09865
 
 Axes: B batch, C channels, H W height and width, T timesteps.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
+import tyro
+from PIL import Image, ImageOps
 from torch import Tensor
 
+import ddpm
+from ddpm import cli
+from ddpm.build import build_schedule
+from ddpm.config import Config
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
+from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
-from ddpm.diffusion.samplers import Noise, OnStep, Sampler
+from ddpm.diffusion.samplers import Noise, OnStep
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.config import SampleConfig
+from ddpm.utils import images
+from ddpm.utils.errors import UserError
 
 FEW = 250
 """Default number of steps, as in the paper."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Known:
     """A given image, the mask of the pixels to keep, and how RePaint samples the others."""
 
@@ -65,7 +76,7 @@ def inpaint(
     Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
     n, jump_length = len(timesteps), known.jump_length
-    _check_jumps(known, n)
+    check_jumps(known, n)
     chain = spacings.respaced(schedule, timesteps)
     alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # index: k, the number of steps left
     # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
@@ -91,20 +102,8 @@ def inpaint(
     return x
 
 
-def build(config: "SampleConfig", schedule: Schedule, known: Known) -> Sampler:
-    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ddpm."""
-    if config.sampler != "ddpm":
-        raise ValueError(f"sampler is {config.sampler!r}; inpainting works with ddpm only")
-    if config.num_sample_steps is None:
-        config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
-    threshold, timesteps = build_threshold(config), spacings.build(config, schedule, known.x_0[0].numel())
-    _check_jumps(known, len(timesteps))
-    return lambda denoise, noise, on_step=None: inpaint(
-        denoise, schedule, noise, known=known, timesteps=timesteps, threshold=threshold, on_step=on_step
-    )
-
-
-def _check_jumps(known: Known, num_sample_steps: int) -> None:
+def check_jumps(known: Known, num_sample_steps: int) -> None:
+    """Raise ValueError for jumps that do not fit into `num_sample_steps`."""
     if known.num_resamples < 1:
         raise ValueError(f"num_resamples is {known.num_resamples}; it must be 1, 2, ...")
     if known.jump_length < 1 or (known.num_resamples > 1 and known.jump_length >= num_sample_steps):
@@ -125,3 +124,74 @@ def _fitted(name: str, value: Tensor, x: Tensor) -> Tensor:
     except RuntimeError:
         got, right = tuple(value.shape), tuple(x.shape)
         raise ValueError(f"{name} has shape {got}; it must fit that of the images, {right}") from None
+
+
+def read_known(image: Path, mask: Path, config: Config, num_resamples: int, jump_length: int) -> Known:
+    """The known part of an image file, at the net's size: what is white in the file `mask`."""
+    channels = config.model.channels
+    x_0 = images.to_model(_pixels(image, "L" if channels == 1 else "RGB", config.model.image_size))
+    keep = images.to_model(_pixels(mask, "L", config.model.image_size)) > 0
+    return Known(x_0, keep.float(), num_resamples, jump_length)
+
+
+def _pixels(file: Path, mode: str, size: int) -> Tensor:
+    """The centre square of an image file: uint8 [1, size, size, C]."""
+    with Image.open(file) as opened:
+        square = ImageOps.fit(ImageOps.exif_transpose(opened).convert(mode), (size, size))
+    return torch.tensor(np.atleast_3d(np.asarray(square)))[None]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The net, the known part, and how the rest is sampled."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder or URI of a run or checkpoint, a registered model, or a built-in net."""
+    image: Path
+    """Image file; its centre square is resized to the net's size."""
+    mask: Path
+    """Image file, white where `image` is kept."""
+    out: Path
+    """New folder for the images."""
+    num_images: int = 16
+    seed: int = 0
+    label: int | None = None
+    """Class to sample (conditional nets). None: all classes in turn."""
+    num_sample_steps: int | None = None
+    """None: 250, or all of fewer timesteps."""
+    num_resamples: int = 10
+    """Resampling passes per jump; 1: no resampling."""
+    jump_length: int = 10
+    """Steps per jump back."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    run = ddpm.Run(arguments.run)
+    config = run.trained.config
+    if config.objective.process != "gaussian":
+        raise UserError(f"RUN has the process {config.objective.process}; RePaint needs gaussian")
+    schedule = build_schedule(config.schedule)
+    num_sample_steps = arguments.num_sample_steps or min(FEW, schedule.num_timesteps)
+    try:
+        known = read_known(
+            arguments.image, arguments.mask, config, arguments.num_resamples, arguments.jump_length
+        )
+        check_jumps(known, num_sample_steps)
+        timesteps = spacings.uniform(schedule.num_timesteps, num_sample_steps)
+        arguments.out.mkdir(parents=True)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+
+    def sampler(denoise: Denoise, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+        return inpaint(denoise, schedule, noise, known=known, timesteps=timesteps, on_step=on_step)
+
+    drawn = run.sample(arguments.num_images, arguments.seed, arguments.label, sampler)
+    for i, pixels in enumerate(drawn):
+        (arguments.out / f"{i:06d}.png").write_bytes(images.png_bytes(pixels))
+    (arguments.out / "grid.png").write_bytes(images.png_bytes(images.grid(drawn)))
+    print(f"grid        {arguments.out}/grid.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,38 +1,50 @@
 """The diffusion Transformer."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support import examples
 
 from ddpm.build import build_net, build_objective
-from ddpm.config import Config, DiTConfig
-from ddpm.config_io import override
-from ddpm.models import dit
+from ddpm.config import Config, UNetConfig
+from ddpm.config_io import from_json, override, to_json
+from ddpm.presets import PRESETS
+from ddpm.training.mfu import flops_per_image
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 
-SMALL = DiTConfig(
+dit = examples.load("dit", "ddpm_dit.net")
+
+SMALL = dit.DiTConfig(
     image_size=8, channels=3, num_classes=5, patch_size=2, width=16, depth=2, num_heads=2, mlp_ratio=3
 )
-TINY = override(
-    Config(),
-    {
-        "model.net": "dit",
-        "model.image_size": 8,
-        "model.channels": 1,
-        "model.width": 32,
-        "model.depth": 2,
-        "schedule.num_timesteps": 50,
-        "optim.lr": 2e-3,
-    },
-)
+TINY = {
+    "model.net": "dit",
+    "model.image_size": 8,
+    "model.channels": 1,
+    "model.width": 32,
+    "model.depth": 2,
+    "schedule.num_timesteps": 50,
+    "optim.lr": 2e-3,
+}
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny(on_path: Callable[[str], None]) -> Config:
+    """A config with this net."""
+    on_path("dit")
+    return override(Config(), TINY)
 
 
 def test_patches_are_cut_row_by_row_and_reassembled() -> None:
@@ -125,8 +137,10 @@ def test_invalid_sizes_are_errors(changes: dict[str, int], message: str) -> None
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(precision: str) -> None:
-    config = override(TINY, {"train.precision": precision})
+def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(
+    tiny: Config, precision: str
+) -> None:
+    config = override(tiny, {"train.precision": precision})
     x_0 = torch.linspace(-1, 1, 64).view(1, 1, 8, 8) * torch.tensor([-1.0, 1.0]).repeat(32).view(64, 1, 1, 1)
     objective = build_objective(config)
 
@@ -146,8 +160,52 @@ def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(precis
     assert sum(first[-10:]) / 10 < 0.5
 
 
-def test_without_t_it_fits_the_uniform_mix_process() -> None:
-    net = build_net(override(TINY, {"objective.process": "uniform_mix"}))
+def test_without_t_it_fits_the_uniform_mix_process(tiny: Config) -> None:
+    net = build_net(override(tiny, {"objective.process": "uniform_mix"}))
     assert net(torch.randn(2, 1, 8, 8), None).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="t must be None"):
         net(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]))
+
+
+def test_another_net_keeps_the_shared_settings(on_path: Callable[[str], None]) -> None:
+    on_path("dit")
+    before = override(PRESETS["digits"], {"model.num_classes": 10, "model.dropout": 0.1})
+    after = override(before, {"model.net": "dit", "model.depth": 3})
+    assert after.model == dit.DiTConfig(image_size=8, channels=1, num_classes=10, dropout=0.1, depth=3)
+    assert override(after, {"model.depth": 4}).model == replace(after.model, depth=4)  # type: ignore[call-arg]
+    assert from_json(to_json(after)) == after
+    back = override(after, {"model.net": "unet"}).model
+    assert back == UNetConfig(image_size=8, channels=1, num_classes=10, dropout=0.1)
+    with pytest.raises(UserError, match=r"unknown key 'base_width'; known are net, image_size, .*patch_size"):
+        override(before, {"model.net": "dit", "model.base_width": 8})
+
+
+def test_its_flops_are_those_of_its_matrix_products(on_path: Callable[[str], None]) -> None:
+    on_path("dit")
+    values = {"model.net": "dit", "model.image_size": 8, "model.channels": 1, "model.patch_size": 2}
+    config = override(Config(), values | {"model.width": 32, "model.depth": 1, "model.num_heads": 2})
+    tokens, width = 16, 32
+    of_tokens = 4 * width + 3 * width**2 + width**2 + 2 * 4 * width**2 + width * 4
+    attention = 2 * tokens * width
+    of_image = (256 * width + width**2) + 6 * width**2 + 2 * width**2
+    products = tokens * (of_tokens + attention) + of_image
+    assert flops_per_image(build_net(config), config) == 3 * 2 * products
+
+
+def test_its_flags_are_those_of_the_command_line(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    env = examples.env("dit")
+    shown = run_job("train", "digits", "--model.net", "dit", "--help-all", cwd=tmp_path, env=env)
+    assert "--model.patch-size" in shown.stdout and "--model.base-width" not in shown.stdout
+    assert "{unet,dit}" in shown.stdout
+
+
+@pytest.mark.slow
+def test_it_trains_on_ray_and_is_sampled(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    words = "--model.net dit --model.width 32 --model.depth 2 --total-images 640 --name a"
+    done = run_job("train", "digits", *words.split(), cwd=tmp_path, env=examples.env("dit"))
+    assert done.returncode == 0, done.stderr
+    words = "runs/a --num-images 4 --num-sample-steps 5 --out drawn"
+    done = run_job("sample", *words.split(), cwd=tmp_path, env=examples.env("dit"))
+    assert done.returncode == 0, done.stderr
+    refused = run_job("sample", *words.split(), cwd=tmp_path)
+    assert refused.returncode == 2 and "examples/dit" in refused.stderr

@@ -1,0 +1,1 @@
+"""The diffusion Transformer (DiT) for small images."""

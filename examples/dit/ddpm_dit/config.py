@@ -1,0 +1,27 @@
+"""The fields of the diffusion Transformer, which are flags, and what the entry point returns; without PyTorch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ddpm.config import Count, ModelConfig
+from ddpm.kinds import Choice, Kind
+
+KIND = Kind("ddpm_dit.config:DiTConfig")
+
+
+@dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """The diffusion Transformer."""
+
+    module = "ddpm_dit.net"
+    net: Annotated[Literal["dit"], Choice("model.net")] = "dit"
+    patch_size: Count = 2
+    """Side of a patch; each patch is one token."""
+    width: Count = 128
+    """Width of a token."""
+    depth: Count = 4
+    """Number of blocks."""
+    num_heads: Count = 4
+    """Attention heads per block."""
+    mlp_ratio: Count = 4
+    """Width of the hidden layer of a block's MLP, as a multiple of width."""
