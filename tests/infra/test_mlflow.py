@@ -69,7 +69,6 @@ def test_a_run_is_in_postgresql_and_its_images_are_in_s3(
 def test_no_secret_is_in_the_log_or_the_arguments(
     guarded_mlflow: guarded.GuardedMlflowServer, run: Run
 ) -> None:
-    """What a run leaves in tables, buckets and logs: test_aws_cluster.py."""
     assert guarded_mlflow.process is not None
     parent = psutil.Process(guarded_mlflow.process.pid)
     arguments = [" ".join(process.cmdline()) for process in [parent, *parent.children(recursive=True)]]
