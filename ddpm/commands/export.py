@@ -44,7 +44,9 @@ class Arguments:
 
 def main() -> None:
     if ("--format", "pt2") in pairwise(sys.argv) or "--format=pt2" in sys.argv:
-        raise UserError("--format pt2 is an example now: python examples/torch_export/export.py RUN DIR")
+        raise UserError(
+            "--format pt2 is an example now: python examples/torch_export/export_program.py RUN DIR"
+        )
     arguments: Arguments = cli.parse(Arguments, __doc__)
     out, kind = arguments.out.absolute(), str(arguments.format)
     if arguments.register is None and arguments.alias is not None:

@@ -14,7 +14,7 @@ from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.config_io import override
 
-export = examples.load("torch_export", "export")
+export = examples.load("torch_export", "export_program")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_program_equals_the_net_for_any_batch_size(
 
 @pytest.mark.slow
 def test_a_run_becomes_a_folder_that_needs_no_ddpm(tmp_path: Path) -> None:
-    script = processes.REPO / "examples/torch_export/export.py"
+    script = processes.REPO / "examples/torch_export/export_program.py"
     words = [sys.executable, script, "builtin:digits", "out"]
     done = processes.run(words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Export a net as a torch.export program: python examples/torch_export/export.py RUN DIR
+"""Export a net as a torch.export program: python examples/torch_export/export_program.py RUN DIR
 
 DIR, a new folder, gets net.pt2 and config.json. torch.export.load("DIR/net.pt2").module()(x_t, t) computes the net
 without this package, for any batch size, in float32. The arguments are those of the net: x_t, t (None for
