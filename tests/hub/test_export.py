@@ -322,7 +322,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
     with pytest.raises(UserError, match="out exists, and nothing is overwritten"):
         export.to_diffusers(trained, tmp_path / "out")
 
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", fails)
