@@ -17,10 +17,10 @@ from harness import tables
 from harness.arguments import read
 from numpy.typing import NDArray
 
+from ddpm.evaluation.feature_scores import GROUPS, score
 from ddpm.evaluation.features import Features
 from ddpm.evaluation.metrics import Distances, Moments, fid, jackknife_error, kid
 from ddpm.evaluation.ranking import Rank, Z, configuration_ranks, paired_ranks, ranks
-from ddpm.evaluation.scores import GROUPS, score
 
 Array = NDArray[np.float64]
 

@@ -33,7 +33,7 @@ from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.evaluation import compared_run, rung
-from ddpm.evaluation.report import Report
+from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
 from ddpm.search.trials import Trials, read_trial
 from ddpm.storage.locations import resolve

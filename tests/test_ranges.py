@@ -16,7 +16,7 @@ from ddpm.commands import compare, evaluate, export, folder, sample, sync
 from ddpm.config import NETS, Config, DiTConfig, ScoredImages, UNetConfig
 from ddpm.config_io import check_values, flatten, from_json, override, to_json
 from ddpm.data import catalog
-from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.presets import DIGITS
 from ddpm.search import config as search_config
 from ddpm.utils.errors import UserError

@@ -35,13 +35,13 @@ def main() -> None:
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs")
     from ddpm.cluster import package
-    from ddpm.evaluation import compared_run, comparison_page, publish
+    from ddpm.evaluation import compared_run, comparison_page, save_results
     from ddpm.utils.progress import printable
 
     package.leave()
-    location = publish.location_for(arguments.out, "report.html")
+    location = save_results.location_for(arguments.out, "report.html")
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
-    publish.write(location, comparison_page.render(runs))
+    save_results.write(location, comparison_page.render(runs))
     for run in runs:
         for remark in run.remarks:
             print(printable(f"{run.name}: {remark}"))

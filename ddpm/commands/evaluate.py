@@ -40,13 +40,13 @@ def main() -> None:
     if not arguments.checkpoints:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from ddpm.cluster import package
-    from ddpm.evaluation import context, evaluate, publish, tables
+    from ddpm.evaluation import evaluate, inputs, results_table, save_results
     from ddpm.utils.progress import printable
 
     package.leave()
-    location = publish.location_for(arguments.out)
-    candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
+    location = save_results.location_for(arguments.out)
+    candidates = inputs.read_checkpoints(arguments.checkpoints, arguments.all_checkpoints)
     report = evaluate.evaluate(candidates, arguments.settings, arguments.num_workers)
-    tables.table(report).show()
-    for line in (*tables.remarks(report, location.uri), *publish.store(report, location)):
+    results_table.table(report).show()
+    for line in (*results_table.remarks(report, location.uri), *save_results.store(report, location)):
         print(printable(line))

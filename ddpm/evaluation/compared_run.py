@@ -17,7 +17,7 @@ from ddpm.checkpoints.checkpoint import Position
 from ddpm.checkpoints.runs import Card, Run, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
-from ddpm.evaluation.report import Report, nearest_pictures
+from ddpm.evaluation.results import Report, nearest_pictures
 from ddpm.hub import resolve
 from ddpm.sampling import workers
 from ddpm.storage import locations

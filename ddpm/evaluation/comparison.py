@@ -17,11 +17,11 @@ import numpy as np
 from ddpm.config import Affects, Config
 from ddpm.config_io import keys_that_affect
 from ddpm.evaluation.compared_run import ERRORS, RATE, ComparedRun, Remark
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.plots import IMAGES_SEEN, STEPS, Chart, Point, charts_of
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
+from ddpm.evaluation.results import CheckpointResult, Report, SampledScores
 from ddpm.utils.command_line import installed
 
 NO_EFFECT_ON_SCORES = ("num_train_images",)

@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
 from ddpm.data.reading import DataSet
-from ddpm.evaluation import measure, memorisation, plots
-from ddpm.evaluation.context import (
+from ddpm.evaluation import bits_per_dim, memorisation, plots
+from ddpm.evaluation.bits_per_dim import PIECE_IMAGES, NetErrors
+from ddpm.evaluation.feature_cache import WINDOW_ROWS, images_of
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE, bound_scores, score
+from ddpm.evaluation.features import FeatureNet, Features, features_of
+from ddpm.evaluation.inputs import (
     Candidate,
     EvalContext,
     check_effect,
@@ -24,12 +28,8 @@ from ddpm.evaluation.context import (
     resolved,
     sampling_configs,
 )
-from ddpm.evaluation.features import FeatureNet, Features, features_of
-from ddpm.evaluation.measure import PIECE_IMAGES, Measured
 from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, nearer_share
-from ddpm.evaluation.reference import WINDOW_ROWS, images_of
-from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
-from ddpm.evaluation.scores import MAX_PAIRWISE, bound_scores, score
+from ddpm.evaluation.results import CheckpointResult, Report, SampledScores
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling import generate
 from ddpm.utils.images import Pixels
@@ -73,14 +73,14 @@ class EvalWorker:
         for candidate in self.candidates:
             candidate.net.to(self.device)
 
-    def measure(self, piece: Piece) -> Measured:
+    def measure(self, piece: Piece) -> NetErrors:
         """Errors of the candidate of a piece, on training images that do not depend on the piece."""
-        train = images_of(self.train, 0, measure.MEASURED_IMAGES)
-        return measure.measure(self.candidates[piece.candidate], train, self.settings.variance)
+        train = images_of(self.train, 0, bits_per_dim.MEASURED_IMAGES)
+        return bits_per_dim.measure_errors(self.candidates[piece.candidate], train, self.settings.variance)
 
-    def bits(self, piece: Piece, measured: Mapping[int, Measured]) -> NDArray[np.float64]:
+    def bits(self, piece: Piece, measured: Mapping[int, NetErrors]) -> NDArray[np.float64]:
         """The bound of the held-out images of a piece."""
-        return measure.bits_per_dim(
+        return bits_per_dim.bound_terms(
             self.candidates[piece.candidate],
             measured[piece.candidate],
             images_of(self.held_out, piece.start, piece.stop),
@@ -205,7 +205,7 @@ def _result(
         experiment=config.run.experiment,
         images_seen=position["images_seen"],
         saw_this_data=position.get("data_fingerprint") == context.train.rows.fingerprint,
-        variance=measure.bound_variance(config, settings.variance) if has_bound else "",
+        variance=bits_per_dim.bound_variance(config, settings.variance) if has_bound else "",
         variance_is_default=settings.variance == "auto",
         bits=tuple(bound_scores(terms)) if has_bound else (),
         drawn=tuple(drawn),

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
+from ddpm.evaluation.feature_scores import Score
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.scores import Score
 
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01

@@ -12,10 +12,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from ddpm.evaluation.feature_scores import BOUND_TERMS, Score
 from ddpm.evaluation.memorisation import NearerShare, Nearest
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.report import Report, rows
-from ddpm.evaluation.scores import BOUND_TERMS, Score
+from ddpm.evaluation.results import Report, rows
 from ddpm.utils.images import Pixels, figure_png
 
 IMAGES_SEEN, STEPS = "images seen", "sampling steps"

@@ -19,9 +19,9 @@ from torch import Tensor
 from ddpm.build import TrainedNet
 from ddpm.config import BoundVariance
 from ddpm.data.reading import DataSet, Images
-from ddpm.evaluation import measure
+from ddpm.evaluation import bits_per_dim
+from ddpm.evaluation.feature_cache import images_of
 from ddpm.evaluation.metrics import Estimate
-from ddpm.evaluation.reference import images_of
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
@@ -31,7 +31,7 @@ FOLDER = "rungs"
 RANKING, REPORTING = slice(0, None, 2), slice(1, None, 2)
 """Held-out images, by position in the plan's order: those that rank trials, and those that report the best one. The
 best of several on the same images is best there by chance, too: its value on them is too low."""
-LOSS_IMAGES = 2 * measure.PIECE_IMAGES
+LOSS_IMAGES = 2 * bits_per_dim.PIECE_IMAGES
 """Images of a batch of which every second one is measured."""
 
 
@@ -110,10 +110,10 @@ class Evaluator:
         device, mine = trained.device, slice(rank, None, world_size)
         num_held_out = min(self.num_images, self.held_out.rows.num_rows)
         bits = torch.zeros(num_held_out, dtype=torch.float64)
-        pilot = images_of(self.train, 0, measure.MEASURED_IMAGES)
-        measured = measure.measure(trained, pilot, self.variance)
-        for start, batch in self._batches(self.held_out, measure.PIECE_IMAGES, mine):
-            bound = measure.bits_per_dim(trained, measured, batch, start, self.num_draws, self.seed)
+        pilot = images_of(self.train, 0, bits_per_dim.MEASURED_IMAGES)
+        measured = bits_per_dim.measure_errors(trained, pilot, self.variance)
+        for start, batch in self._batches(self.held_out, bits_per_dim.PIECE_IMAGES, mine):
+            bound = bits_per_dim.bound_terms(trained, measured, batch, start, self.num_draws, self.seed)
             bits[start : start + len(bound)] = torch.from_numpy(bound.sum(1))
         losses = [self._loss(trained, data_set, mine) for data_set in (self.held_out, self.train)]
         summed = total(torch.cat([bits, *losses]).to(device)).tolist()
@@ -132,7 +132,7 @@ class Evaluator:
         total = torch.zeros(2, dtype=torch.float64)
         for start, both in self._batches(data_set, LOSS_IMAGES, mine):
             batch = both[RANKING]
-            value = measure.loss(trained, batch, start, self.seed).item()
+            value = bits_per_dim.loss(trained, batch, start, self.seed).item()
             total += torch.tensor([value * len(batch.image), len(batch.image)], dtype=torch.float64)
         return total
 

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from ddpm.config import Affects, Config, SamplerName
 from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.diffusion import schedules
-from ddpm.evaluation import context, evaluate
+from ddpm.evaluation import evaluate, inputs
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
 from ddpm.evaluation.rung import RANKING, REPORTING
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.settings import Settings
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trial, Trials, best, short, shown
@@ -109,7 +109,7 @@ def score_finalists(setup: Setup, trials: Trials) -> None:
         num_train_images=0,
         seed=chosen.seed,
     )
-    candidates = context.read([setup.folder.child(trial.name).uri for trial in todo])
+    candidates = inputs.read_checkpoints([setup.folder.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings, bounds=False)
     for trial, result in zip(todo, report.results, strict=True):
         (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
@@ -148,7 +148,7 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
 def _scored(trial: Trial, setup: Setup) -> Score | None:
     """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
     chosen, score = setup.arguments, trial.score
-    name = f"KID-{context.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
+    name = f"KID-{inputs.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
     asked = name, min(chosen.drawn_images, MAX_PAIRWISE)
     return score if score and (score.name, score.n) == asked else None
 

@@ -15,7 +15,7 @@ from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
-from ddpm.evaluation import measure
+from ddpm.evaluation import bits_per_dim
 from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.sampling import generate
 from ddpm.training.mfu import flops_per_image, peak_flops
@@ -181,7 +181,7 @@ class Recorder:
         starts = range(0, len(self._held_out.image), size)
         for start in starts[runtime.rank :: runtime.world_size]:
             batch = self._held_out[start : start + size]
-            total += measure.loss(self._averaged, batch, start) * len(batch.image)
+            total += bits_per_dim.loss(self._averaged, batch, start) * len(batch.image)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
     def _held_out_bits(self) -> dict[str, float]:
@@ -191,11 +191,11 @@ class Recorder:
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
         if held_out is None or stop < PILOT_IMAGES + 2:
             return {}
-        measured = measure.measure(self._averaged, held_out[:PILOT_IMAGES])
+        measured = bits_per_dim.measure_errors(self._averaged, held_out[:PILOT_IMAGES])
         bits, size = torch.zeros(stop, device=runtime.device), HELD_OUT_BATCH
         for start in range(PILOT_IMAGES, stop, size)[runtime.rank :: runtime.world_size]:
             part = slice(start, min(start + size, stop))
-            bound = measure.bits_per_dim(self._averaged, measured, held_out[part], start, BOUND_DRAWS)
+            bound = bits_per_dim.bound_terms(self._averaged, measured, held_out[part], start, BOUND_DRAWS)
             bits[part] = torch.from_numpy(bound.sum(1)).to(bits)
         bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
         error = bits.std() / len(bits) ** 0.5

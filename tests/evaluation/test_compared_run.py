@@ -13,7 +13,7 @@ from support.compared import COMMAND, NEWEST, STEPS, Page, grid, make_run, run, 
 from support.reported import drawn, made, near, result
 
 from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.evaluation import comparison_page, publish
+from ddpm.evaluation import comparison_page, save_results
 from ddpm.evaluation.compared_run import RATE, ComparedRun, read
 from ddpm.evaluation.plots import Point
 from ddpm.presets import DIGITS
@@ -115,7 +115,7 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     report = made(
         result(3, *samplings, run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
     )
-    assert len(list(publish.keep(report, report.results[0], png))) == 2
+    assert len(list(save_results.keep(report, report.results[0], png))) == 2
     file = tmp_path / "y.json"
     file.write_text(report.to_json())
     (tmp_path / "y-nearest.png").write_bytes(png)

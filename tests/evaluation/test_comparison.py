@@ -13,9 +13,9 @@ from support.reported import drawn, made, near, result
 from ddpm.evaluation import comparison
 from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.plots import Point
-from ddpm.evaluation.report import Report
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
+from ddpm.evaluation.results import Report
 from ddpm.utils.errors import UserError
 
 

@@ -10,9 +10,9 @@ import torch
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.feature_cache import Cache, real_features
 from ddpm.evaluation.features import digest_of, features_of
 from ddpm.evaluation.nets import Lite0, Pixels
-from ddpm.evaluation.reference import Cache, real_features
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import to_model
 

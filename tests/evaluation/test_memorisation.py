@@ -14,10 +14,10 @@ from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources import Digits
-from ddpm.evaluation import context, evaluate, memorisation
+from ddpm.evaluation import evaluate, inputs, memorisation
 from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest
+from ddpm.evaluation.results_table import remarks
 from ddpm.evaluation.settings import Settings
-from ddpm.evaluation.tables import remarks
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
 
@@ -147,7 +147,7 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
     run = open_run("judged", str(tmp_path / "runs"))
     fit(config, train, Path(run.location.path))
     settings = Settings(num_images=250, features="classifier", num_draws=1)
-    report = evaluate.evaluate(context.read([run.location.uri]), settings, 1)
+    report = evaluate.evaluate(inputs.read_checkpoints([run.location.uri]), settings, 1)
     (drawn,) = report.results[0].drawn
     shares = [score for score in drawn.scores if isinstance(score, NearerShare)]
     assert [share.space for share in shares] == ["classifier", "pixels"]

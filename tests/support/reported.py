@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from ddpm.config import SampleConfig
+from ddpm.evaluation.feature_scores import Score
 from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.results import CheckpointResult, Report, SampledScores
 
 METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall", "density", "coverage"))
 TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")

@@ -20,11 +20,11 @@ from ddpm.data.reading import DataSet, scale_of
 from ddpm.diffusion import schedules, timesteps
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import nets
+from ddpm.evaluation.bits_per_dim import bound_variance
+from ddpm.evaluation.feature_cache import Cache, real_features, real_labels
+from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.measure import bound_variance
-from ddpm.evaluation.reference import Cache, real_features, real_labels
-from ddpm.evaluation.report import SETTINGS
-from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.evaluation.results import SETTINGS
 from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.storage import locations
@@ -54,7 +54,7 @@ class Candidate(TrainedNet):
 
 
 @dataclass(frozen=True)
-class EvalContext:
+class Reference:
     """The data that all candidates are compared with."""
 
     train: DataSet
@@ -72,7 +72,7 @@ class EvalContext:
     """Classes of the held-out images; None: no net has classes."""
 
 
-def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
+def read_checkpoints(uris: Sequence[str], every: bool = False) -> list[Candidate]:
     """The checkpoints at `uris`; for a run the newest one, or all with `every`."""
     checkpoints = [uri for given in uris for uri in resolve.checkpoints_of(given)[0 if every else -1 :]]
     return [_read(uri) for uri in dict.fromkeys(checkpoints)]
@@ -120,7 +120,7 @@ def feature_net_name(given: FeatureNetName | None, train: DataSet) -> FeatureNet
     return given or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
 
 
-def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
+def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Reference:
     """Open the data set, and compute or load the features of its images."""
     train = _data_set(candidates, settings.shards)
     held_out = _held_out(train)
@@ -145,7 +145,7 @@ def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalCon
     searched = of_train[:num_features] if num_features else None
     has_classes = any(candidate.config.model.num_classes for candidate in candidates)
     label = real_labels(held_out, n) if has_classes else None
-    return EvalContext(train, held_out, net, real, of_train[:m], k, searched, label)
+    return Reference(train, held_out, net, real, of_train[:m], k, searched, label)
 
 
 def _read(uri: str) -> Candidate:

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from ddpm.config import SampleConfig
 from ddpm.config_io import without_retired
+from ddpm.evaluation.feature_scores import Score
 from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.scores import Score
 from ddpm.utils import strict_json
 
 SETTINGS = tuple("spacing sigma_min eta guidance_scale guidance_interval mean variance".split())

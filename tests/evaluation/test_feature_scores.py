@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm.evaluation import scores
+from ddpm.evaluation import feature_scores
+from ddpm.evaluation.feature_scores import Score, bound_scores, score
 from ddpm.evaluation.features import Features
-from ddpm.evaluation.scores import Score, bound_scores, score
 from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -101,7 +101,7 @@ def test_a_share_of_one_has_an_error() -> None:
 
 
 def test_pairs_use_only_the_first_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "MAX_PAIRWISE", 50)
+    monkeypatch.setattr(feature_scores, "MAX_PAIRWISE", 50)
     found = by_name(score("pixels", normal(100), normal(80, seed=1)))
     few = by_name(score("pixels", normal(50), normal(50, seed=1)))
     assert (found["FID-pixels"].n, found["FID-pixels"].n_real) == (100, 80)

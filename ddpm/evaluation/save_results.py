@@ -14,7 +14,7 @@ from pathlib import Path
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.runs import Run
 from ddpm.evaluation import plots
-from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
+from ddpm.evaluation.results import CheckpointResult, Report, metrics, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password

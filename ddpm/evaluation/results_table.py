@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
+from ddpm.evaluation.feature_scores import BOUND_TERMS, MAX_FID_FEATURES, Score
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
-from ddpm.evaluation.report import Report, Row, nearest_pictures, rows
-from ddpm.evaluation.scores import BOUND_TERMS, MAX_FID_FEATURES, Score
+from ddpm.evaluation.results import Report, Row, nearest_pictures, rows
 from ddpm.utils.progress import printable
 from ddpm.utils.tables import Table, estimate
 

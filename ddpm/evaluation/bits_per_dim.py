@@ -33,7 +33,7 @@ MEASURED_IMAGES = 125
 
 
 @dataclass(frozen=True)
-class Measured:
+class NetErrors:
     """Errors of a net on a few images, with which `bits_per_dim` measures others."""
 
     variance: Variance
@@ -67,7 +67,7 @@ def loss(trained: TrainedNet, batch: Images, start: int, seed: int = 0) -> Tenso
     return trained.objective.loss(trained.net, x_0, label, noise).value
 
 
-def measure(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto") -> Measured:
+def measure_errors(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto") -> NetErrors:
     """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:
@@ -81,11 +81,11 @@ def measure(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto"
     # A learned variance uses the proposal of the measured one, which is similar; any proposal is unbiased.
     fixed = fixed_variance(schedule, "measured" if chosen == "learned" else chosen, x_0_error)
     proposal = likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed))
-    return Measured(chosen, x_0_error, proposal)
+    return NetErrors(chosen, x_0_error, proposal)
 
 
-def bits_per_dim(
-    trained: TrainedNet, measured: Measured, batch: Images, start: int, num_draws: int = 8, seed: int = 0
+def bound_terms(
+    trained: TrainedNet, measured: NetErrors, batch: Images, start: int, num_draws: int = 8, seed: int = 0
 ) -> NDArray[np.float64]:
     """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
 
