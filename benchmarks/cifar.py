@@ -38,7 +38,7 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation import inputs, nets
 from ddpm.evaluation.bits_per_dim import PIECE_IMAGES
 from ddpm.evaluation.evaluate import EvalWorker, Piece
-from ddpm.evaluation.feature_cache import Cache, real_features
+from ddpm.evaluation.features import Cache, real_features
 from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.storage import locations
@@ -184,7 +184,15 @@ class Judge:
         starts = range(0, num_images, PIECE_IMAGES)
         pieces = [Piece(0, sample, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
         settings = inputs.Settings(num_train_images=0)
-        worker = partial(EvalWorker, [candidate], self.data, self.data, self.net, settings, None)
+        worker = partial(
+            EvalWorker,
+            candidates=[candidate],
+            train=self.data,
+            held_out=self.data,
+            feature_net=self.net,
+            settings=settings,
+            held_out_label=None,
+        )
         with WorkerPool(worker) as pool:
             drawn = dict(pool.map(EvalWorker.draw, pieces))
         features = np.concatenate([drawn[piece].features for piece in pieces])

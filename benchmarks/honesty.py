@@ -28,9 +28,9 @@ from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.evaluation import bits_per_dim, evaluate, inputs
-from ddpm.evaluation.feature_cache import images_of
-from ddpm.evaluation.feature_scores import Score
+from ddpm.evaluation.features import images_of
 from ddpm.evaluation.inputs import Candidate
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluator
 from ddpm.evaluation.settings import Settings
 from ddpm.search.trials import Trials, best

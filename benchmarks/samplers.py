@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import FeatureNetName
 from ddpm.evaluation import inputs
-from ddpm.evaluation.feature_scores import Score, score
+from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling.workers import SampleJob, SampleWorker
 from ddpm.training.state import parameter_count
@@ -121,7 +122,7 @@ def main() -> None:
 def kid_of(drawn: np.ndarray, by: inputs.Reference) -> Score:
     """KID of drawn images, with that of real ones as the floor."""
     features = features_of(by.feature_net, torch.from_numpy(drawn))
-    scores = score(by.feature_net.name, features, by.real, by.other_real)
+    scores = score_features(by.feature_net.name, features, by.real, by.other_real)
     return next(s for s in scores if s.name.startswith("KID"))
 
 

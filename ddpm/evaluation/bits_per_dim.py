@@ -1,7 +1,7 @@
-"""Measurements of a net: the loss and the bound of held-out images.
+"""The bound of held-out images in bits/dim, and their training loss.
 
 Training, the search and jobs/evaluate.py measure with these functions. The bound of image i depends on the seed and i
-alone, independent of worker and batch; its loss on the batch, too. `start` is the index of the first image of a batch.
+alone, not on worker and batch; the loss depends on the batch, too. `start` is the index of the first image of a batch.
 
 Axes: N images, H W, C channels, T timesteps.
 """
@@ -22,6 +22,7 @@ from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.evaluation.results import Score
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose
@@ -30,18 +31,20 @@ PIECE_IMAGES = 125
 """Images sampled or read as one batch."""
 MEASURED_IMAGES = 125
 """Training images on which the errors of a net are measured."""
+BOUND_TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
+"""Names of the bound's terms."""
 
 
 @dataclass(frozen=True)
 class NetErrors:
-    """Errors of a net on a few images, with which `bits_per_dim` measures others."""
+    """Errors of a net on a few images, with which `bound_terms` measures others."""
 
     variance: Variance
     """The variance of p(x_{t-1} | x_t) in the bound."""
     x_0_error: Tensor
     """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
     proposal: Tensor
-    """[T] float64: the distribution of timesteps for `bits_per_dim`."""
+    """[T] float64: the distribution of timesteps for `bound_terms`."""
 
 
 def bound_variance(config: Config, variance: BoundVariance = "auto") -> Variance:
@@ -74,7 +77,8 @@ def measure_errors(trained: TrainedNet, batch: Images, variance: BoundVariance =
         batch: other images than those whose bound is measured.
         variance: as in `bound_variance`.
     """
-    chosen, schedule = bound_variance(trained.config, variance), schedules.build(trained.config.schedule)
+    chosen = bound_variance(trained.config, variance)
+    schedule = schedules.build(trained.config.schedule)
     denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.MEASURE))
     errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
     x_0_error = errors.mean(0)
@@ -85,28 +89,49 @@ def measure_errors(trained: TrainedNet, batch: Images, variance: BoundVariance =
 
 
 def bound_terms(
-    trained: TrainedNet, measured: NetErrors, batch: Images, start: int, num_draws: int = 8, seed: int = 0
+    trained: TrainedNet, errors: NetErrors, batch: Images, start: int, num_draws: int = 8, seed: int = 0
 ) -> NDArray[np.float64]:
-    """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
+    """The bound's terms for each image of a batch.
 
     Args:
-        measured: errors of this net.
-        num_draws: timesteps per image; 0: all.
+        errors: those of this net.
+        num_draws: timesteps per image; the estimate takes one more evaluation of the net. 0: all timesteps, exact.
 
     Returns:
         [N, 3]: prior, sum of KL_t, decoder; the bound is their sum.
     """
     indices = range(start, start + len(batch.image))
     denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
-    schedule, variance = schedules.build(trained.config.schedule), measured.variance
-    fixed = None if variance == "learned" else fixed_variance(schedule, variance, measured.x_0_error)
+    schedule = schedules.build(trained.config.schedule)
+    if errors.variance == "learned":
+        fixed = None
+    else:
+        fixed = fixed_variance(schedule, errors.variance, errors.x_0_error)
     if num_draws == 0 or schedule.num_timesteps == 1:
         bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
-        t, share = likelihood.draw_timesteps(schedule, measured.proposal, torch.stack(quantiles), num_draws)
+        t, share = likelihood.draw_timesteps(schedule, errors.proposal, torch.stack(quantiles), num_draws)
         bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, t, share)
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
+
+
+def bound_scores(terms: NDArray[np.float64]) -> list[Score]:
+    """The bound and its three terms, in bits/dim; the errors are over images, noise and t.
+
+    Args:
+        terms: [N, 3], from `bound_terms`.
+    """
+    scores = [_mean("bits/dim", terms.sum(axis=1))]
+    for name, values in zip(BOUND_TERMS, terms.T, strict=True):
+        scores.append(_mean(name, values))
+    return scores
+
+
+def _mean(name: str, values: NDArray[np.float64]) -> Score:
+    n = len(values)
+    error = float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    return Score(name, float(values.mean()), error, n)
 
 
 def _prepared(

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier
-from ddpm.evaluation.feature_cache import Cache
-from ddpm.evaluation.features import FeatureNet, digest_of, normalised, rgb
+from ddpm.evaluation.features import Cache, FeatureNet, digest_of, normalised, rgb
 from ddpm.evaluation.inception import Inception
 from ddpm.utils import images
 from ddpm.utils.errors import UserError

@@ -20,7 +20,7 @@ from ddpm.build import TrainedNet
 from ddpm.config import BoundVariance
 from ddpm.data.reading import DataSet, Images
 from ddpm.evaluation import bits_per_dim
-from ddpm.evaluation.feature_cache import images_of
+from ddpm.evaluation.features import images_of
 from ddpm.evaluation.metrics import Estimate
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
@@ -107,19 +107,25 @@ class Evaluator:
         Raises:
             UserError: a result is not finite.
         """
-        device, mine = trained.device, slice(rank, None, world_size)
+        mine = slice(rank, None, world_size)
         num_held_out = min(self.num_images, self.held_out.rows.num_rows)
         bits = torch.zeros(num_held_out, dtype=torch.float64)
         pilot = images_of(self.train, 0, bits_per_dim.MEASURED_IMAGES)
-        measured = bits_per_dim.measure_errors(trained, pilot, self.variance)
+        errors = bits_per_dim.measure_errors(trained, pilot, self.variance)
         for start, batch in self._batches(self.held_out, bits_per_dim.PIECE_IMAGES, mine):
-            bound = bits_per_dim.bound_terms(trained, measured, batch, start, self.num_draws, self.seed)
+            bound = bits_per_dim.bound_terms(
+                trained, errors, batch, start=start, num_draws=self.num_draws, seed=self.seed
+            )
             bits[start : start + len(bound)] = torch.from_numpy(bound.sum(1))
-        losses = [self._loss(trained, data_set, mine) for data_set in (self.held_out, self.train)]
-        summed = total(torch.cat([bits, *losses]).to(device)).tolist()
-        *of_image, held_out_loss, num_held_out_seen, train_loss, num_train_seen = summed
+        held_out_loss = self._loss(trained, self.held_out, mine)
+        train_loss = self._loss(trained, self.train, mine)
+        summed = total(torch.cat([bits, held_out_loss, train_loss]).to(trained.device)).cpu()
+        of_image, of_held_out, of_train = summed.split([num_held_out, 2, 2])
         found = Evaluation(
-            images_seen, tuple(of_image), held_out_loss / num_held_out_seen, train_loss / num_train_seen
+            images_seen=images_seen,
+            bits=tuple(of_image.tolist()),
+            held_out_loss=(of_held_out[0] / of_held_out[1]).item(),
+            train_loss=(of_train[0] / of_train[1]).item(),
         )
         if not found.is_finite:
             raise UserError(
@@ -132,8 +138,9 @@ class Evaluator:
         total = torch.zeros(2, dtype=torch.float64)
         for start, both in self._batches(data_set, LOSS_IMAGES, mine):
             batch = both[RANKING]
-            value = bits_per_dim.loss(trained, batch, start, self.seed).item()
-            total += torch.tensor([value * len(batch.image), len(batch.image)], dtype=torch.float64)
+            num_images = len(batch.image)
+            loss = bits_per_dim.loss(trained, batch, start, self.seed).item()
+            total += torch.tensor([loss * num_images, num_images], dtype=torch.float64)
         return total
 
     def _batches(self, data_set: DataSet, size: int, mine: slice) -> Iterator[tuple[int, Images]]:

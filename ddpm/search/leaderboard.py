@@ -22,9 +22,10 @@ from ddpm.config import Affects, Config, SamplerName
 from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.diffusion import schedules
 from ddpm.evaluation import evaluate, inputs
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE, Score
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING
 from ddpm.evaluation.settings import Settings
 from ddpm.search.setup import Setup

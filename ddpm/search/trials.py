@@ -19,8 +19,8 @@ from annotated_types import Ge
 from pydantic import Field
 
 from ddpm.evaluation import rung
-from ddpm.evaluation.feature_scores import Score
 from ddpm.evaluation.metrics import Estimate
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
 from ddpm.search.config import Metric
 from ddpm.storage.locations import Location

@@ -10,7 +10,7 @@ from ddpm.data.reading import DataSet
 from ddpm.data.sources import Digits
 from ddpm.evaluation import classifier
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.feature_cache import Cache
+from ddpm.evaluation.features import Cache
 from ddpm.storage.locations import resolve
 
 

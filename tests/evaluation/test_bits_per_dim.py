@@ -85,3 +85,13 @@ def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Ima
         measured = bits_per_dim.measure_errors(net, held_out[:8], variance)  # type: ignore[arg-type]
         kl[variance] = bits_per_dim.bound_terms(net, measured, held_out, 0, num_draws=0)[:, KL].mean()
     assert min(kl.values()) == kl["measured"] < 0.9 * kl["beta_tilde"]
+
+
+def test_the_bound_and_its_terms_have_errors_over_images() -> None:
+    value = np.arange(6.0)
+    total, *terms = bits_per_dim.bound_scores(np.stack([value / 100, 1.5 * value, 2 + value], 1))
+    assert [s.name for s in terms] == ["bits/dim-prior", "bits/dim-kl", "bits/dim-decoder"]
+    assert total.value == pytest.approx(sum(s.value for s in terms))
+    for s, slope in zip((total, *terms), (2.51, 0.01, 1.5, 1.0), strict=True):
+        assert (s.n, s.n_real, s.floor) == (6, None, None)
+        assert s.error == pytest.approx(slope * value.std(ddof=1) / 6**0.5)

@@ -18,12 +18,11 @@ from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources import Digits
 from ddpm.evaluation import bits_per_dim, evaluate, inputs, memorisation
-from ddpm.evaluation.feature_cache import images_of
-from ddpm.evaluation.feature_scores import bound_scores, score
-from ddpm.evaluation.features import features_of
-from ddpm.evaluation.memorisation import NearerShare
+from ddpm.evaluation.bits_per_dim import bound_scores
+from ddpm.evaluation.feature_scores import score_features
+from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import Pixels
-from ddpm.evaluation.results import Report
+from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.sampling import generate
@@ -86,7 +85,9 @@ def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: 
     image = generate.draw(candidate, range(150))
     drawn = features_of(Pixels((8, 8, 1)), image)
     *scores, share = last.drawn[1].scores
-    for found, expected in zip(scores, score("pixels", drawn, chosen.real, chosen.other_real), strict=True):
+    for found, expected in zip(
+        scores, score_features("pixels", drawn, chosen.real, chosen.other_real), strict=True
+    ):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
         assert (found.floor, found.floor_n) == (expected.floor, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
@@ -271,7 +272,7 @@ def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, sha
     classes = np.resize(images_of(chosen.held_out, 0, 150).label, 150)
     assert len({*np.bincount(classes)}) > 1
     drawn = features_of(Pixels((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
-    held, free = (score("pixels", drawn, chosen.real, label=label) for label in (classes, None))
+    held, free = (score_features("pixels", drawn, chosen.real, label=label) for label in (classes, None))
     found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)

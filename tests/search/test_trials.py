@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.processes import REPO
 
-from ddpm.evaluation.feature_scores import Score
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.search import trials
 from ddpm.search.trials import Trials, rung_positions

@@ -23,7 +23,7 @@ from ddpm.config_io import override
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
 from ddpm.evaluation import bits_per_dim
-from ddpm.evaluation.feature_scores import bound_scores
+from ddpm.evaluation.bits_per_dim import bound_scores
 from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
 from ddpm.presets import DIGITS, PRESETS
