@@ -146,8 +146,8 @@ def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> Non
 
 
 def test_each_plot_of_nearest_images_has_its_own_name() -> None:
-    def names(*results: CheckpointResult) -> list[str]:
-        return [name for name, _, _ in results.nearest_pictures(made(*results), "s3://b.c/d/out.json")]
+    def names(*found: CheckpointResult) -> list[str]:
+        return [name for name, _, _ in results.nearest_pictures(made(*found), "s3://b.c/d/out.json")]
 
     assert names(result(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]
     assert names(result(1, near(0.0), near(0.0, 10)), result(2, drawn(2), run="b c")) == [
