@@ -35,12 +35,12 @@ from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
-from ddpm.evaluation import context, nets
-from ddpm.evaluation.context import Candidate
+from ddpm.evaluation import inputs, nets
+from ddpm.evaluation.bits_per_dim import PIECE_IMAGES
 from ddpm.evaluation.evaluate import EvalWorker, Piece
-from ddpm.evaluation.measure import PIECE_IMAGES
+from ddpm.evaluation.features import Cache, real_features
+from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.metrics import Moments, fid, kid
-from ddpm.evaluation.reference import Cache, real_features
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils import devices
@@ -166,7 +166,7 @@ class Judge:
     """The real images, the training images as in the papers, and the net that compares with them."""
 
     def __init__(self, arguments: Arguments, data: DataSet) -> None:
-        race, cache = arguments.race, Cache(data.location.child(context.CACHE))
+        race, cache = arguments.race, Cache(data.location.child(inputs.CACHE))
         self.data, self.reason = data, ""
         try:
             self.net = nets.build(race.features, data, cache, arguments.inception_weights)
@@ -183,8 +183,16 @@ class Judge:
         """Sample images on all GPUs or cores, and compare them; the value and its standard error, for FID 0."""
         starts = range(0, num_images, PIECE_IMAGES)
         pieces = [Piece(0, sample, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
-        settings = context.Settings(num_train_images=0)
-        worker = partial(EvalWorker, [candidate], self.data, self.data, self.net, settings, None)
+        settings = inputs.Settings(num_train_images=0)
+        worker = partial(
+            EvalWorker,
+            candidates=[candidate],
+            train=self.data,
+            held_out=self.data,
+            feature_net=self.net,
+            settings=settings,
+            held_out_label=None,
+        )
         with WorkerPool(worker) as pool:
             drawn = dict(pool.map(EvalWorker.draw, pieces))
         features = np.concatenate([drawn[piece].features for piece in pieces])
@@ -205,12 +213,12 @@ def judge(arguments: Arguments, seed: int) -> Judge:
     for mark in race.marks:
         stored = checkpoint_at(run, mark)
         assert stored is not None, "training has ended"
-        (candidate,) = context.read([stored.uri])
+        (candidate,) = inputs.read_checkpoints([stored.uri])
         by = by or Judge(arguments, open_configured(candidate.config))
         last = [race.last] if race.last and mark == race.marks[-1] else []
         for changes in (race.sample, *last):
             own = replace(candidate.config.sample, seed=seed, **changes)
-            sample = context.resolved(candidate.config, own)
+            sample = inputs.resolved(candidate.config, own)
             how = f"{by.metric}, {sample.num_sample_steps} steps of {sample.sampler}"
             key = arguments.name(seed), candidate.position["images_seen"], how, race.num_images
             if key in known:

@@ -17,7 +17,7 @@ from harness import tables
 from harness.arguments import read
 from harness.comparison import Measured, each, interval, preset_of, train
 
-from ddpm.evaluation import context, evaluate
+from ddpm.evaluation import evaluate, inputs
 from ddpm.evaluation.settings import Settings
 from ddpm.presets import PRESETS
 
@@ -62,7 +62,9 @@ def compare(arguments: Arguments, name: str, folder: Path) -> Measured:
     settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
     rows, nets = [], []
     for net, samplers in SAMPLERS.items():
-        candidates = context.read([str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)])
+        candidates = inputs.read_checkpoints(
+            [str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)]
+        )
         report = evaluate.evaluate(candidates, replace(settings, sampler=samplers))
         kids = defaultdict(list)
         for drawn in (drawn for result in report.results for drawn in result.drawn):

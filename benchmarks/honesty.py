@@ -27,11 +27,11 @@ from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
-from ddpm.evaluation import context, evaluate, measure
-from ddpm.evaluation.context import Candidate
-from ddpm.evaluation.reference import images_of
+from ddpm.evaluation import bits_per_dim, evaluate, inputs
+from ddpm.evaluation.features import images_of
+from ddpm.evaluation.inputs import Candidate
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluator
-from ddpm.evaluation.scores import Score
 from ddpm.evaluation.settings import Settings
 from ddpm.search.trials import Trials, best
 from ddpm.storage import locations
@@ -69,7 +69,7 @@ class Learned:
 
 def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
     """The candidate's training split and its held-out split."""
-    by = context.open_context([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
+    by = inputs.prepare_reference([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
     return by.train, by.held_out
 
 
@@ -83,7 +83,7 @@ def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray
         return objective.denoise(net, x_t, where[k], None)
 
     train, held_out = data_sets(candidate)
-    measured_by, _ = errors_of(denoise, chain, train, measure.MEASURED_IMAGES, 64, Purpose.MEASURE)
+    measured_by, _ = errors_of(denoise, chain, train, bits_per_dim.MEASURED_IMAGES, 64, Purpose.MEASURE)
     errors, x_0 = errors_of(denoise, chain, held_out, held_out.rows.num_rows, num_steps, Purpose.LIKELIHOOD)
     noise = PerImageNoise([PhiloxGenerator(1, i) for i in range(len(x_0))], tuple(x_0.shape[1:]))  # type: ignore[arg-type]
     first = torch.zeros(len(x_0), dtype=torch.int64)
@@ -108,7 +108,7 @@ def errors_of(
 
 
 def variance_table(run: str, timesteps: Sequence[int]) -> None:
-    (candidate,) = context.read([run])
+    (candidate,) = inputs.read_checkpoints([run])
     T = candidate.config.schedule.num_timesteps
     table = {n: bounds_of(candidate, n) for n in timesteps if n <= T}
     rows = []
@@ -129,7 +129,7 @@ def search_table(run: str) -> None:
     place = locations.resolve(run)
     trials = best(Trials(place, None).all(), "bits_per_dim")
     newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
-    candidates = context.read(newest)
+    candidates = inputs.read_checkpoints(newest)
     train, held_out = data_sets(candidates[0])
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
@@ -165,7 +165,7 @@ def in_ten_steps(uris: Sequence[str]) -> np.ndarray:
     settings = Settings(
         num_images=500, sampler=("dpmpp_2m",), num_sample_steps=(10,), num_draws=2, num_train_images=0
     )
-    report = evaluate.evaluate(context.read(uris), settings)
+    report = evaluate.evaluate(inputs.read_checkpoints(uris), settings)
     return np.array([kid_of(v.drawn[0].scores).value for v in report.results])
 
 
@@ -177,7 +177,7 @@ def learned_table(chosen: Learned) -> None:
     steps = chosen.num_sample_steps
     names = ["run", "images seen", "variance", "bits/dim", "KL", "decoder"]
     rows: list[list[object]] = []
-    for candidate in context.read(chosen.runs):
+    for candidate in inputs.read_checkpoints(chosen.runs):
         learned = candidate.config.objective.variance == "learned"
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
             settings = Settings(

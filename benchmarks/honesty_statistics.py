@@ -17,10 +17,11 @@ from harness import tables
 from harness.arguments import read
 from numpy.typing import NDArray
 
+from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import Features
-from ddpm.evaluation.metrics import Distances, Moments, fid, jackknife_error, kid
+from ddpm.evaluation.jackknife import GROUPS, jackknife_error
+from ddpm.evaluation.metrics import Distances, Moments, fid, kid
 from ddpm.evaluation.ranking import Rank, Z, configuration_ranks, paired_ranks, ranks
-from ddpm.evaluation.scores import GROUPS, score
 
 Array = NDArray[np.float64]
 
@@ -86,7 +87,7 @@ def intervals(repetitions: int) -> Iterator[list[object]]:
             found, old = [], []
             for i in range(repetitions):
                 sides = normal(NUM_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1)
-                found.append(score("pixels", *sides))
+                found.append(score_features("pixels", *sides))
                 old.append(old_errors(*sides))
             for j, first in enumerate(found[0]):
                 name = first.name.removesuffix("-pixels")

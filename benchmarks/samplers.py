@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import FeatureNetName
-from ddpm.evaluation import context
+from ddpm.evaluation import inputs
+from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of
-from ddpm.evaluation.scores import Score, score
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling.workers import SampleJob, SampleWorker
 from ddpm.training.state import parameter_count
@@ -82,7 +83,7 @@ class Arguments:
     """Feature nets of KID."""
 
 
-def draw(candidate: context.Candidate, sampling: Sampling, n: int) -> np.ndarray:
+def draw(candidate: inputs.Candidate, sampling: Sampling, n: int) -> np.ndarray:
     """Images uint8 [N, H, W, C]."""
     of_sampling = {"sampler": sampling.sampler, "num_sample_steps": sampling.steps, "eta": sampling.eta}
     sample = replace(candidate.config.sample, **of_sampling, sigma_min=sampling.sigma_min)
@@ -101,9 +102,9 @@ def draw(candidate: context.Candidate, sampling: Sampling, n: int) -> np.ndarray
 
 def main() -> None:
     arguments = read(Arguments, __doc__, num_images=30)
-    (candidate,) = context.read([arguments.checkpoint])
+    (candidate,) = inputs.read_checkpoints([arguments.checkpoint])
     contexts = [
-        context.open_context([candidate], Settings(num_images=2000, features=judge, num_train_images=0))
+        inputs.prepare_reference([candidate], Settings(num_images=2000, features=judge, num_train_images=0))
         for judge in arguments.judges
     ]
     found: dict[Sampling, list[Score]] = {}
@@ -118,10 +119,10 @@ def main() -> None:
     write(candidate, found)
 
 
-def kid_of(drawn: np.ndarray, by: context.EvalContext) -> Score:
+def kid_of(drawn: np.ndarray, by: inputs.Reference) -> Score:
     """KID of drawn images, with that of real ones as the floor."""
     features = features_of(by.feature_net, torch.from_numpy(drawn))
-    scores = score(by.feature_net.name, features, by.real, by.other_real)
+    scores = score_features(by.feature_net.name, features, by.real, by.other_real)
     return next(s for s in scores if s.name.startswith("KID"))
 
 
@@ -129,7 +130,7 @@ def shown(kid: Score) -> str:
     return f"{kid.value:.4f} ± {kid.error:.4f}"
 
 
-def write(candidate: context.Candidate, found: dict[Sampling, list[Score]]) -> None:
+def write(candidate: inputs.Candidate, found: dict[Sampling, list[Score]]) -> None:
     """The table, as Markdown, and the plot."""
     best = found[BEST]
     seen, n = candidate.position["images_seen"], best[0].n

@@ -27,7 +27,7 @@ from scipy import stats
 from ddpm.checkpoints import curves
 from ddpm.config_io import flatten
 from ddpm.data import ray_dataset
-from ddpm.evaluation import context
+from ddpm.evaluation import inputs
 from ddpm.evaluation.ranking import configuration_difference
 from ddpm.evaluation.rung import REPORTING, Evaluator
 from ddpm.search.trials import Trial, Trials, changes_text, shown
@@ -114,7 +114,7 @@ def beaten(arguments: Arguments, place: locations.Location, trials: list[Trial])
     """The best config beside the preset's, both trained with other seeds."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
-    (trial,) = context.read([place.child(trials[0].name).uri])
+    (trial,) = inputs.read_checkpoints([place.child(trials[0].name).uri])
     values = flatten(trial.config)
     train = ray_dataset.open_configured(trial.config)
     held_out = train.held_out()
@@ -126,7 +126,7 @@ def beaten(arguments: Arguments, place: locations.Location, trials: list[Trial])
             trained(place, arguments.preset, config, values, f"{name}-seed-{seed}", seed)
             for seed in arguments.seeds
         ]
-        nets = context.read(uris)
+        nets = inputs.read_checkpoints(uris)
         each = [evaluator.evaluate(net, net.position["images_seen"]).bits for net in nets]
         bits.append(np.array(each)[:, REPORTING])
     mean, error, dof = configuration_difference(*bits)

@@ -35,7 +35,7 @@ Port = Annotated[int, Interval(ge=0, le=65535)]
 Images = Annotated[int, Interval(ge=1, le=10**11)]
 ImagesOrZero = Annotated[int, Interval(ge=0, le=10**11)]
 ScoredImages = Annotated[int, Interval(ge=20, le=10**6)]
-"""At least evaluation.scores.LEAST_IMAGES."""
+"""At least evaluation.feature_scores.LEAST_IMAGES."""
 Seconds = Annotated[float, Interval(gt=0, le=10**9)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]

@@ -18,7 +18,7 @@ from ddpm.checkpoints import checkpoint
 from ddpm.config import RunConfig
 from ddpm.config_io import to_json
 from ddpm.evaluation import card
-from ddpm.evaluation.report import Report
+from ddpm.evaluation.results import Report
 from ddpm.hub import builtin_nets, resolve
 
 NAMES, STORAGE = ("digits", "fashion-mnist"), Path("runs/builtin")

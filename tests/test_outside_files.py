@@ -33,7 +33,7 @@ from ddpm.data.sources.huggingface import HuggingFace
 from ddpm.data.sources.image_folder import Folder, ImageFile, store
 from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
-from ddpm.evaluation.report import Report
+from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
 from ddpm.search.trials import Trials, read_trial
 from ddpm.storage.locations import resolve

@@ -15,7 +15,7 @@ from ddpm import cli, kinds
 from ddpm.commands import compare, evaluate, export, folder, sample, sync
 from ddpm.config import Config, ScoredImages
 from ddpm.config_io import check_values, flatten, from_json, override, to_json
-from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.presets import DIGITS
 from ddpm.search import config as search_config
 from ddpm.utils.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from ddpm.build import TrainedNet
-from ddpm.evaluation import context, evaluate
+from ddpm.evaluation import evaluate, inputs
 from ddpm.evaluation.memorisation import METRIC
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling import generate
@@ -97,7 +97,9 @@ def compare(
         return train(preset, folder, f"{place[choice]}-{seed}", *flags)
 
     minutes = turns.in_turns(list(choices), seeds, measure)
-    candidates = context.read([str(folder / f"{i}-{seed}") for i in place.values() for seed in range(seeds)])
+    candidates = inputs.read_checkpoints(
+        [str(folder / f"{i}-{seed}") for i in place.values() for seed in range(seeds)]
+    )
     settings = Settings(
         num_images=num_images,
         num_train_images=num_train_images,

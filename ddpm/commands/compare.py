@@ -1,9 +1,9 @@
 """Compare runs on one page: python jobs/compare.py RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
-RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or what
-to run to know; samples of equal seeds side by side, settings that differ, ranks with ties, curves over images seen and
-over hours of training, quality over sampling steps, trajectories, and the nearest training images. All of it comes from
-the runs' folders, where training and jobs/evaluate.py leave it; a run without samples is sampled now.
+RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or the
+command that would settle it; samples of equal seeds side by side, settings that differ, ranks with ties, and curves
+over images seen and over hours of training. All of it comes from the runs' folders, where training and jobs/evaluate.py
+leave it; a run without samples is sampled now.
 """
 
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ def main() -> None:
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import compared_run, comparison_page, publish
+    from ddpm.evaluation import compared_run, comparison_page, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    location = publish.location_for(arguments.out, "report.html")
+    location = save_results.output_location(arguments.out, "report.html")
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
-    publish.write(location, comparison_page.render(runs))
+    save_results.write(location, comparison_page.render(runs))
     for run in runs:
         for remark in run.remarks:
             print(printable(f"{run.name}: {remark}"))

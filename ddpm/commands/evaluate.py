@@ -2,11 +2,13 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
 MLflow's registry, or builtin:NAME. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and
-memorisation of generated images are printed as a table, written to FILE.json with plots next to it, and logged to the
-runs' own MLflow runs. Settings that are not given default to those of training.
+memorisation of generated images are printed as a table, and written to FILE.json with plots next to it, to the
+folders of the runs (evaluations/), and to the runs' own MLflow runs. Settings that are not given default to those of
+training.
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated
 
 import tyro
@@ -40,13 +42,19 @@ def main() -> None:
     if not arguments.checkpoints:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import context, evaluate, publish, tables
+    from ddpm.evaluation import evaluate, inputs, plots, results_table, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    location = publish.location_for(arguments.out)
-    candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
+    location = save_results.output_location(arguments.out)
+    candidates = inputs.read_checkpoints(arguments.checkpoints, arguments.all_checkpoints)
     report = evaluate.evaluate(candidates, arguments.settings, arguments.num_workers)
-    tables.table(report).show()
-    for line in (*tables.remarks(report, location.uri), *publish.store(report, location)):
+    results_table.table(report).show()
+    plot = plots.picture(report)
+    lines = chain(
+        results_table.remarks(report, location.uri),
+        save_results.to_file(report, plot, location),
+        save_results.to_runs(report, plot),
+    )
+    for line in lines:
         print(printable(line))

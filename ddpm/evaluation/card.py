@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ddpm.evaluation import compared_run, tables
-from ddpm.evaluation.report import Report
+from ddpm.evaluation import compared_run, results_table
+from ddpm.evaluation.results import Report
 from ddpm.hub import builtin_nets
 from ddpm.utils.command_line import installed
 from ddpm.utils.progress import printable
@@ -29,5 +29,5 @@ def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> st
     return environment.get_template("card.md").render(
         run=run,
         use=use or installed(f"python jobs/sample.py {uri}"),
-        reports=[(Markup(tables.table(v).markdown()), tables.remarks(v, uri)) for v in reports],
+        reports=[(Markup(results_table.table(v).markdown()), results_table.remarks(v, uri)) for v in reports],
     )

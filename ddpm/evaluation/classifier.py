@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.data.reading import DataSet
-from ddpm.evaluation.features import digest_of, normalised
-from ddpm.evaluation.reference import Cache
+from ddpm.evaluation.features import Cache, digest_of, normalised
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Display

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from ddpm.checkpoints.checkpoint import StateFile
 from ddpm.checkpoints.runs import Card, RunFolder, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
-from ddpm.evaluation.report import Report, nearest_pictures
+from ddpm.evaluation.results import Report
 from ddpm.hub import resolve
 from ddpm.sampling import workers
 from ddpm.storage import locations
@@ -31,8 +30,7 @@ from ddpm.utils.retry import as_user_error
 RATE = "train/images_per_s"
 ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
 """Metric -> the metric that holds its standard error."""
-CURVES = ("train/loss", "held_out/loss", *ERRORS)
-GIF = "pictures/reverse_trajectory.gif"
+CURVES = ("train/loss", "held_out/loss", "held_out/bits_per_dim")
 VERSION = re.compile(r"version|git\.c")
 SAMPLED_IMAGES = 64
 """Images of a grid that is sampled for a run without one."""
@@ -82,8 +80,6 @@ class ComparedRun:
     """By metric, ascending."""
     grids: Mapping[int, Read] = field(default_factory=dict)
     """PNGs by images seen, ascending."""
-    trajectory: Read | None = None
-    """A GIF."""
     evaluations: Sequence[Report] = ()
     """They may include other runs."""
     remarks: list[Remark] = field(default_factory=list)
@@ -101,7 +97,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
         evaluations: files of jobs/evaluate.py, beside those in the runs' folders.
         sample: sample a grid from the newest checkpoint of a run that has none.
     """
-    compared = dict[str, ComparedRun]()
+    compared: dict[str, ComparedRun] = {}
     reports = [_report_in(locations.resolve(uri), f"--evaluations {uri}") for uri in evaluations]
     for uri in dict.fromkeys(uris):
         if not locations.resolve(uri).exists():
@@ -113,67 +109,70 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
 
 
 def _read(run: RunFolder, sample: bool) -> ComparedRun:
-    location, remarks = run.location, list[Remark]()
-
-    def readable(read: Callable[[], T], otherwise: T) -> T:
-        """The result of `read`; if it raises UserError, `otherwise`, with a remark."""
-        try:
-            return read()
-        except UserError as error:
-            remarks.append(Remark(str(error)))
-            return otherwise
-
-    points = readable(lambda: _curves(curves.read(location)), dict[str, list[Point]]())
+    location = run.location
+    remarks: list[Remark] = []
+    points: dict[str, list[Point]] = _readable(partial(_curves, location), {}, remarks)
     if not points:
         remarks.append(Remark(f"no curves: {location.uri} has no points in {curves.FOLDER}"))
-    folder = location.child(runs.EVALUATIONS)
-    files = [folder.child(name) for name in folder.files() if name.endswith(".json")]
-    evaluations = [readable(partial(_report_in, file, file.uri), None) for file in files]
-    stored, status = runs.checkpoints(location), readable(partial(runs.read_status, location), None)
+    status = _readable(partial(runs.read_status, location), None, remarks)
     card = runs.read_card(location)
+    evaluations = _evaluations(location.child(runs.EVALUATIONS), remarks)
+    stored = runs.checkpoints(location)
     of_checkpoint: dict[str, Any] = {}
     if stored:
         of_checkpoint = _of_checkpoint(stored[-1], card, status, points.get(RATE, ()), remarks)
     else:
-        text = f"no checkpoint yet, so its settings are unknown{'; this trains it:' if card.command else ''}"
-        remarks.append(Remark(text, card.command))
+        text = "no checkpoint yet, so its settings are unknown"
+        remarks.append(Remark(f"{text}; this trains it:" if card.command else text, card.command))
     grids: dict[int, Read] = {
         images_seen: file.read for images_seen, file in runs.pictures(location, runs.SAMPLES).items()
     }
-    if stored and not grids and sample:
-        if png := readable(partial(_sample, stored[-1]), b""):
-            grids[of_checkpoint["images_seen"]] = io.BytesIO(png).getvalue
-    elif stored and not grids:
+    if stored and not grids and not sample:
         remarks.append(Remark("no samples yet; without --no-sample they are made now"))
-    gif = location.child(GIF)
+    elif stored and not grids:
+        png = _readable(partial(_sample, stored[-1]), b"", remarks)
+        if png:
+            grids[of_checkpoint["images_seen"]] = io.BytesIO(png).getvalue
     return ComparedRun(
-        printable(run.name),
-        run.key,
-        location.uri,
+        name=printable(run.name),
+        key=run.key,
+        where=location.uri,
         curves=points,
         grids=grids,
-        trajectory=gif.read if gif.exists() else None,
-        evaluations=[report for report in evaluations if report],
+        evaluations=evaluations,
         remarks=remarks,
         **of_checkpoint,
     )
+
+
+def _readable(read: Callable[[], T], otherwise: T, remarks: list[Remark]) -> T:
+    """The result of `read`; if it raises UserError, `otherwise`, with a remark."""
+    try:
+        return read()
+    except UserError as error:
+        remarks.append(Remark(str(error)))
+        return otherwise
 
 
 def _of_checkpoint(
     stored: Location, card: Card, status: Status | None, rates: Sequence[Point], remarks: list[Remark]
 ) -> dict[str, Any]:
     """What a run's newest checkpoint, run.json and status.json tell, as fields of ComparedRun."""
-    file, state = stored.child("config.json"), stored.child("state.json")
-    config = from_json(file.read().decode(errors="replace"), file.uri)
-    position = strict_json.parse(StateFile, state.read(), f"{state.uri} is damaged", extra="allow")
-    seen, total = position.images_seen, config.train.total_images
+    config_file = stored.child("config.json")
+    config = from_json(config_file.read().decode(errors="replace"), config_file.uri)
+    state_file = stored.child("state.json")
+    position = strict_json.parse(StateFile, state_file.read(), f"{state_file.uri} is damaged", extra="allow")
+    seen = position.images_seen
+    total = config.train.total_images
     tags = status.tags if status else {}  # version 0.1
     command = card.command or tags.get("command", "")
-    hardware = (status.hardware if status else "") or tags.get("hardware", "unknown")
     if seen < total and status and status.status != "FINISHED":
-        how = "if it was killed, this resumes it:" if status.status == "RUNNING" else "this resumes it:"
         words = f"{STATUS[status.status]} at {seen:,} of {total:,} images"
-        remarks.append(Remark(f"{words}; {how}" if command else words, command))
+        if command and status.status == "RUNNING":
+            words += "; if it was killed, this resumes it:"
+        elif command:
+            words += "; this resumes it:"
+        remarks.append(Remark(words, command))
     with torch.device("meta"):  # only its weights are counted
         net = build_net(config)
     hours = _hours(rates, rates[-1].x) if rates else None
@@ -182,18 +181,22 @@ def _of_checkpoint(
     versions = [f"{k.rpartition('.')[2]} {v}" for k, v in all_versions.items() if VERSION.match(k)]
     facts = {
         "status": STATUS[status.status] if status else "unknown",
-        "images seen": f"{seen:,}" + (f" of {total:,}" if seen < total else ""),
+        "images seen": f"{seen:,} of {total:,}" if seen < total else f"{seen:,}",
         "minutes": f"{status.minutes:.1f}" if status else "unknown",
         "images/s": f"{rates[-1].x / hours / 3600:,.0f}" if hours else "unknown",
         "weights": f"{sum(weight.numel() for weight in net.parameters()):,}",
         "seed": str(config.train.seed),
-        "hardware": hardware,
+        "hardware": (status.hardware if status else "") or tags.get("hardware", "unknown"),
         "versions": ", ".join(versions) or "unknown",
         "data": f"{source} ({position.data_fingerprint[:8]})",
     }
-    settings = {key: str(value) for key, value in run_params.params(config).items()}
-    data = position.data_fingerprint
-    return {"images_seen": seen, "settings": settings, "facts": facts, "command": command, "data": data}
+    return {
+        "images_seen": seen,
+        "settings": {key: str(value) for key, value in run_params.params(config).items()},
+        "facts": facts,
+        "command": command,
+        "data": position.data_fingerprint,
+    }
 
 
 def _hours(rates: Sequence[Point], images_seen: float) -> float | None:
@@ -213,9 +216,10 @@ def _sample(stored: Location) -> bytes:
     return images.png_bytes(images.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 
 
-def _curves(logged: Mapping[str, Sequence[curves.Point]]) -> dict[str, list[Point]]:
+def _curves(run: Location) -> dict[str, list[Point]]:
     """The shown curves with their errors, without values that are not finite."""
-    shown = dict[str, list[Point]]()
+    logged = curves.read(run)
+    shown: dict[str, list[Point]] = {}
     for name in (*CURVES, RATE):
         errors = {point.images_seen: point.value for point in logged.get(ERRORS.get(name, ""), ())}
         finite = [point for point in logged.get(name, ()) if np.isfinite(point.value)]
@@ -224,16 +228,18 @@ def _curves(logged: Mapping[str, Sequence[curves.Point]]) -> dict[str, list[Poin
     return shown
 
 
+def _evaluations(folder: Location, remarks: list[Remark]) -> list[Report]:
+    reports = []
+    for name in folder.files():
+        if name.endswith(".json"):
+            file = folder.child(name)
+            report = _readable(partial(_report_in, file, file.uri), None, remarks)
+            if report is not None:
+                reports.append(report)
+    return reports
+
+
 def _report_in(file: Location, where: str) -> Report:
-    """The results of jobs/evaluate.py in a file, with the pictures beside it."""
+    """The results of jobs/evaluate.py in a file."""
     with as_user_error(f"{where} cannot be read"):
-        report = Report.from_json(file.read(), where)
-        pictures = dict[int, bytes]()
-        for name, _, drawn in nearest_pictures(report, Path(file.path).name):
-            beside = file.beside(name)
-            pictures[id(drawn)] = beside.read() if beside.exists() else b""
-    results = (
-        replace(result, drawn=tuple(replace(d, nearest=pictures.get(id(d), b"")) for d in result.drawn))
-        for result in report.results
-    )
-    return replace(report, results=tuple(results))
+        return Report.from_json(file.read(), where)

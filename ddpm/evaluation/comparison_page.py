@@ -1,4 +1,4 @@
-"""The comparison of runs as one HTML file that needs no network.
+"""The comparison of runs as one HTML file that needs no network: the answer, samples, settings, ranks, and curves.
 
 Names, settings and images are untrusted: everything is escaped, plots show letters instead of names, images are data
 URIs, and the content security policy allows only the page's own script.
@@ -7,8 +7,10 @@ URIs, and the content security policy allows only the page's own script.
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import matplotlib
@@ -17,23 +19,27 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from ddpm.config import Affects, Config
+from ddpm.config_io import keys_that_affect
 from ddpm.evaluation import comparison, plots
-from ddpm.evaluation.compared_run import ComparedRun, Read
-from ddpm.evaluation.comparison import Ranking
-from ddpm.evaluation.plots import Chart
+from ddpm.evaluation.compared_run import RATE, ComparedRun
+from ddpm.evaluation.comparison import Ranking, Results
+from ddpm.evaluation.plots import IMAGES_SEEN, Chart, Point, charts_of
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import estimate
 
+LOSSES = ("train/loss", "held_out/loss")
+MAX_GRIDS = 12
+"""Largest number of slider positions."""
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 LINES = ["-", "--", "-.", ":"]
-MARKERS = {"ddim": "o", "ddpm": "s", "dpmpp_2m": "^", "heun": "D", "mix": "v"}
-"""Marker of each sampler, where one run has several."""
-WIDTH, HEIGHT = 5.2, 3.0
+WIDTH = 5.2
+HEIGHT = 3.0
 """Inches of a plot."""
 PX = 96
 """CSS pixels per inch."""
-KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif", b"<?xml": "image/svg+xml"}
+KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"<?xml": "image/svg+xml"}
 
 
 def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> bytes:
@@ -52,12 +58,12 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     if rankings is None:
         rankings = comparison.rankings(runs, results)
         step = comparison.next_step(runs, results, num_held_out, rankings, names)
-    differing = comparison.differences(runs) if any(run.settings for run in runs) else None
-    positions = comparison.shared_positions(runs)
+    differing = differences(runs) if any(run.settings for run in runs) else None
+    positions = shared_positions(runs)
     environment = Environment(
         loader=PackageLoader("ddpm.evaluation"), autoescape=True, undefined=StrictUndefined
     )
-    environment.globals |= {"estimate": estimate, "image": _image, "data_uri": _data_uri}
+    environment.globals["estimate"] = estimate
     script = environment.get_template("comparison.js").render()
     page = environment.get_template("comparison.html").render(
         title=f"Comparison of {', '.join(run.name for run in runs)}",
@@ -74,30 +80,74 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         differing=differing,
         sampled_unlike=", ".join(key for key in differing or () if key.startswith("sample.")),
         rankings=rankings,
-        curves=list(comparison.charts(runs, results)),
-        steps=list(comparison.step_charts(runs, results)),
+        curves=list(charts(runs, results)),
         plot=partial(_plot, letters),
         plot_size=(round(WIDTH * PX), round(HEIGHT * PX)),
-        nearest=[(run, *shown) for run in runs for shown in comparison.nearest(results.get(run.key, {}))],
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return page.encode(errors="replace")
 
 
+def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
+    """Settings whose values differ, with the value of each run; None: the run has no such setting."""
+    known = [run.settings for run in runs if run.settings]
+    locations = keys_that_affect(Config(), Affects.LOCATION)
+    return {
+        key: [run.settings.get(key) for run in runs]
+        for key in dict.fromkeys(chain(*known))
+        if key not in locations and len({settings.get(key) for settings in known}) > 1
+    }
+
+
+def shared_positions(runs: Sequence[ComparedRun]) -> list[int]:
+    """Positions of grids, of any run, ascending: at most MAX_GRIDS, evenly chosen, with the last one."""
+    at = sorted({position for run in runs for position in run.grids})
+    if len(at) <= MAX_GRIDS:
+        return at
+    return [at[round((i + 1) * len(at) / MAX_GRIDS) - 1] for i in range(MAX_GRIDS)]
+
+
+def charts(runs: Sequence[ComparedRun], results: Results) -> Iterator[Chart]:
+    """Curves over images seen, each followed by the same curves over hours of training; labels are run keys."""
+    shown: dict[str, Chart] = {}
+    for run in runs:
+        for name, points in run.curves.items():
+            if name != RATE:
+                chart = shown.setdefault(name, Chart(name, IMAGES_SEEN, {}, is_log_y=name in LOSSES))
+                chart.curves[run.key] = list(points)
+    scored = (
+        (run.key, at, score)
+        for run in runs
+        for at, result in sorted(results.get(run.key, {}).items())
+        for score in comparison.ranked_scores(result)
+    )
+    for chart in chain(shown.values(), charts_of(IMAGES_SEEN, scored).values()):
+        yield chart
+        over_hours = {run.key: _over_hours(run, chart.curves.get(run.key, ())) for run in runs}
+        known = {key: points for key, points in over_hours.items() if points}
+        if known:
+            yield replace(chart, x_label="hours of training", curves=known)
+
+
+def _over_hours(run: ComparedRun, points: Sequence[Point]) -> list[Point]:
+    hours = ((point, run.hours(point.x)) for point in points)
+    return [point._replace(x=x) for point, x in hours if x is not None]
+
+
 def _grids(run: ComparedRun, positions: Sequence[int]) -> dict[int, str]:
     """A run's grids, the newest one at each position."""
     newest = [max((p for p in run.grids if p <= at), default=None) for at in positions]
-    return {at: _image(run, run.grids[at]) for at in dict.fromkeys(newest) if at is not None}
-
-
-def _image(run: ComparedRun, read: Read) -> str:
-    with as_user_error(f"an image of {run.where} cannot be read"):
-        return _data_uri(read())
+    grids = {}
+    for at in newest:
+        if at is not None and at not in grids:
+            with as_user_error(f"an image of {run.where} cannot be read"):
+                grids[at] = _data_uri(run.grids[at]())
+    return grids
 
 
 def _data_uri(data: bytes) -> str:
-    """An image as a data URI; empty if it is not a PNG, GIF or SVG."""
+    """An image as a data URI; empty if it is not a PNG or an SVG."""
     kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)
     return f"data:{kind};base64,{base64.b64encode(data).decode()}" if kind else ""
 
@@ -109,14 +159,10 @@ def _look(letter: str) -> dict[str, Any]:
 
 def _plot(letters: Mapping[str, str], chart: Chart) -> tuple[str, str]:
     """A chart as the data URI of an SVG, and its last values as text."""
-    looks = {
-        (key, sampler): {
-            **_look(letters[key]),
-            "marker": MARKERS.get(sampler, "o"),
-            "label": f"{f'{letters[key]} {sampler}'.strip()}: {points[-1].value:#.4g}",
-        }
-        for (key, sampler), points in chart.curves.items()
-    }
+    looks = {}
+    for key, points in chart.curves.items():
+        letter = letters[key]
+        looks[key] = {**_look(letter), "label": f"{letter}: {points[-1].value:#.4g}"}
     figure = Figure((WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     plots.draw(axes, chart, looks)

@@ -10,14 +10,21 @@ Axes: N generated images, M held-out images, K training images, D numbers per im
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation.features import WINDOW_ROWS, Features, images_of
+from ddpm.evaluation.inputs import Reference
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.results import NearerShare
+from ddpm.utils.images import Pixels, figure_png
+from ddpm.utils.progress import track
 
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
@@ -28,27 +35,11 @@ BLOCK_IMAGES = 4096
 """Training images compared at a time."""
 NODES = 200
 """Quantiles of the threshold's rank over which the interval is integrated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NearerShare(Score):
-    """The share of generated images below the threshold; `n_real` counts held-out images.
-
-    `floor` is the share expected of other held-out images, k / (M + 1) for the k-th smallest distance, and
-    `floor_error` its standard deviation among N of them. `error` is the half width of the interval over 1.96; the
-    interval is not symmetric.
-    """
-
-    n_real: int
-    floor: float
-    low: float
-    """The lower end of the 95 % interval, over generated and held-out images."""
-    high: float
-    space: str
-    """Space of the distances: the feature net's name, or "pixels"."""
-    threshold: float
-    """The held-out images' 1st percentile, a distance as in `Nearest`."""
-    n_train: int
+NUM_PAIRS = 16
+"""Pairs in a picture."""
+PAIR_WIDTH = 1.8
+PAIR_HEIGHT = 1.3
+"""Inches."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,48 @@ class Nearest:
     """[N]: the root mean square of the differences of the D numbers; of pixels, in grey levels."""
     index: NDArray[np.int64]
     """[N]: its position among the training images."""
+
+
+class Memorised(NamedTuple):
+    """The search for the training images nearest to a set of generated images."""
+
+    shares: tuple[NearerShare, ...] = ()
+    """One for each space: the feature net's, unless it is pixels, and pixels; none: there was no search."""
+    picture: bytes = b""
+    """A PNG of the nearest pairs."""
+
+
+def search(
+    reference: Reference, generated: Sequence[Pixels], features: Sequence[Features]
+) -> list[Memorised]:
+    """Search the training images for those nearest to each set of generated images, and to the held-out images.
+
+    Args:
+        generated: each [N, H, W, C].
+        features: those of the same images, [N, F].
+    """
+    spaces: dict[str, list[Nearest]] = {}
+    if reference.train_features is not None:
+        train_features = reference.train_features
+        starts = range(0, len(train_features), BLOCK_IMAGES)
+        blocks = (train_features[start : start + BLOCK_IMAGES] for start in starts)
+        queries = [values[:MAX_PAIRWISE] for values in (reference.real, *features)]
+        spaces[reference.feature_net.name] = nearest(queries, blocks)
+    held_out = images_of(reference.held_out, 0, min(len(reference.real), MAX_PAIRWISE)).image
+    parts = reference.train.parts(reference.train.plan(0, WINDOW_ROWS), 0, reference.num_train, BLOCK_IMAGES)
+    tracked = track("training images searched", reference.num_train, parts, lambda part: len(part.image))
+    spaces["pixels"] = nearest([held_out, *generated], (part.image for part in tracked))
+    first = next(iter(spaces))
+
+    def train_at(position: int) -> Pixels:
+        return images_of(reference.train, position, position + 1).image[0]
+
+    found = []
+    for i, image in enumerate(generated, start=1):
+        shares = [nearer_share(space, of[i], of[0], reference.num_train) for space, of in spaces.items()]
+        shown = spaces[first]
+        found.append(Memorised(tuple(shares), picture(first, shown[i], shown[0], image, train_at)))
+    return found
 
 
 def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Nearest]:
@@ -81,7 +114,8 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
                 # From the difference: |x|^2 - 2 x y + |y|^2 is imprecise at small distances, which matter most.
                 distance = np.sqrt(np.mean((x - y[index]) ** 2, axis=1, dtype=np.float64))
                 (closer,) = np.nonzero(distance < best.distance[i : i + len(x)])
-                best.distance[i + closer], best.index[i + closer] = distance[closer], start + index[closer]
+                best.distance[i + closer] = distance[closer]
+                best.index[i + closer] = start + index[closer]
         start += len(y)
     return nearest_of
 
@@ -104,7 +138,8 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
         space: the feature net's name, or "pixels".
         n_train: training images searched.
     """
-    n, m = len(drawn.distance), len(held_out.distance)
+    n = len(drawn.distance)
+    m = len(held_out.distance)
     k = max(1, round(PERCENTILE * (m + 1)))
     threshold = float(np.sort(held_out.distance)[k - 1])
     count = int((drawn.distance < threshold).sum())
@@ -124,6 +159,39 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
         threshold=threshold,
         n_train=n_train,
     )
+
+
+def picture(
+    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
+) -> bytes:
+    """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
+
+    Args:
+        space: of the distances, as in NearerShare.
+        image: [N, H, W, C], the generated images.
+        train_at: from a position to the training image there, [H, W, C].
+    """
+    pairs = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
+    columns = 4
+    lines = -(-len(pairs) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
+    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
+    figure.suptitle(
+        f"generated | nearest training image, by {space}; their distance,\n"
+        "and the share of held-out images that are nearer to a training image",
+        fontsize=9,
+    )
+    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in all_axes:
+        axes.set_axis_off()
+    for i, axes in zip(pairs, all_axes, strict=False):
+        pair = np.concatenate([image[i], train_at(int(drawn.index[i]))], axis=1)
+        axes.imshow(np.broadcast_to(pair, (*pair.shape[:2], 3)), interpolation="nearest")
+        axes.axvline(image.shape[2] - 0.5, color="white", linewidth=3)
+        nearer = (held_out.distance < drawn.distance[i]).mean()
+        title = f"image {i}: {drawn.distance[i]:.3g}\n{nearer:.0%} of held-out nearer"
+        axes.set_title(title, fontsize=7)
+    return figure_png(figure)
 
 
 def _interval(count: int, n: int, k: int, m: int) -> tuple[float, float]:

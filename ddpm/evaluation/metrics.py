@@ -1,7 +1,7 @@
-"""Distances between two sets of images, from their features. All in float64.
+"""Metrics of two sets of images, from their features. All in float64.
 
 The number of images biases a metric (FID upward, KID not), so compare it with that of real images against real images
-at the same number (`scores`).
+at the same number (feature_scores.py).
 
 Papers:
     FID                  Heusel et al. 2017, arXiv:1706.08500
@@ -19,6 +19,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm.evaluation.jackknife import jackknife_error, strata
+
 Array = NDArray[np.float64]
 
 BLOCK = 1024
@@ -27,27 +29,18 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of features: all that FID needs."""
+    """Mean and covariance of features: all that FID needs."""
 
-    n: int
     mean: Array
     """[F]."""
-    scatter: Array
-    """[F, F]: the sum of (x - mean)(x - mean)^T."""
+    covariance: Array
+    """[F, F], unbiased."""
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Self:
-        """The moments of [N, F], N at least 1."""
+        """The moments of [N, F], N at least 2."""
         x = np.asarray(features, np.float64)
-        mean = x.mean(0)
-        return cls(len(x), mean, (x - mean).T @ (x - mean))
-
-    @property
-    def covariance(self) -> Array:
-        """[F, F], unbiased."""
-        if self.n < 2:
-            raise ValueError("n is 1; a covariance needs at least 2 images")
-        return self.scatter / (self.n - 1)
+        return cls(x.mean(axis=0), np.cov(x, rowvar=False))
 
     @cached_property
     def root(self) -> Array:
@@ -60,7 +53,8 @@ def fid(a: Moments, b: Moments) -> float:
     """The Frechet distance of two Gaussians, |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
     The trace of the root is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric: it
-    stays real and exact where covariances are singular.
+    stays real and exact where covariances are singular. scipy.linalg.sqrtm(A B) takes four times as long with 128
+    features, and is complex where they are singular.
 
     Source: Heusel et al. 2017, Eq. 6.
     """
@@ -83,9 +77,8 @@ def kid(
 ) -> Estimate:
     """The unbiased squared MMD with the kernel (x y / F + 1)^3, from all pairs; it may be negative.
 
-    The standard error is that of redrawing both sets: the two-sample jackknife, which leaves out each generated and
-    each real image in turn. It is not too small on average (Efron & Stein 1981), and about sqrt(2) times too
-    large where the sets are alike.
+    The standard error is the jackknife's (jackknife.py), without each generated and each real image in turn. It is
+    about sqrt(2) times too large where the sets are alike.
 
     Args:
         generated: [N, F], N at least 3.
@@ -94,16 +87,21 @@ def kid(
 
     Source: Binkowski et al. 2018, Eqs. 3 and 4.
     """
-    n, m = len(generated), len(real)
+    n = len(generated)
+    m = len(real)
     if min(n, m) < 3:
         raise ValueError(f"there are {n} generated and {m} real images; KID needs at least 3 of each")
-    x, y = np.asarray(generated, np.float64), np.asarray(real, np.float64)
-    x_to_x, y_to_y = _kernel_sums(x, x, own=True), _kernel_sums(y, y, own=True)
-    x_to_y, y_to_x = _kernel_sums(x, y), _kernel_sums(y, x)
+    x = np.asarray(generated, np.float64)
+    y = np.asarray(real, np.float64)
+    x_to_x = _kernel_sums(x, x, own=True)
+    y_to_y = _kernel_sums(y, y, own=True)
+    x_to_y = _kernel_sums(x, y)
+    y_to_x = _kernel_sums(y, x)
     value = x_to_x.sum() / (n * (n - 1)) + y_to_y.sum() / (m * (m - 1)) - 2 * x_to_y.sum() / (n * m)
-    without_x, without_y = _without_each(x_to_x, x_to_y, m), _without_each(y_to_y, y_to_x, n)
-    strata = [without_x[rows] for rows in _strata(n, label)]
-    return Estimate(float(value), jackknife_error(*strata, without_y))
+    without_x = _without_each(x_to_x, x_to_y, m)
+    without_y = _without_each(y_to_y, y_to_x, n)
+    of_class = [without_x[rows] for rows in strata(n, label)]
+    return Estimate(float(value), float(jackknife_error(*of_class, without_y)))
 
 
 class Manifold(NamedTuple):
@@ -148,13 +146,17 @@ class Distances:
 
         None: all images. The balls depend on these images only.
         """
-        to_real, own_radii, real_radii = self._to_real, self._own_radii, self._real_radii
+        to_real = self._to_real
+        own_radii = self._own_radii
+        real_radii = self._real_radii
         if rows is not None:
-            to_real, own_radii = to_real[rows], _radii(self._own[np.ix_(rows, rows)], self.K_PRECISION)
+            to_real = to_real[rows]
+            own_radii = _radii(self._own[np.ix_(rows, rows)], self.K_PRECISION)
         if real_rows is not None:
-            to_real, of_real = to_real[:, real_rows], self._of_real[np.ix_(real_rows, real_rows)]
-            real_radii = _radii(of_real, self.K_PRECISION, self.K_DENSITY)
-        (own_radius,), (precision_radius, density_radius) = own_radii, real_radii
+            to_real = to_real[:, real_rows]
+            real_radii = _radii(self._of_real[np.ix_(real_rows, real_rows)], self.K_PRECISION, self.K_DENSITY)
+        (own_radius,) = own_radii
+        precision_radius, density_radius = real_radii
         inside = to_real <= density_radius
         return Manifold(
             precision=float((to_real <= precision_radius).any(1).mean()),
@@ -162,17 +164,6 @@ class Distances:
             density=float(inside.sum(1).mean() / self.K_DENSITY),
             coverage=float(inside.any(0).mean()),
         )
-
-
-def jackknife_error(*without: NDArray[np.float64]) -> float:
-    """The standard error of an estimate from independent samples.
-
-    Args:
-        without: for each sample the estimate without each of its G groups in turn, [G]; a constant may be missing.
-
-    Source: Efron & Stein 1981; the variances of several samples are added (Arvesen 1969).
-    """
-    return float(np.sqrt(sum((len(w) - 1) * w.var() for w in without)))
 
 
 def projection(size: int, target: int) -> Array:
@@ -201,15 +192,6 @@ def _without_each(own: Array, other: Array, m: int) -> Array:
     """
     n = len(own)
     return (own.sum() - 2 * own) / ((n - 1) * (n - 2)) - 2 * (other.sum() - other) / ((n - 1) * m)
-
-
-def _strata(n: int, label: NDArray[np.int64] | None) -> list[NDArray[np.bool_]]:
-    """The images of each class, [N] each; classes with one image, which show no spread, are merged."""
-    if label is None:
-        return [np.ones(n, bool)]
-    _, stratum, counts = np.unique(label, return_inverse=True, return_counts=True)
-    stratum[counts[stratum] == 1] = -1
-    return [stratum == k for k in np.unique(stratum)]
 
 
 def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:

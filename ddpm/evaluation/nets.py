@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ddpm import kinds
 from ddpm.data.reading import DataSet
-from ddpm.evaluation.features import FeatureNet, digest_of, normalised, rgb
-from ddpm.evaluation.reference import Cache
+from ddpm.evaluation.features import Cache, FeatureNet, digest_of, normalised, rgb
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 

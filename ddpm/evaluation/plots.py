@@ -1,32 +1,31 @@
-"""Charts of scores and curves, a report's picture of them, and a picture of the nearest training images."""
+"""Charts of scores and curves, and a report's picture of them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from ddpm.evaluation.memorisation import NearerShare, Nearest
+from ddpm.evaluation.bits_per_dim import BOUND_TERMS
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.report import Report, rows
-from ddpm.evaluation.scores import BOUND_TERMS, Score
-from ddpm.utils.images import Pixels, figure_png
+from ddpm.evaluation.results import NearerShare, Report, Score, rows
+from ddpm.utils.images import figure_png
 
-IMAGES_SEEN, STEPS = "images seen", "sampling steps"
+IMAGES_SEEN = "images seen"
+STEPS = "sampling steps"
 """Labels of the x axes."""
-PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.4, 2.8, 1.8
+PANEL_WIDTH = 2.4
+PANEL_HEIGHT = 2.8
+LEGEND_WIDTH = 1.8
 """Inches."""
 LOG_SPAN = 5
 """A logarithmic axis that spans more than this factor has ticks at 1, 2, 5, 10, ..."""
 GREY = "0.5"
-NUM_PAIRS = 16
-PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
 
 
 class Point(NamedTuple):
@@ -45,7 +44,7 @@ class Chart:
 
     title: str
     x_label: str
-    curves: dict[Any, list[Point]]
+    curves: dict[str, list[Point]]
     is_log_y: bool = False
     floor: float | None = None
     floor_error: float | None = None
@@ -56,7 +55,7 @@ class Chart:
         return any(len({point.x for point in points}) > 1 for points in self.curves.values())
 
 
-Scored = tuple[Any, float, Score]
+Scored = tuple[str, float, Score]
 """A curve's label, a position, and the score there."""
 
 
@@ -71,7 +70,7 @@ def charts_of(x_label: str, scored: Iterable[Scored]) -> dict[str, Chart]:
     return charts
 
 
-def draw(axes: Axes, chart: Chart, looks: Mapping[Any, Mapping[str, Any]]) -> None:
+def draw(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the curves of a chart with their 95 % intervals, and, in grey, the value of real images.
 
     Args:
@@ -101,46 +100,17 @@ def picture(report: Report) -> bytes:
     figure = Figure((width, PANEL_HEIGHT * len(lines)), layout="constrained")
     for line, part in zip(lines, figure.subfigures(len(lines), squeeze=False)[:, 0], strict=True):
         labels = dict.fromkeys(label for chart in line for label in chart.curves)
-        looks: dict[Any, dict[str, Any]] = {label: {"color": f"C{i % 10}"} for i, label in enumerate(labels)}
+        looks = {label: {"color": f"C{i % 10}"} for i, label in enumerate(labels)}
         for chart, axes in zip(line, part.subplots(1, len(line), squeeze=False)[0], strict=True):
             draw(axes, chart, looks)
             axes.set_title(chart.title, fontsize=9)
-        handles = [Line2D([], [], marker="o", label=label, **look) for label, look in looks.items() if label]
+        handles = [
+            Line2D([], [], marker="o", label=label, color=look["color"])
+            for label, look in looks.items()
+            if label
+        ]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
-    return figure_png(figure)
-
-
-def nearest(
-    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
-) -> bytes:
-    """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
-
-    Args:
-        space: as in NearerShare.
-        image: [N, H, W, C], the generated images.
-        train_at: from a position to the training image there, [H, W, C].
-    """
-    pairs = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
-    columns = 4
-    lines = -(-len(pairs) // columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
-    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
-    figure.suptitle(
-        f"generated | nearest training image, by {space}; their distance,\n"
-        "and the share of held-out images that are nearer to a training image",
-        fontsize=9,
-    )
-    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set_axis_off()
-    for i, axes in zip(pairs, all_axes, strict=False):
-        pair = np.concatenate([image[i], train_at(int(drawn.index[i]))], axis=1)
-        axes.imshow(np.broadcast_to(pair, (*pair.shape[:2], 3)), interpolation="nearest")
-        axes.axvline(image.shape[2] - 0.5, color="white", linewidth=3)
-        nearer = (held_out.distance < drawn.distance[i]).mean()
-        title = f"image {i}: {drawn.distance[i]:.3g}\n{nearer:.0%} of held-out nearer"
-        axes.set_title(title, fontsize=7)
     return figure_png(figure)
 
 
@@ -152,12 +122,14 @@ def _lines(report: Report) -> list[list[Chart]]:
     for score, result, drawn in rows(report):
         if score.name in BOUND_TERMS or isinstance(score, NearerShare):
             continue
-        run, seen = [result.run] if has_runs else [], result.images_seen
-        over_images.append((" ".join([*run, *([drawn.name] if drawn else [])]), seen, score))
-        if drawn is not None:
-            label = " ".join([*run, drawn.sample.sampler, f"at {seen:,}"])
+        run = f"{result.run} " if has_runs else ""
+        if drawn is None:
+            over_images.append((run.rstrip(), result.images_seen, score))
+        else:
+            over_images.append((f"{run}{drawn.name}", result.images_seen, score))
+            label = f"{run}{drawn.sample.sampler} at {result.images_seen:,}"
             over_steps.append((label, drawn.sample.num_sample_steps or 0, score))
-    return [list(charts_of(*line).values()) for line in ((IMAGES_SEEN, over_images), (STEPS, over_steps))]
+    return [list(charts_of(IMAGES_SEEN, over_images).values()), list(charts_of(STEPS, over_steps).values())]
 
 
 def _scale(axes: Axes, chart: Chart) -> None:

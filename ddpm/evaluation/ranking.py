@@ -39,7 +39,8 @@ def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
 
     For numbers that vary together, such as KIDs from the same real images, the test is conservative.
     """
-    v, e = np.asarray(values, float), np.asarray(errors, float)
+    v = np.asarray(values, float)
+    e = np.asarray(errors, float)
     row, column = np.triu_indices(len(v), 1)
     return _ranks(len(v), v[row] - v[column], np.hypot(e[row], e[column]), stats.norm)
 

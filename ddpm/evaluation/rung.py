@@ -19,9 +19,9 @@ from torch import Tensor
 from ddpm.build import TrainedNet
 from ddpm.config import BoundVariance
 from ddpm.data.reading import DataSet, LabelledImages
-from ddpm.evaluation import measure
+from ddpm.evaluation import bits_per_dim
+from ddpm.evaluation.features import images_of
 from ddpm.evaluation.metrics import Estimate
-from ddpm.evaluation.reference import images_of
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
@@ -31,7 +31,7 @@ FOLDER = "rungs"
 RANKING, REPORTING = slice(0, None, 2), slice(1, None, 2)
 """Held-out images, by position in the plan's order: those that rank trials, and those that report the best one. The
 best of several on the same images is best there by chance, too: its value on them is too low."""
-LOSS_IMAGES = 2 * measure.PIECE_IMAGES
+LOSS_IMAGES = 2 * bits_per_dim.PIECE_IMAGES
 """Images of a batch of which every second one is measured."""
 
 
@@ -107,19 +107,25 @@ class Evaluator:
         Raises:
             UserError: a result is not finite.
         """
-        device, mine = trained.device, slice(rank, None, world_size)
+        mine = slice(rank, None, world_size)
         num_held_out = min(self.num_images, self.held_out.rows.num_rows)
         bits = torch.zeros(num_held_out, dtype=torch.float64)
-        pilot = images_of(self.train, 0, measure.MEASURED_IMAGES)
-        measured = measure.measure(trained, pilot, self.variance)
-        for start, batch in self._batches(self.held_out, measure.PIECE_IMAGES, mine):
-            bound = measure.bits_per_dim(trained, measured, batch, start, self.num_draws, self.seed)
+        pilot = images_of(self.train, 0, bits_per_dim.MEASURED_IMAGES)
+        errors = bits_per_dim.measure_errors(trained, pilot, self.variance)
+        for start, batch in self._batches(self.held_out, bits_per_dim.PIECE_IMAGES, mine):
+            bound = bits_per_dim.bound_terms(
+                trained, errors, batch, start=start, num_draws=self.num_draws, seed=self.seed
+            )
             bits[start : start + len(bound)] = torch.from_numpy(bound.sum(1))
-        losses = [self._loss(trained, data_set, mine) for data_set in (self.held_out, self.train)]
-        summed = total(torch.cat([bits, *losses]).to(device)).tolist()
-        *of_image, held_out_loss, num_held_out_seen, train_loss, num_train_seen = summed
+        held_out_loss = self._loss(trained, self.held_out, mine)
+        train_loss = self._loss(trained, self.train, mine)
+        summed = total(torch.cat([bits, held_out_loss, train_loss]).to(trained.device)).cpu()
+        of_image, of_held_out, of_train = summed.split([num_held_out, 2, 2])
         found = Evaluation(
-            images_seen, tuple(of_image), held_out_loss / num_held_out_seen, train_loss / num_train_seen
+            images_seen=images_seen,
+            bits=tuple(of_image.tolist()),
+            held_out_loss=(of_held_out[0] / of_held_out[1]).item(),
+            train_loss=(of_train[0] / of_train[1]).item(),
         )
         if not found.is_finite:
             raise UserError(
@@ -132,8 +138,9 @@ class Evaluator:
         total = torch.zeros(2, dtype=torch.float64)
         for start, both in self._batches(data_set, LOSS_IMAGES, mine):
             batch = both[RANKING]
-            value = measure.loss(trained, batch, start, self.seed).item()
-            total += torch.tensor([value * len(batch.image), len(batch.image)], dtype=torch.float64)
+            num_images = len(batch.image)
+            loss = bits_per_dim.loss(trained, batch, start, self.seed).item()
+            total += torch.tensor([loss * num_images, num_images], dtype=torch.float64)
         return total
 
     def _batches(self, data_set: DataSet, size: int, mine: slice) -> Iterator[tuple[int, LabelledImages]]:

@@ -28,7 +28,7 @@ class Settings(SampleFlags):
     features: FeatureNetName | None = None
     """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
     inception_weights: str | None = None
-    """inception: file or URL of its weights. None: the file of torch-fidelity in torch.hub's folder."""
+    """inception: file of its weights. None: the file of torch-fidelity in torch.hub's folder."""
     sampler: tuple[SamplerName, ...] = ()
     """One or several samplers; each is evaluated with each number of steps."""
     num_sample_steps: tuple[Count, ...] = ()

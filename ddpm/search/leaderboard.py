@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from ddpm.build import build_schedule
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.evaluation import context, evaluate
+from ddpm.evaluation import evaluate, inputs
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.settings import Settings
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trial, Trials, best
@@ -101,7 +102,7 @@ def score_finalists(setup: Setup, trials: Trials) -> None:
         num_train_images=0,
         seed=chosen.seed,
     )
-    candidates = context.read([setup.folder.child(trial.name).uri for trial in todo])
+    candidates = inputs.read_checkpoints([setup.folder.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings, bounds=False)
     for trial, result in zip(todo, report.results, strict=True):
         kid = next(score for score in result.drawn[0].scores if score.name.startswith("KID"))
@@ -165,7 +166,7 @@ def _scored(trial: Trial, setup: Setup) -> Score | None:
     score = trial.score
     if score is None:
         return None
-    name = f"KID-{context.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
+    name = f"KID-{inputs.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
     if score.name != name or score.n != min(chosen.drawn_images, MAX_PAIRWISE):
         return None
     return score

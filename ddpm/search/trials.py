@@ -20,8 +20,8 @@ from pydantic import Field
 
 from ddpm.evaluation import rung
 from ddpm.evaluation.metrics import Estimate
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
-from ddpm.evaluation.scores import Score
 from ddpm.search.config import Metric
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json

@@ -8,7 +8,7 @@ import torch
 from ddpm import kinds
 from ddpm.build import TrainedNet
 from ddpm.data.reading import LabelledImages
-from ddpm.evaluation import measure
+from ddpm.evaluation import bits_per_dim as bounds
 from ddpm.training.runtime import Runtime
 
 BATCH = 64
@@ -27,7 +27,7 @@ def mean_loss(averaged: TrainedNet, images: LabelledImages, runtime: Runtime) ->
     starts = range(0, len(images.image), BATCH)
     for start in starts[runtime.rank :: runtime.world_size]:
         batch = images[start : start + BATCH]
-        total += measure.loss(averaged, batch, start) * len(batch.image)
+        total += bounds.loss(averaged, batch, start) * len(batch.image)
     return (runtime.mean(total) * runtime.world_size / len(images.image)).item()
 
 
@@ -43,12 +43,12 @@ def bits_per_dim(averaged: TrainedNet, images: LabelledImages, runtime: Runtime)
     )
     if not has_bound or stop < PILOT_IMAGES + 2:
         return {}
-    measured = measure.measure(averaged, images[:PILOT_IMAGES])
+    errors = bounds.measure_errors(averaged, images[:PILOT_IMAGES])
     bits = torch.zeros(stop, device=runtime.device)
     starts = range(PILOT_IMAGES, stop, BATCH)
     for start in starts[runtime.rank :: runtime.world_size]:
         part = slice(start, min(start + BATCH, stop))
-        bound = measure.bits_per_dim(averaged, measured, images[part], start, BOUND_DRAWS)
+        bound = bounds.bound_terms(averaged, errors, images[part], start, BOUND_DRAWS)
         bits[part] = torch.from_numpy(bound.sum(1)).to(bits)
     bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
     error = bits.std() / len(bits) ** 0.5

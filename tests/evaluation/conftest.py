@@ -10,7 +10,7 @@ from ddpm.data.reading import DataSet
 from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import classifier
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.reference import Cache
+from ddpm.evaluation.features import Cache
 from ddpm.storage.locations import resolve
 
 

@@ -10,12 +10,12 @@ import pytest
 from support.compared import run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import comparison
+from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.plots import Point
-from ddpm.evaluation.report import Report
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
+from ddpm.evaluation.results import Report, Score
 from ddpm.utils.errors import UserError
 
 
@@ -32,8 +32,7 @@ def test_a_report_is_read_back_as_it_was() -> None:
     back = Report.from_json(made(result(1, unknown, few)).to_json(), "x.json")
     assert [score.is_finite for score in back.results[0].drawn[0].scores] == [False, True]
     alike = results_alike([run("a", evaluations=[back])])[0]
-    shown = comparison.charts([run("a")], alike), comparison.step_charts([run("a")], alike)
-    assert {chart.title for charts in shown for chart in charts} == {"bits/dim"}
+    assert {chart.title for chart in comparison_page.charts([run("a")], alike)} == {"bits/dim"}
     wrong_type = report.to_json().replace('"n": 90', '"n": "a"')
     for damaged in ("", "[]", "{}", '{"format": "x"}', wrong_type, "[" * 100_000):
         with pytest.raises(UserError, match=r"^x\.json ") as raised:
@@ -187,24 +186,12 @@ def test_the_next_step_is_the_exact_command() -> None:
 
 def test_curves_over_images_and_over_time() -> None:
     curves = {"train/loss": [Point(3600, 0.5), Point(7200, 0.25)], RATE: [Point(7200, 100.0)]}
-    images_seen, minutes = comparison.charts([run("a", curves=curves)], {})
-    assert images_seen.curves == {("keya", ""): [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
-    assert [x for x, _, _ in minutes.curves["keya", ""]] == pytest.approx([0.6, 1.2])
-    assert (images_seen.x_label, minutes.x_label) == ("images seen", "minutes of training")
-    _, hours = comparison.charts([run("a", curves={**curves, RATE: [Point(7200, 1.0)]})], {})
-    assert [x for x, _, _ in hours.curves["keya", ""]] == [1, 2] and hours.x_label == "hours of training"
+    images_seen, hours = comparison_page.charts([run("a", curves=curves)], {})
+    assert images_seen.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
+    assert [x for x, _, _ in hours.curves["keya"]] == pytest.approx([0.01, 0.02])
+    assert (images_seen.x_label, hours.x_label) == ("images seen", "hours of training")
     evaluated = [run("a", evaluations=[made(result(1, drawn(1)), result(2, drawn(2)))])]
-    charts = {chart.title: chart for chart in comparison.charts(evaluated, results_alike(evaluated)[0])}
+    charts = {chart.title: chart for chart in comparison_page.charts(evaluated, results_alike(evaluated)[0])}
     assert set(charts) == {"bits/dim", "FID-pixels", "KID-pixels"}
     (bits,) = charts["bits/dim"].curves.values()
     assert [point[0] for point in bits] == [1000, 2000] and [point[2] for point in bits] == [0.05, 0.05]
-
-
-def test_sampling_steps_against_kid() -> None:
-    evaluated = [run("a", evaluations=[made(result(1, drawn(1), drawn(1, 10)), result(2, drawn(1)))])]
-    (chart,) = comparison.step_charts(evaluated, results_alike(evaluated)[0])
-    ((label, points),) = chart.curves.items()
-    assert label == ("keya", "ddim") and [steps for steps, _, _ in points] == [10, 50]
-    assert chart.title == "KID-pixels" and chart.x_label == "sampling steps"
-    once = [run("a", evaluations=[made(result(1, drawn(1)))])]
-    assert list(comparison.step_charts(once, results_alike(once)[0])) == []

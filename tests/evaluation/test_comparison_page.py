@@ -30,9 +30,9 @@ def test_only_settings_that_differ_are_shown() -> None:
     one = {"schedule.kind": "cosine", "optim.lr": "0.1", "data.shards": "x", "model.depth": "3"}
     two = {"schedule.kind": "linear", "optim.lr": "0.1", "data.shards": "y"}
     a, b = run("a", settings=one), run("b", settings=two)
-    differing = comparison.differences([a, b, run("c")])
+    differing = comparison_page.differences([a, b, run("c")])
     assert differing == {"schedule.kind": ["cosine", "linear", None], "model.depth": ["3", None, None]}
-    assert comparison.differences([a, a]) == {}
+    assert comparison_page.differences([a, a]) == {}
     text = shown_text([a, b])
     assert "schedule.kind cosine linear model.depth 3 not set" in text
     assert "optim.lr" not in text and "data.shards" not in text
@@ -41,9 +41,13 @@ def test_only_settings_that_differ_are_shown() -> None:
 def test_grids_are_shown_side_by_side_at_common_positions() -> None:
     long = run("long", grids={at: png(at) for at in range(10, 250, 10)})
     short = run("short", grids={25: png(1), 35: png(2)})
-    assert comparison.shared_positions([short]) == [25, 35]
-    positions = comparison.shared_positions([long, short])
-    assert len(positions) == comparison.MAX_GRIDS and positions[-1] == 240 and positions == sorted(positions)
+    assert comparison_page.shared_positions([short]) == [25, 35]
+    positions = comparison_page.shared_positions([long, short])
+    assert (
+        len(positions) == comparison_page.MAX_GRIDS
+        and positions[-1] == 240
+        and positions == sorted(positions)
+    )
     page = Page(comparison_page.render([long, short]))
     (slider,) = page.all("input")
     assert slider["data-positions"] == " ".join(map(str, positions))
@@ -91,13 +95,13 @@ def test_hostile_names_and_settings_are_escaped() -> None:
 
 def test_every_image_has_an_alt_text_and_the_page_is_reproducible() -> None:
     curves = {"train/loss": [Point(1, 1.0), Point(2, 0.5)], RATE: [Point(2, 1.0)]}
-    a = run("a", images_seen=2, curves=curves, grids={1: png(3)}, trajectory=lambda: b"GIF89a")
+    a = run("a", images_seen=2, curves=curves, grids={1: png(3)})
     compared = [a, dataclasses.replace(a, name="b", key="keyb")]
     data = comparison_page.render(compared)
     assert data == comparison_page.render(compared)
     page = Page(data)
     assert page.all("html")[0]["lang"] == "en" and all(image["alt"] for image in page.all("img"))
-    sections = ["answer", "samples", "runs", "curves", "trajectories"]
+    sections = ["answer", "samples", "runs", "curves"]
     assert [section["id"] for section in page.all("section")] == sections
     assert [link["href"] for link in page.all("a")] == [f"#{section}" for section in sections]
     assert any("last values: A: 0.5000, B: 0.5000" in str(image["alt"]) for image in page.all("img"))

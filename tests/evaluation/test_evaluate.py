@@ -17,13 +17,12 @@ from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources.sources import Digits
-from ddpm.evaluation import context, evaluate, measure, memorisation
-from ddpm.evaluation.features import features_of
-from ddpm.evaluation.memorisation import NearerShare
+from ddpm.evaluation import bits_per_dim, evaluate, inputs, memorisation
+from ddpm.evaluation.bits_per_dim import bound_scores
+from ddpm.evaluation.feature_scores import score_features
+from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import Pixels
-from ddpm.evaluation.reference import images_of
-from ddpm.evaluation.report import Report
-from ddpm.evaluation.scores import bound_scores, score
+from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.sampling import generate
@@ -54,7 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> RunFolder:
 
 
 def evaluated(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
-    return evaluate.evaluate(context.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
+    return evaluate.evaluate(
+        inputs.read_checkpoints([uri], every), Settings(**{**FEW, **settings}), num_workers
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,12 @@ def one_worker(run: RunFolder) -> Report:
 def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, shards: str) -> None:
     """Known answers: the bound and the scores that the library computes from all images at once."""
     assert [result.images_seen for result in one_worker.results] == list(POSITIONS)
-    (candidate,) = context.read([run.location.uri])
-    chosen = context.open_context([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    train = chosen.train.read(chosen.train.plan(0, 8192), 0, measure.MEASURED_IMAGES)
+    (candidate,) = inputs.read_checkpoints([run.location.uri])
+    chosen = inputs.prepare_reference([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    train = chosen.train.read(chosen.train.plan(0, 8192), 0, bits_per_dim.MEASURED_IMAGES)
     held_out = chosen.held_out.read(chosen.held_out.plan(0, 8192), 0, 150)
-    measured = measure.measure(candidate, train)
-    bits = measure.bits_per_dim(candidate, measured, held_out, start=0, num_draws=2)
+    measured = bits_per_dim.measure_errors(candidate, train)
+    bits = bits_per_dim.bound_terms(candidate, measured, held_out, start=0, num_draws=2)
     *_, last = one_worker.results
     assert [drawn.name for drawn in last.drawn] == ["ddim-2", "ddim-4"]
     assert [drawn.is_own for drawn in last.drawn] == [False, True]
@@ -84,7 +85,9 @@ def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, sh
     image = generate.draw(candidate, range(150))
     drawn = features_of(Pixels((8, 8, 1)), image)
     *scores, share = last.drawn[1].scores
-    for found, expected in zip(scores, score("pixels", drawn, chosen.real, chosen.other_real), strict=True):
+    for found, expected in zip(
+        scores, score_features("pixels", drawn, chosen.real, chosen.other_real), strict=True
+    ):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
         assert (found.floor, found.floor_n) == (expected.floor, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
@@ -168,7 +171,7 @@ def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, o
 
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
     uris = resolve.checkpoints_of(run.location.uri)
-    found = context.read([run.location.uri, uris[-1], uris[0]])
+    found = inputs.read_checkpoints([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
 
@@ -176,17 +179,17 @@ def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFo
 def test_sampling_configs() -> None:
     def configs(**settings: Any) -> list[tuple[str, int | None]]:
         return [
-            (s.sampler, s.num_sample_steps) for s in context.sampling_configs(CONFIG, Settings(**settings))
+            (s.sampler, s.num_sample_steps) for s in inputs.sampling_configs(CONFIG, Settings(**settings))
         ]
 
     assert configs() == [("ddim", 4)]
     assert configs(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
     assert configs(sampler=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
-    (sample,) = context.sampling_configs(CONFIG, Settings(sampler=("ddpm",), eta=1.0))
-    assert sample == context.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=4, sigma_min=0.1))
-    (sample,) = context.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
+    (sample,) = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm",), eta=1.0))
+    assert sample == inputs.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=4, sigma_min=0.1))
+    (sample,) = inputs.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
-    both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))
+    both = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))
     assert [sample.variance for sample in both] == ["beta", "beta_tilde"]  # heun adds no noise
     with pytest.raises(UserError, match="variance is learned"):
         configs(variance="learned")
@@ -195,7 +198,7 @@ def test_sampling_configs() -> None:
     with pytest.raises(UserError, match="mix cannot undo the process gaussian"):
         configs(sampler=("mix",))
     for sampler, resolved in {"auto": "ddim", "ddpm": "ddpm", "dpmpp_2m": "dpmpp_2m", "heun": "heun"}.items():
-        sample = context.resolved(CONFIG, SampleConfig(sampler=sampler))  # type: ignore[arg-type]
+        sample = inputs.resolved(CONFIG, SampleConfig(sampler=sampler))  # type: ignore[arg-type]
         assert (sample.sampler, sample.num_sample_steps) == (resolved, 20)
 
 
@@ -210,15 +213,15 @@ def test_uniform_mix_is_evaluated_without_bits_per_dim(tmp_path: Path, shards: s
 def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) -> None:
     """Builtin sources are prepared again, and give the same data; otherwise it is an error."""
     gone = make_run(tmp_path / "a", shards, override(CONFIG, {"data.source": "digits"}))
-    (candidate,) = context.read([gone.location.uri])
+    (candidate,) = inputs.read_checkpoints([gone.location.uri])
     elsewhere = {"data.shards": str(tmp_path / "no-more")}
-    moved = context.replace(candidate, config=override(candidate.config, elsewhere))
-    chosen = context.open_context([moved], Settings(**FEW))  # type: ignore[arg-type]
+    moved = inputs.replace(candidate, config=override(candidate.config, elsewhere))
+    chosen = inputs.prepare_reference([moved], Settings(**FEW))  # type: ignore[arg-type]
     assert chosen.train.location.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
     assert chosen.train.rows.fingerprint == candidate.position["data_fingerprint"]
-    nameless = context.replace(moved, config=override(moved.config, {"data.source": None}))
+    nameless = inputs.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"/no-more.*--data\.shards"):
-        context.open_context([nameless], Settings(**FEW))  # type: ignore[arg-type]
+        inputs.prepare_reference([nameless], Settings(**FEW))  # type: ignore[arg-type]
 
 
 def other_data(folder: Path, side: int = 8, **rows: int) -> str:
@@ -266,12 +269,12 @@ def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, sha
     with pytest.raises(UserError, match=r"has 10 classes, but .* has 0"):
         evaluated(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
     (result,) = evaluated(run.location.uri).results
-    (candidate,) = context.read([run.location.uri])
-    chosen = context.open_context([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    (candidate,) = inputs.read_checkpoints([run.location.uri])
+    chosen = inputs.prepare_reference([candidate], Settings(**FEW))  # type: ignore[arg-type]
     classes = np.resize(images_of(chosen.held_out, 0, 150).label, 150)
     assert len({*np.bincount(classes)}) > 1
     drawn = features_of(Pixels((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
-    held, free = (score("pixels", drawn, chosen.real, label=label) for label in (classes, None))
+    held, free = (score_features("pixels", drawn, chosen.real, label=label) for label in (classes, None))
     found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
@@ -282,7 +285,7 @@ def test_checkpoints_of_different_data_need_the_data_set_flag(
 ) -> None:
     noise = other_data(tmp_path / "d", train=100, test=30)
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
-    candidates = context.read([run.location.uri, other.location.uri])
+    candidates = inputs.read_checkpoints([run.location.uri, other.location.uri])
     with pytest.raises(UserError, match=r"--data\.shards"):
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}

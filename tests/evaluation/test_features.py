@@ -10,9 +10,8 @@ import torch
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.features import digest_of, features_of
+from ddpm.evaluation.features import Cache, digest_of, features_of, real_features
 from ddpm.evaluation.nets import Lite0, Pixels
-from ddpm.evaluation.reference import Cache, real_features
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import to_model
 
@@ -90,20 +89,31 @@ def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> 
         nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
 
 
+class CountingPixels(Pixels):
+    """It counts the images whose features it computed."""
+
+    computed = 0
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        self.computed += len(image)
+        return super().features(image)
+
+
 def test_features_of_real_images_are_computed_once(held_out_digits: DataSet, cache: Cache) -> None:
-    net, computed = Pixels((8, 8, 1)), []
-    found = real_features(held_out_digits, net, cache, 50, torch.device("cpu"), computed.append)
-    assert len(found) == 50 and computed == [50]
-    again = real_features(held_out_digits, net, cache, 50, torch.device("cpu"), computed.append)
-    assert computed == [50]
+    net = CountingPixels((8, 8, 1))
+    device = torch.device("cpu")
+    found = real_features(held_out_digits, net, cache, 50, device)
+    assert len(found) == 50 and net.computed == 50
+    again = real_features(held_out_digits, net, cache, 50, device)
+    assert net.computed == 50
     np.testing.assert_array_equal(found, again)
-    everything = real_features(held_out_digits, net, cache, 1000, torch.device("cpu"), computed.append)
-    assert len(everything) == 297 and computed == [50, 297]
+    everything = real_features(held_out_digits, net, cache, 1000, device)
+    assert len(everything) == 297 and net.computed == 50 + 297
     np.testing.assert_array_equal(found, everything[:50])
-    other = Pixels((8, 8, 1))
+    other = CountingPixels((8, 8, 1))
     other.digest = "0" * 64
-    real_features(held_out_digits, other, cache, 50, torch.device("cpu"), computed.append)
-    assert computed == [50, 297, 50]
+    real_features(held_out_digits, other, cache, 50, device)
+    assert other.computed == 50
 
 
 @pytest.mark.parametrize(

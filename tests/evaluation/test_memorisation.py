@@ -1,6 +1,7 @@
 """Shares and intervals with known answers: copies, samples of one distribution, mixtures of both."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources.sources import Digits
-from ddpm.evaluation import context, evaluate, memorisation
-from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest
+from ddpm.evaluation import evaluate, inputs, memorisation
+from ddpm.evaluation.memorisation import Nearest, nearer_share, nearest
+from ddpm.evaluation.results import NearerShare
+from ddpm.evaluation.results_table import remarks
 from ddpm.evaluation.settings import Settings
-from ddpm.evaluation.tables import remarks
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
+from ddpm.utils import images
 
 
 def distances(values: np.ndarray) -> Nearest:
@@ -107,6 +110,34 @@ def test_a_few_copies_are_detected(num_held_out: int, share: float) -> None:
     assert found.low > 1.5 * found.floor
 
 
+@pytest.mark.parametrize(("channels", "num_drawn"), [(1, 40), (3, 5)])
+def test_the_plot_of_nearest_images_shows_the_nearest_pairs_first(
+    monkeypatch: pytest.MonkeyPatch, channels: int, num_drawn: int
+) -> None:
+    image = np.random.RandomState(0).randint(0, 256, (130, 8, 8, channels)).astype(np.uint8)
+    image[..., 0, 0, :] = 255
+    train, held_out, drawn = image[:60], image[60:90], image[90 : 90 + num_drawn]
+    drawn[4], drawn[3] = train[50], train[20]
+    drawn[3, 0, 1] ^= 4
+    near, near_held_out = nearest([drawn, held_out], [train])
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        memorisation, "figure_png", lambda figure: figures.append(figure) or images.figure_png(figure)
+    )
+    shown = images.from_png(memorisation.picture("pixels", near, near_held_out, drawn, lambda at: train[at]))[
+        ..., :3
+    ]
+    order = np.argsort(near.distance)[:16]
+    assert order[:2].tolist() == [4, 3]
+    titles = [title for axes in figures[0].axes if (title := axes.get_title())]
+    nearer = (near_held_out.distance[:, None] < near.distance).mean(0)
+    assert titles == [f"image {i}: {near.distance[i]:.3g}\n{nearer[i]:.0%} of held-out nearer" for i in order]
+    assert titles[1].startswith("image 3: 0.5\n0%")  # sqrt(4^2 / 64)
+    for pair_image in (*drawn[order], *train[near.index[order]]):
+        pixel = np.broadcast_to(pair_image[4, 4], 3)
+        assert (shown == pixel).all(-1).sum() > 9, "an image is missing"
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("num_digits", "is_caught"), [(16, True), (1707, False)])
@@ -147,7 +178,7 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
     run = open_run("judged", str(tmp_path / "runs"))
     fit(config, train, Path(run.location.path))
     settings = Settings(num_images=250, features="classifier", num_draws=1)
-    report = evaluate.evaluate(context.read([run.location.uri]), settings, 1)
+    report = evaluate.evaluate(inputs.read_checkpoints([run.location.uri]), settings, 1)
     (drawn,) = report.results[0].drawn
     shares = [score for score in drawn.scores if isinstance(score, NearerShare)]
     assert [share.space for share in shares] == ["classifier", "pixels"]

@@ -20,7 +20,7 @@ from ddpm.config_io import override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
-from ddpm.evaluation import context, evaluate, rung
+from ddpm.evaluation import evaluate, inputs, rung
 from ddpm.evaluation.rung import RANKING, Evaluation, Evaluator, Rungs
 from ddpm.evaluation.settings import Settings
 from ddpm.storage import locations
@@ -59,7 +59,7 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
     stored = make_checkpoint(tmp_path, shards)
     found = evaluator.evaluate(checkpoint.load_net(Path(stored.path)), 192)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
-    (result,) = evaluate.evaluate(context.read([stored.uri]), settings, 1).results
+    (result,) = evaluate.evaluate(inputs.read_checkpoints([stored.uri]), settings, 1).results
     whole = result.bits[0]
     bits = np.array(found.bits)
     assert (bits.mean(), bits.std(ddof=1) / 60**0.5) == pytest.approx((whole.value, whole.error), rel=1e-6)

@@ -19,8 +19,9 @@ from ddpm.config import Config
 from ddpm.config_io import from_json, override
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation, Rungs, file_name
-from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish, results, space
 from ddpm.search.config import Arguments

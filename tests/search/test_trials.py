@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.processes import REPO
 
+from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation, file_name
-from ddpm.evaluation.scores import Score
 from ddpm.search import trials
 from ddpm.search.trials import Trials, rung_positions
 from ddpm.storage import locations

@@ -12,7 +12,7 @@ from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.curves import Row
 from ddpm.config_io import override, to_json
 from ddpm.evaluation import comparison_page
-from ddpm.evaluation.compared_run import GIF, RATE, ComparedRun
+from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
 from ddpm.presets import DIGITS
 from ddpm.utils import images
@@ -46,7 +46,6 @@ def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = 
     part, data = curves.part(0, rows)
     run.location.child(part).write(data)
     runs.write_status(run.location, runs.Status(status, NEWEST, 0, 0.75, "2 cores"))
-    run.location.child(GIF).write(images.gif_bytes([grid(level), grid(level + 9)]))
     return run.location.uri, run.key
 
 

@@ -4,9 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ddpm.config import SampleConfig
-from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.results import CheckpointResult, NearerShare, Report, SampledScores, Score
 
 METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall", "density", "coverage"))
 TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")

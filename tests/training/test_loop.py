@@ -22,8 +22,8 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
-from ddpm.evaluation import measure
-from ddpm.evaluation.scores import bound_scores
+from ddpm.evaluation import bits_per_dim
+from ddpm.evaluation.bits_per_dim import bound_scores
 from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
 from ddpm.presets import DIGITS, PRESETS
@@ -246,9 +246,9 @@ def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
     trained = checkpoint.load_net(run_folder / "checkpoint-000000000256")
     held_out = Runtime(trained.config, train_set, train_set.held_out(), None).held_out()
     assert held_out is not None
-    measured = measure.measure(trained, held_out[:8])
+    measured = bits_per_dim.measure_errors(trained, held_out[:8])
     for num_draws, tolerance in ((4, 1e-4), (0, 0.2)):
-        (whole, *_) = bound_scores(measure.bits_per_dim(trained, measured, held_out[8:40], 8, num_draws))
+        (whole, *_) = bound_scores(bits_per_dim.bound_terms(trained, measured, held_out[8:40], 8, num_draws))
         assert tracker.rows[256]["held_out/bits_per_dim"] == pytest.approx(whole.value, abs=tolerance)
         assert tracker.rows[256]["held_out_error/bits_per_dim"] == pytest.approx(whole.error, abs=tolerance)
 

@@ -1,20 +1,19 @@
-"""Publication of a report: a file with pictures beside it, and the folders of the runs, which are pushed to MLflow.
+"""Writes results of an evaluation: to a file, to the folders of the runs, and, from there, to MLflow.
 
-The file may be in any storage. If MLflow is unreachable, the folders still have all results.
+The file and the folders may be in any storage. If MLflow is unreachable, the folders still have all results.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.runs import RunFolder
-from ddpm.evaluation import plots
-from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
+from ddpm.evaluation.results import CheckpointResult, Report, curve_values, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.evaluations import EvaluationPoints
@@ -25,10 +24,10 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
 MLFLOW_TIMEOUT_S = 20.0
-"""Publishing gives up after this many seconds in which MLflow accepted nothing."""
+"""A push gives up after this many seconds in which MLflow accepted nothing."""
 
 
-def location_for(out: str, example: str = "evaluation.json") -> Location:
+def output_location(out: str, example: str = "evaluation.json") -> Location:
     """The file `out`, a path or a URI; checked to be writable.
 
     Args:
@@ -49,37 +48,48 @@ def location_for(out: str, example: str = "evaluation.json") -> Location:
     return location
 
 
-def store(report: Report, location: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Write the report to `location` with pictures, to its runs and to MLflow; yields lines that name the locations."""
+def to_file(report: Report, plot: bytes, location: Location) -> Iterator[str]:
+    """Write the report to `location`, and its pictures beside it; yields lines that name the files.
+
+    Args:
+        plot: a PNG, from `plots.picture`.
+    """
     write(location, report.to_json().encode())
     yield f"results     {location.uri}"
-    picture = plots.picture(report)
-    for name, data in _pictures(report, Path(location.path).stem, picture):
+    for name, data in _pictures(report, Path(location.path).stem, plot):
         write(location.beside(name), data)
-        yield f"{'plot' if data is picture else 'nearest':<12}{location.beside(name).uri}"
-    for result in _by_run(report):
-        yield from keep(report, result, picture, timeout_s)
+        yield f"{'plot' if data is plot else 'nearest':<12}{location.beside(name).uri}"
 
 
-def keep(
-    report: Report, result: CheckpointResult, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S
-) -> Iterator[str]:
-    """Write the results of the run of `result` to its folder, and push it to MLflow, if MLflow has the run.
+def to_runs(report: Report, plot: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
+    """Write each run's results to `evaluations/` in its folder, and push the run to MLflow, if MLflow has it.
 
     The names of the files depend on the checkpoints and the settings, so the same evaluation replaces only its own, and
-    keeps its time.
+    keeps its time. Yields lines that name the files and the MLflow runs.
+
+    Args:
+        plot: a PNG, from `plots.picture`.
     """
+    for result in {result.run_key: result for result in report.results}.values():
+        yield from _to_run(report.of_run(result.run_key), result, plot, timeout_s)
+
+
+def _to_run(of_run: Report, result: CheckpointResult, plot: bytes, timeout_s: float) -> Iterator[str]:
+    """Write the results of one run.
+
+    Args:
+        result: one of these results.
+    """
+    if not result.run_key:
+        yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
+        return
     folder = runs.folder_of(result.checkpoint, result.run_key)
     if folder is None:
-        if not result.run_key:
-            yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
-        else:
-            yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"
+        yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"
         return
-    of_run = report.of_run(result.run_key)
     file = folder.child(runs.EVALUATIONS).child(f"{of_run.key}.json")
     try:
-        for name, data in _pictures(of_run, of_run.key, picture):
+        for name, data in _pictures(of_run, of_run.key, plot):
             write(file.beside(name), data)
         write(file, _with_points(of_run, file))  # last, so that a file of results has its pictures
     except UserError as error:
@@ -91,14 +101,15 @@ def keep(
 
 def _with_points(report: Report, file: Location) -> bytes:
     """The report's JSON with the points that MLflow shows; a report that is in `file` already keeps its time."""
-    values = {str(result.images_seen): metrics(result) for result in report.results}
+    values = {str(result.images_seen): curve_values(result) for result in report.results}
     points = EvaluationPoints(int(time.time() * 1000), values)
     with suppress(OSError, ValueError, KeyError, UserError):
         before = json.loads(file.read())["points"]
         if before["values"] == values:
             points = EvaluationPoints(before["time_ms"], values)
     content = json.loads(report.to_json())
-    return (json.dumps({**content, "points": asdict(points)}, indent=2) + "\n").encode()
+    content["points"] = asdict(points)
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _push(run: RunFolder, timeout_s: float) -> str:
@@ -116,15 +127,9 @@ def _push(run: RunFolder, timeout_s: float) -> str:
     return f"MLflow      run {pushed.run_id} in {shown}"
 
 
-def _by_run(report: Report) -> Iterable[CheckpointResult]:
-    """One result of each run."""
-    return {result.run_key: result for result in report.results}.values()
-
-
-def _pictures(report: Report, stem: str, picture: bytes = b"") -> Iterator[tuple[str, bytes]]:
+def _pictures(report: Report, stem: str, plot: bytes) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures beside the report's file."""
-    if picture:
-        yield f"{stem}.png", picture
+    yield f"{stem}.png", plot
     for name, _, drawn in nearest_pictures(report, f"{stem}.json"):
         yield name, drawn.nearest
 

@@ -1,4 +1,4 @@
-"""Inputs of an evaluation: checkpoints, sampling configurations, held-out images, a feature net.
+"""What an evaluation reads: checkpoints, sampling configurations, data sets, features of real images.
 
 User errors are raised here, before any image is sampled. All checkpoints are read first, since a run that is still
 training deletes old ones.
@@ -18,18 +18,16 @@ from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
-from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.measure import bound_variance
-from ddpm.evaluation.reference import Cache, real_features, real_labels
-from ddpm.evaluation.report import SETTINGS
-from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.evaluation.bits_per_dim import bound_variance
+from ddpm.evaluation.feature_scores import LEAST_IMAGES
+from ddpm.evaluation.features import Cache, FeatureNet, Features, real_features, real_labels
+from ddpm.evaluation.results import SETTINGS
 from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.storage import locations
 from ddpm.tracking import run_params
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import Display
 
 CACHE = "evaluation"
 """Folder beside the shards that caches features of the data set."""
@@ -47,13 +45,17 @@ class Candidate(TrainedNet):
     @property
     def run(self) -> str:
         """The name of its run; without a name, its folder."""
-        *_, above, name = f"/{self.uri.rstrip('/')}".split("/")
-        return self.config.run.name or (above if name.startswith(checkpoint.PREFIX) and above else name)
+        if self.config.run.name:
+            return self.config.run.name
+        above, _, name = self.uri.rstrip("/").rpartition("/")
+        if name.startswith(checkpoint.PREFIX) and above:
+            return above.rpartition("/")[2]
+        return name
 
 
 @dataclass(frozen=True)
-class EvalContext:
-    """The data that all candidates are compared with."""
+class Reference:
+    """The real images that all candidates are compared with."""
 
     train: DataSet
     held_out: DataSet
@@ -70,23 +72,27 @@ class EvalContext:
     """Classes of the held-out images; None: no net has classes."""
 
 
-def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
+def read_checkpoints(uris: Sequence[str], every: bool = False) -> list[Candidate]:
     """The checkpoints at `uris`; for a run the newest one, or all with `every`."""
-    checkpoints = [uri for given in uris for uri in resolve.checkpoints_of(given)[0 if every else -1 :]]
+    checkpoints: list[str] = []
+    for uri in uris:
+        of_uri = resolve.checkpoints_of(uri)
+        checkpoints += of_uri if every else of_uri[-1:]
     return [_read(uri) for uri in dict.fromkeys(checkpoints)]
 
 
 def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
     """The sampling configurations of a net of `config`, each with its sampler and its number of steps."""
     bound_variance(config, settings.variance)  # checks it
-    own, configs = settings.changed(config.sample, seed=settings.seed), []
+    own = settings.changed(config.sample, seed=settings.seed)
+    configs: list[SampleConfig] = []
     for sampler in settings.sampler or (config.sample.sampler,):
         for steps in settings.num_sample_steps or (config.sample.num_sample_steps,):
             sample = replace(own, sampler=sampler, num_sample_steps=steps)
             is_ddpm = resolve_sample(sample, config.objective).sampler == "ddpm"
             if is_ddpm and settings.variance != "auto" and settings.variance != "measured":
                 sample = replace(sample, variance=settings.variance)
-            build_sampler(replace(config, sample=sample))
+            build_sampler(replace(config, sample=sample))  # checks it
             configs.append(resolved(config, sample))
     return list(dict.fromkeys(configs))
 
@@ -96,9 +102,8 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     sample = resolve_sample(sample, config.objective)
     effective = run_params.params(replace(config, sample=sample))
     defaults = vars(SampleConfig(variance="beta_tilde"))
-    sample = replace(
-        sample, **{name: defaults[name] for name in SETTINGS if f"sample.{name}" not in effective}
-    )
+    unused = {name: defaults[name] for name in SETTINGS if f"sample.{name}" not in effective}
+    sample = replace(sample, **unused)
     return replace(sample, num_sample_steps=num_sample_steps(sample, config.schedule.num_timesteps))
 
 
@@ -113,8 +118,12 @@ def feature_net_name(given: FeatureNetName | None, train: DataSet) -> FeatureNet
     return given or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
 
 
-def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
-    """Open the data set, and compute or load the features of its images."""
+def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Reference:
+    """Open the data set, get the feature net, and compute the features of real images.
+
+    Features, and the classifier, are taken from the cache beside the shards, or computed and stored there: training the
+    classifier takes minutes.
+    """
     train = _data_set(candidates, settings.shards)
     held_out = _held_out(train)
     for split in (train, held_out):
@@ -125,33 +134,43 @@ def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalCon
         _check_fits(candidate, train)
     cache = Cache(locations.resolve(settings.cache) if settings.cache else train.location.child(CACHE))
     name = feature_net_name(settings.features, train)
-    n, m = (min(settings.num_images, split.rows.num_rows) for split in (held_out, train))
+    feature_net = nets.build(name, train, cache, settings.inception_weights)  # may train the classifier
+    num_held_out = min(settings.num_images, held_out.rows.num_rows)
+    num_other = min(settings.num_images, train.rows.num_rows)
+    num_train = min(settings.num_train_images, train.rows.num_rows)
+    num_train_features = 0 if feature_net.name == "pixels" else num_train
     device = devices.default()
-    net = nets.build(name, train, cache, settings.inception_weights)
-    k = min(settings.num_train_images, train.rows.num_rows)
-    num_features = k if net.name != "pixels" else 0
-    most = max(m, num_features)
-    with Display("real images", n + most) as display:
-        real = real_features(held_out, net, cache, n, device, display.update)
-        of_train = real_features(train, net, cache, most, device, lambda done: display.update(n + done))
-        display.update(n + most)
-    searched = of_train[:num_features] if num_features else None
+    real = real_features(held_out, feature_net, cache, num_held_out, device)
+    of_train = real_features(train, feature_net, cache, max(num_other, num_train_features), device)
     has_classes = any(candidate.config.model.num_classes for candidate in candidates)
-    label = real_labels(held_out, n) if has_classes else None
-    return EvalContext(train, held_out, net, real, of_train[:m], k, searched, label)
+    return Reference(
+        train=train,
+        held_out=held_out,
+        feature_net=feature_net,
+        real=real,
+        other_real=of_train[:num_other],
+        num_train=num_train,
+        train_features=of_train[:num_train_features] if num_train_features else None,
+        label=real_labels(held_out, num_held_out) if has_classes else None,
+    )
 
 
 def _read(uri: str) -> Candidate:
     with resolve.local_checkpoint(uri) as folder:
         trained = checkpoint.load_net(folder)
-        digest = checkpoint.read_checksums(folder)["ema.safetensors"]
-        return Candidate(trained.net, trained.config, uri, checkpoint.read_state(folder), digest)
+        return Candidate(
+            net=trained.net,
+            config=trained.config,
+            uri=uri,
+            position=checkpoint.read_state(folder),
+            weights_sha256=checkpoint.read_checksums(folder)["ema.safetensors"],
+        )
 
 
 def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
     """The training split of the data set in `shards`, or else of the candidates' data set."""
     config = candidates[0].config
-    known, source = config.data.shards, config.data.source
+    known = config.data.shards
     if shards is None:
         if len({candidate.position.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
@@ -160,37 +179,43 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
             )
         if known is not None and locations.resolve(known).child(MANIFEST).exists():
             shards = known
-        elif source is None:
+        elif config.data.source is None:
             where = f"is no longer at {known}" if known else "is not known"
             raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data.shards")
     config = builtin.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
-    location, timeout_s = locations.resolve(str(config.data.shards)), config.run.storage_timeout_s
+    location = locations.resolve(str(config.data.shards))
+    timeout_s = config.run.storage_timeout_s
     manifest = read_manifest(location, timeout_s)
     scale = scale_of(manifest, config.model.image_size)
     return DataSet(location, manifest, config.data.split, timeout_s, scale)
 
 
 def _held_out(train: DataSet) -> DataSet:
-    held_out, uri = train.held_out(), train.location.uri
+    held_out = train.held_out()
     if held_out is None:
         raise UserError(
-            f"{uri} has no held-out images: it needs a split named test besides the training split {train.split}; "
-            "name a data set that has one with --data.shards"
+            f"{train.location.uri} has no held-out images: it needs a split named test besides the training split "
+            f"{train.split}; name a data set that has one with --data.shards"
         )
     return held_out
 
 
 def _check_fits(candidate: Candidate, data_set: DataSet) -> None:
     """Raise UserError unless the net's images have the shape and classes of the data set."""
-    model, manifest, uri = candidate.config.model, data_set.manifest, data_set.location.uri
-    draws = f"{model.image_size}x{model.image_size} in {model.channels} channel(s)"
-    holds = "{}x{} in {} channel(s)".format(*data_set.shape)
-    remedy, classes = "name the data it was trained on with --data.shards", len(manifest.class_names)
-    if draws != holds:
+    model = candidate.config.model
+    uri = data_set.location.uri
+    remedy = "name the data it was trained on with --data.shards"
+    height, width, channels = data_set.shape
+    generated = f"{model.image_size}x{model.image_size} in {model.channels} channel(s)"
+    real = f"{height}x{width} in {channels} channel(s)"
+    if generated != real:
         raise UserError(
-            f"{candidate.uri} makes images of {draws}, but {uri} holds images of {holds}; {remedy}"
+            f"{candidate.uri} makes images of {generated}, but {uri} holds images of {real}; {remedy}"
         )
-    if model.num_classes not in (0, classes):
-        raise UserError(f"{candidate.uri} has {model.num_classes} classes, but {uri} has {classes}; {remedy}")
+    num_classes = len(data_set.manifest.class_names)
+    if model.num_classes not in (0, num_classes):
+        raise UserError(
+            f"{candidate.uri} has {model.num_classes} classes, but {uri} has {num_classes}; {remedy}"
+        )

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm.evaluation import scores
+from ddpm.evaluation import feature_scores
+from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import Features
-from ddpm.evaluation.scores import Score, bound_scores, score
+from ddpm.evaluation.results import Score
 from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -33,15 +34,15 @@ def by_name(found: list[Score]) -> dict[str, Score]:
     ],
 )
 def test_a_score_is_named_after_its_feature_net(net: str, size: int, fid: str) -> None:
-    found = score(net, normal(30, size), normal(40, size, 1))
+    found = score_features(net, normal(30, size), normal(40, size, 1))
     assert [s.name for s in found] == [fid, f"KID-{net}", *(f"{metric}-{net}" for metric in METRICS)]
     assert all((s.n, s.n_real, s.floor) == (30, 40, None) for s in found)
 
 
 def test_a_perfect_model_scores_at_the_floor_and_a_poor_one_above() -> None:
     real, other = normal(400, seed=1), normal(500, seed=2)
-    perfect = score("pixels", normal(300, seed=3), real, other)
-    poor = score("pixels", normal(300, seed=3, mean=0.7), real, other)
+    perfect = score_features("pixels", normal(300, seed=3), real, other)
+    poor = score_features("pixels", normal(300, seed=3, mean=0.7), real, other)
     for good, bad in zip(perfect, poor, strict=True):
         assert good.floor == bad.floor and good.floor_n == 300
         spread = 4 * (good.error + good.floor_error) + 0.01  # type: ignore[operator]
@@ -51,7 +52,7 @@ def test_a_perfect_model_scores_at_the_floor_and_a_poor_one_above() -> None:
 
 
 def test_the_floor_reports_its_number_of_images() -> None:
-    (first, *_) = score("pixels", normal(300), normal(100, seed=1), normal(50, seed=2))
+    (first, *_) = score_features("pixels", normal(300), normal(100, seed=1), normal(50, seed=2))
     assert (first.n, first.floor_n) == (300, 50)
 
 
@@ -74,7 +75,7 @@ def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
         for i, order in enumerate(orders):
             rows = order(500)
             classes = label[rows] if is_labelled else None
-            scores_ = score("pixels", generated[rows], real[order(300)], label=classes)
+            scores_ = score_features("pixels", generated[rows], real[order(300)], label=classes)
             variances[i] += [s.error**2 for s in scores_]
     ratios = dict(zip(("FID", "KID", *METRICS), np.sqrt(variances.max(0) / variances.min(0)), strict=True))
     assert all(1 <= ratio < 1.5 for ratio in ratios.values()), ratios
@@ -86,7 +87,7 @@ def test_the_error_of_fid_is_stratified_by_class() -> None:
         generated = clusters(classes, 2 * seed, 0.3)
         chance = np.random.RandomState(seed).randint(0, 10, 200)
         real = clusters(chance, 2 * seed + 1)
-        first, *_ = score("pixels", generated, real, label=classes)
+        first, *_ = score_features("pixels", generated, real, label=classes)
         found.append((first.value, first.error))
     values, errors = np.array(found).T
     assert 0.8 < errors.mean() / values.std() < 1.3
@@ -95,32 +96,22 @@ def test_the_error_of_fid_is_stratified_by_class() -> None:
 def test_a_share_of_one_has_an_error() -> None:
     """All 90 real images are covered: adding two successes and two failures makes 92 of 94 (Agresti & Coull 1998)."""
     real = normal(90, seed=1)
-    found = by_name(score("pixels", np.tile(real, (4, 1))[:300], real))
+    found = by_name(score_features("pixels", np.tile(real, (4, 1))[:300], real))
     assert found["coverage-pixels"].value == 1
     assert found["coverage-pixels"].error == pytest.approx((92 / 94 * 2 / 94 / 94) ** 0.5)
 
 
 def test_pairs_use_only_the_first_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "MAX_PAIRWISE", 50)
-    found = by_name(score("pixels", normal(100), normal(80, seed=1)))
-    few = by_name(score("pixels", normal(50), normal(50, seed=1)))
+    monkeypatch.setattr(feature_scores, "MAX_PAIRWISE", 50)
+    found = by_name(score_features("pixels", normal(100), normal(80, seed=1)))
+    few = by_name(score_features("pixels", normal(50), normal(50, seed=1)))
     assert (found["FID-pixels"].n, found["FID-pixels"].n_real) == (100, 80)
     assert {s.n for name, s in found.items() if name != "FID-pixels"} == {50}
-    again = by_name(score("pixels", normal(100)[:50], normal(80, seed=1)[:50]))
+    again = by_name(score_features("pixels", normal(100)[:50], normal(80, seed=1)[:50]))
     assert again["KID-pixels"] == found["KID-pixels"]
     assert few.keys() == found.keys()
 
 
 def test_too_few_images_are_a_one_line_error() -> None:
     with pytest.raises(UserError, match="12 generated and 90 real images"):
-        score("pixels", normal(12), normal(90))
-
-
-def test_the_bound_and_its_terms_have_errors_over_images() -> None:
-    value = np.arange(6.0)
-    total, *terms = bound_scores(np.stack([value / 100, 1.5 * value, 2 + value], 1))
-    assert [s.name for s in terms] == ["bits/dim-prior", "bits/dim-kl", "bits/dim-decoder"]
-    assert total.value == pytest.approx(sum(s.value for s in terms))
-    for s, slope in zip((total, *terms), (2.51, 0.01, 1.5, 1.0), strict=True):
-        assert (s.n, s.n_real, s.floor) == (6, None, None)
-        assert s.error == pytest.approx(slope * value.std(ddof=1) / 6**0.5)
+        score_features("pixels", normal(12), normal(90))

@@ -1,4 +1,4 @@
-"""Results of an evaluation, as JSON and as points of MLflow's curves."""
+"""Results of an evaluation as data: written as JSON, read back, and as points of MLflow's curves."""
 
 import hashlib
 import math
@@ -6,18 +6,71 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, WrapValidator
 
 from ddpm.config import SampleConfig
 from ddpm.config_io import without_retired
-from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.scores import Score
 from ddpm.utils import strict_json
 
-SETTINGS = tuple("spacing sigma_min eta guidance_scale guidance_interval mean variance".split())
+SETTINGS = ("spacing", "sigma_min", "eta", "guidance_scale", "guidance_interval", "mean", "variance")
 """Settings of a sampler, besides its number of steps."""
+
+
+def _number(value: Any, parse: Any) -> float:
+    if value is None:
+        return math.nan
+    return float(parse(value))
+
+
+Number = Annotated[float, WrapValidator(_number)]
+"""A number that is null in JSON if it is not finite."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric with its uncertainty."""
+
+    name: str
+    """Name with the feature net: "KID-lite0"."""
+    value: Number
+    error: Number
+    """Standard error of redrawing generated and real images (jackknife.py); for bits/dim, over images."""
+    n: int
+    """Generated images; for bits/dim, real ones."""
+    n_real: int | None = None
+    """Real images in the comparison."""
+    floor: float | None = None
+    """Value of real images against real images."""
+    floor_error: float | None = None
+    floor_n: int | None = None
+    """Images of the floor: n, unless there are fewer."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.value) and math.isfinite(self.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearerShare(Score):
+    """The share of generated images nearer to a training image than 99 % of held-out images (memorisation.py).
+
+    `n_real` counts held-out images. `floor` is the share expected of other held-out images, k / (M + 1) for the k-th
+    smallest distance, and `floor_error` its standard deviation among N of them. `error` is the half width of the
+    interval over 1.96; the interval is not symmetric.
+    """
+
+    n_real: int
+    floor: float
+    low: float
+    """The lower end of the 95 % interval, over generated and held-out images."""
+    high: float
+    space: str
+    """Space of the distances: the feature net's name, or "pixels"."""
+    threshold: float
+    """The held-out images' 1st percentile, a root mean square difference."""
+    n_train: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +95,11 @@ class SampledScores:
         """The sampler and its steps, such as "ddim-50", and all settings that are not defaults."""
         words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
         for setting in SETTINGS:
-            if (value := getattr(self.sample, setting)) not in (getattr(SampleConfig, setting), "beta_tilde"):
-                words += [setting, *map(str, value if isinstance(value, tuple) else (value,))]
+            value = getattr(self.sample, setting)
+            if value in (getattr(SampleConfig, setting), "beta_tilde"):
+                continue
+            parts = value if isinstance(value, tuple) else (value,)
+            words += [setting, *map(str, parts)]
         return " ".join(words)
 
 
@@ -144,13 +200,13 @@ def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Checkpoint
     words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in pictured]
     if len(set(words)) < len(pictured):  # two runs with the same name
         words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, pictured, strict=True)]
-    for word, pair in zip(words, pictured, strict=True):
+    for word, (result, drawn) in zip(words, pictured, strict=True):
         suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(pictured) > 1 else ""
-        yield f"{stem}{suffix}.png", *pair
+        yield f"{stem}{suffix}.png", result, drawn
 
 
-def metrics(result: CheckpointResult) -> dict[str, float]:
-    """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
+def curve_values(result: CheckpointResult) -> dict[str, float]:
+    """Values at this checkpoint of MLflow's curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
 
     MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
     against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A sampling configuration
@@ -162,9 +218,11 @@ def metrics(result: CheckpointResult) -> dict[str, float]:
     for score, _, drawn in rows(Report({}, (result,))):
         prefix = "" if drawn is None or drawn.is_own else f"{drawn.name}/"
         name = f"{prefix}{score.name.replace('bits/dim', bits_per_dim)}"
-        values |= {f"eval/{name}": score.value, f"eval_error/{name}": score.error}
+        values[f"eval/{name}"] = score.value
+        values[f"eval_error/{name}"] = score.error
         if isinstance(score, NearerShare):
-            values |= {f"eval_low/{name}": score.low, f"eval_high/{name}": score.high}
+            values[f"eval_low/{name}"] = score.low
+            values[f"eval_high/{name}"] = score.high
         if score.floor is not None:
             values[f"eval_floor/{name}"] = score.floor
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -13,8 +13,8 @@ from support.reported import drawn, made, near, result
 
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.runs import RunFolder
-from ddpm.evaluation import publish
-from ddpm.evaluation.report import CheckpointResult, Report
+from ddpm.evaluation import plots, save_results
+from ddpm.evaluation.results import CheckpointResult, Report
 from ddpm.storage import locations
 from ddpm.tracking.push import push
 from ddpm.utils.errors import UserError
@@ -47,8 +47,15 @@ def points(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float
     return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
 
 
+def stored(report: Report, out: str, timeout_s: float = 20.0) -> list[str]:
+    """Store a report as the command does; returns the lines."""
+    plot = plots.picture(report)
+    location = save_results.output_location(out)
+    return [*save_results.to_file(report, plot, location), *save_results.to_runs(report, plot, timeout_s)]
+
+
 def kept(report: Report) -> list[str]:
-    return list(publish.keep(report, report.results[0], PICTURE))
+    return list(save_results.to_runs(report, PICTURE))
 
 
 def test_results_are_in_the_run_and_in_mlflow(
@@ -101,7 +108,7 @@ def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server:
     imported = result(0, drawn(0), run="imported", run_key="")
     moved = replace(results[0], run_key=uuid.uuid4().hex)
     report = made(*results, imported, moved)
-    lines = list(publish.store(report, publish.location_for("all.json")))
+    lines = stored(report, "all.json")
     assert [line for line in lines if line.startswith("MLflow ")] == [
         *(f"MLflow      run {run_id} in {mlflow_server}" for run_id in ids),
         f"MLflow      {mlflow_server} does not have run strange; "
@@ -122,7 +129,7 @@ def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
 ) -> None:
     run = make_run(tmp_path)
     run_id, report = push(run).run_id, made(of_run(run, result(1, near(0.03))))
-    lines = list(publish.store(report, publish.location_for("out/found.json")))
+    lines = stored(report, "out/found.json")
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
     names = [file.path for file in client.list_artifacts(run_id, "evaluation")]
@@ -138,15 +145,15 @@ def test_results_are_kept_in_the_folder_of_their_run(
     root = str(tmp_path / "runs") if storage == "folder" else f"{s3_bucket}/{uuid.uuid4().hex}"
     a, b, other = (runs.open_run(name, root) for name in ("a", "b", "other"))
     results = [result(i, near(0.03), run_key=run.key) for i, run in ((1, a), (2, a), (3, b))]
-    stored = a, a, other  # run b's checkpoint was copied into another run's folder
+    places = a, a, other  # run b's checkpoint was copied into another run's folder
     results = [
         replace(r, checkpoint=f"{at.location.uri}/checkpoint-1")
-        for r, at in zip(results, stored, strict=True)
+        for r, at in zip(results, places, strict=True)
     ]
     report = made(*results, result(4, checkpoint="models:/a@b", run_key=a.key + "0"))
     of_a = report.of_run(a.key)
     folder = a.location.child(runs.EVALUATIONS)
-    lines = list(publish.store(report, publish.location_for(f"{root}/all.json")))
+    lines = stored(report, f"{root}/all.json")
     assert lines[:2] == [f"results     {root}/all.json", f"plot        {root}/all.png"]
     assert f"run         {folder.uri}/{of_a.key}.json" in lines
     assert locations.resolve(f"{root}/all.json").read() == report.to_json().encode()
@@ -179,7 +186,7 @@ def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
     report = report_on(make_run(tmp_path), 1)
-    lines = list(publish.store(report, publish.location_for("out/found.json"), timeout_s=0.5))
+    lines = stored(report, "out/found.json", timeout_s=0.5)
     assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"plot        {tmp_path}/out/found.png"]
     assert lines[-1].startswith("MLflow ") and uri.removeprefix("http://") in lines[-1]
     assert "s3cret" not in lines[-1] and "\n" not in lines[-1]
@@ -197,6 +204,6 @@ def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path
         "found.png": "found.png names an image",
     }.items():
         with pytest.raises(UserError, match=message):
-            publish.location_for(out)
-    assert publish.location_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
+            save_results.output_location(out)
+    assert save_results.output_location("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
-from ddpm.evaluation.report import Report, Row, nearest_pictures, rows
-from ddpm.evaluation.scores import BOUND_TERMS, MAX_FID_FEATURES, Score
+from ddpm.evaluation.bits_per_dim import BOUND_TERMS
+from ddpm.evaluation.feature_scores import MAX_FID_FEATURES
+from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT
+from ddpm.evaluation.results import NearerShare, Report, Row, Score, nearest_pictures, rows
 from ddpm.utils.progress import printable
 from ddpm.utils.tables import Table, estimate
 
@@ -105,10 +106,10 @@ def _on_variances(report: Report) -> Iterator[str]:
 
 def _on_memorisation(report: Report, out: str) -> Iterator[str]:
     shares = [score for score, _, _ in rows(report) if isinstance(score, NearerShare)]
-    if shares and (n := shares[0].n_real) < MIN_HELD_OUT:
+    if shares and shares[0].n_real < MIN_HELD_OUT:
         yield (
-            f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances is used "
-            f"instead, below which {_percent(shares[0].floor)} of other held-out images are expected"
+            f"{METRIC}: {shares[0].n_real} held-out images are too few for a 1st percentile; the smallest of their "
+            f"distances is used instead, below which {_percent(shares[0].floor)} of other held-out images are expected"
         )
     for uri, result, drawn in nearest_pictures(report, out):
         for s in drawn.scores:

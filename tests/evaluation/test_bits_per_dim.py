@@ -10,7 +10,7 @@ from ddpm.build import TrainedNet, build_net
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.reading import DataSet, LabelledImages
-from ddpm.evaluation import measure
+from ddpm.evaluation import bits_per_dim
 from ddpm.utils.errors import UserError
 
 KL = 1
@@ -39,20 +39,20 @@ def test_bits_of_image_i_do_not_depend_on_its_batch(
     tiny: Config, held_out: LabelledImages, change: dict[str, Any], estimated: bool
 ) -> None:
     net = make_net(override(tiny, change))
-    bits_per_dim = partial(measure.bits_per_dim, net, measure.measure(net, held_out[:8]))
+    bound_terms = partial(bits_per_dim.bound_terms, net, bits_per_dim.measure_errors(net, held_out[:8]))
     num_draws = 3 if estimated else 0
-    whole = bits_per_dim(held_out, 0, num_draws)
-    parts = [bits_per_dim(held_out[a:b], a, num_draws) for a, b in ((0, 2), (2, 5), (5, 12))]
+    whole = bound_terms(held_out, 0, num_draws)
+    parts = [bound_terms(held_out[a:b], a, num_draws) for a, b in ((0, 2), (2, 5), (5, 12))]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-4, atol=1e-6)
-    other = bits_per_dim(held_out, 0, num_draws, seed=1)
+    other = bound_terms(held_out, 0, num_draws, seed=1)
     assert (other[:, KL] != whole[:, KL]).any()
 
 
 def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_out: LabelledImages) -> None:
     net = make_net(tiny)
-    measured = measure.measure(net, held_out[:8], "beta_tilde")
-    exact = measure.bits_per_dim(net, measured, held_out, 0, num_draws=0)
-    estimated = measure.bits_per_dim(net, measured, held_out, 0, num_draws=8, seed=1)
+    measured = bits_per_dim.measure_errors(net, held_out[:8], "beta_tilde")
+    exact = bits_per_dim.bound_terms(net, measured, held_out, 0, num_draws=0)
+    estimated = bits_per_dim.bound_terms(net, measured, held_out, 0, num_draws=8, seed=1)
     difference = estimated[:, KL] - exact[:, KL]
     assert abs(difference.mean()) < 4 * difference.std(ddof=1) / len(difference) ** 0.5
     np.testing.assert_allclose(estimated[:, 0], exact[:, 0])
@@ -61,26 +61,37 @@ def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_o
 def test_bits_depend_on_the_labels(tiny: Config, held_out: LabelledImages) -> None:
     net = make_net(override(tiny, {"model.num_classes": 10}))
     wrong = LabelledImages(held_out.image, (held_out.label + 1) % 10)
-    measured = measure.measure(net, held_out[:8])
-    right, other = (measure.bits_per_dim(net, measured, images, 0) for images in (held_out, wrong))
+    measured = bits_per_dim.measure_errors(net, held_out[:8])
+    right, other = (bits_per_dim.bound_terms(net, measured, images, 0) for images in (held_out, wrong))
     assert (right[:, KL] != other[:, KL]).all()
 
 
-def test_uniform_mix_has_no_bound(tiny: Config, held_out: LabelledImages) -> None:
-    net = make_net(override(tiny, {"objective.process": "uniform_mix"}))
-    with pytest.raises(UserError, match="uniform_mix has no variational bound"):
-        measure.measure(net, held_out)
+@pytest.mark.parametrize("process", ["uniform_mix", "consistency"])
+def test_these_processes_have_no_bound(tiny: Config, held_out: LabelledImages, process: str) -> None:
+    net = make_net(override(tiny, {"objective.process": process}))
+    with pytest.raises(UserError, match=f"{process} has no variational bound"):
+        bits_per_dim.measure_errors(net, held_out)
 
 
 def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: LabelledImages) -> None:
     """Unless another variance is requested; `measured`, on the evaluated images, is better than the fixed ones."""
     learned = override(tiny, {"objective.variance": "learned"})
-    assert [measure.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
-    assert measure.bound_variance(learned, "measured") == "measured"
+    assert [bits_per_dim.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
+    assert bits_per_dim.bound_variance(learned, "measured") == "measured"
     with pytest.raises(UserError, match="this net did not learn it"):
-        measure.bound_variance(tiny, "learned")
+        bits_per_dim.bound_variance(tiny, "learned")
     net, kl = make_net(tiny), {}
     for variance in ("measured", "beta", "beta_tilde"):
-        measured = measure.measure(net, held_out[:8], variance)  # type: ignore[arg-type]
-        kl[variance] = measure.bits_per_dim(net, measured, held_out, 0, num_draws=0)[:, KL].mean()
+        measured = bits_per_dim.measure_errors(net, held_out[:8], variance)  # type: ignore[arg-type]
+        kl[variance] = bits_per_dim.bound_terms(net, measured, held_out, 0, num_draws=0)[:, KL].mean()
     assert min(kl.values()) == kl["measured"] < 0.9 * kl["beta_tilde"]
+
+
+def test_the_bound_and_its_terms_have_errors_over_images() -> None:
+    value = np.arange(6.0)
+    total, *terms = bits_per_dim.bound_scores(np.stack([value / 100, 1.5 * value, 2 + value], 1))
+    assert [s.name for s in terms] == ["bits/dim-prior", "bits/dim-kl", "bits/dim-decoder"]
+    assert total.value == pytest.approx(sum(s.value for s in terms))
+    for s, slope in zip((total, *terms), (2.51, 0.01, 1.5, 1.0), strict=True):
+        assert (s.n, s.n_real, s.floor) == (6, None, None)
+        assert s.error == pytest.approx(slope * value.std(ddof=1) / 6**0.5)

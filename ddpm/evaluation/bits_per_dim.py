@@ -1,7 +1,7 @@
-"""Measurements of a net: the loss and the bound of held-out images.
+"""The bound of held-out images in bits/dim, and their training loss.
 
 Training, the search and jobs/evaluate.py measure with these functions. The bound of image i depends on the seed and i
-alone, independent of worker and batch; its loss on the batch, too. `start` is the index of the first image of a batch.
+alone, not on worker and batch; the loss depends on the batch, too. `start` is the index of the first image of a batch.
 
 Axes: N images, H W, C channels, T timesteps.
 """
@@ -24,6 +24,7 @@ from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.evaluation.results import Score
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose
@@ -32,18 +33,20 @@ PIECE_IMAGES = 125
 """Images sampled or read as one batch."""
 MEASURED_IMAGES = 125
 """Training images on which the errors of a net are measured."""
+BOUND_TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
+"""Names of the bound's terms."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Errors of a net on a few images, with which `bits_per_dim` measures others."""
+class NetErrors:
+    """Errors of a net on a few images, with which `bound_terms` measures others."""
 
     variance: Variance
     """The variance of p(x_{t-1} | x_t) in the bound."""
     x_0_error: Tensor
     """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
     proposal: Tensor
-    """[T] float64: the distribution of timesteps for `bits_per_dim`."""
+    """[T] float64: the distribution of timesteps for `bound_terms`."""
 
 
 def bound_variance(config: Config, variance: BoundVariance = "auto") -> Variance:
@@ -69,7 +72,7 @@ def loss(trained: TrainedNet, batch: LabelledImages, start: int, seed: int = 0) 
     return trained.objective.loss(trained.net, x_0, label, noise).value
 
 
-def measure(trained: TrainedNet, batch: LabelledImages, variance: BoundVariance = "auto") -> Measured:
+def measure_errors(trained: TrainedNet, batch: LabelledImages, variance: BoundVariance = "auto") -> NetErrors:
     """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:
@@ -84,22 +87,22 @@ def measure(trained: TrainedNet, batch: LabelledImages, variance: BoundVariance 
     # A learned variance uses the proposal of the measured one, which is similar; any proposal is unbiased.
     fixed = fixed_variance(schedule, "measured" if chosen == "learned" else chosen, x_0_error)
     proposal = likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed))
-    return Measured(chosen, x_0_error, proposal)
+    return NetErrors(chosen, x_0_error, proposal)
 
 
-def bits_per_dim(
+def bound_terms(
     trained: TrainedNet,
-    measured: Measured,
+    errors: NetErrors,
     batch: LabelledImages,
     start: int,
     num_draws: int = 8,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
+    """The bound's terms for each image of a batch.
 
     Args:
-        measured: errors of this net.
-        num_draws: timesteps per image; 0: all.
+        errors: those of this net.
+        num_draws: timesteps per image; the estimate takes one more evaluation of the net. 0: all timesteps, exact.
 
     Returns:
         [N, 3]: prior, sum of KL_t, decoder; the bound is their sum.
@@ -107,15 +110,35 @@ def bits_per_dim(
     indices = range(start, start + len(batch.image))
     denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
     schedule = build_schedule(trained.config.schedule)
-    variance = measured.variance
-    fixed = None if variance == "learned" else fixed_variance(schedule, variance, measured.x_0_error)
+    if errors.variance == "learned":
+        fixed = None
+    else:
+        fixed = fixed_variance(schedule, errors.variance, errors.x_0_error)
     if num_draws == 0 or schedule.num_timesteps == 1:
         bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
-        t, share = likelihood.draw_timesteps(schedule, measured.proposal, torch.stack(quantiles), num_draws)
+        t, share = likelihood.draw_timesteps(schedule, errors.proposal, torch.stack(quantiles), num_draws)
         bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, t, share)
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
+
+
+def bound_scores(terms: NDArray[np.float64]) -> list[Score]:
+    """The bound and its three terms, in bits/dim; the errors are over images, noise and t.
+
+    Args:
+        terms: [N, 3], from `bound_terms`.
+    """
+    scores = [_mean("bits/dim", terms.sum(axis=1))]
+    for name, values in zip(BOUND_TERMS, terms.T, strict=True):
+        scores.append(_mean(name, values))
+    return scores
+
+
+def _mean(name: str, values: NDArray[np.float64]) -> Score:
+    n = len(values)
+    error = float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    return Score(name, float(values.mean()), error, n)
 
 
 def _prepared(

@@ -4,17 +4,14 @@ import io
 import json
 import re
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import memorisation, plots, report, tables
-from ddpm.evaluation.report import CheckpointResult, Report
-from ddpm.evaluation.scores import Score
-from ddpm.utils import images
+from ddpm.evaluation import plots, results, results_table
+from ddpm.evaluation.results import CheckpointResult, Report, Score
 
 ONE = made(result(1, drawn(1)))
 SEVERAL = made(
@@ -24,7 +21,7 @@ SEVERAL = made(
 
 
 def printed(reported: Report, width: int = 250) -> str:
-    return tables.table(reported).text(width)
+    return results_table.table(reported).text(width)
 
 
 @pytest.mark.parametrize("reported", [ONE, SEVERAL], ids=["one", "several"])
@@ -63,7 +60,9 @@ def test_run_names_cannot_inject_markup() -> None:
 
 
 def test_metric_names_say_how_they_were_measured() -> None:
-    points = report.metrics(result(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
+    points = results.curve_values(
+        result(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5))
+    )
     right = {
         "eval/bits_per_dim": pytest.approx(4.4678901),
         "eval_error/bits_per_dim": 0.05,
@@ -75,7 +74,7 @@ def test_metric_names_say_how_they_were_measured() -> None:
     assert {name: points[name] for name in right} == right
     assert "eval/ddim-10 eta 0.5/KID-pixels" in points and len(points) == 2 * 4 + 3 * 3 * 6
     broken = replace(result(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),))
-    assert report.metrics(broken) == {}
+    assert results.curve_values(broken) == {}
     (score,) = json.loads(made(broken).to_json())["checkpoints"][0]["bits"]
     assert (score["value"], score["error"], score["n"]) == (None, None, 90)
 
@@ -95,7 +94,7 @@ def test_the_report_key_depends_on_checkpoints_and_settings_only() -> None:
 
 def remarks(reported: Report, out: str = "out.json") -> list[str]:
     """All remarks but the first, which says what bits/dim depends on."""
-    lines = tables.remarks(reported, out)
+    lines = results_table.remarks(reported, out)
     if any(v.bits for v in reported.results):
         assert lines.pop(0).startswith("bits/dim: the variance is measured")
     return lines
@@ -104,11 +103,11 @@ def remarks(reported: Report, out: str = "out.json") -> list[str]:
 def test_the_variance_of_the_bound_is_reported() -> None:
     """If it is not the default, it is also part of the metric's name in MLflow."""
     fixed = result(1, variance="beta_tilde", variance_is_default=False)
-    (line,) = tables.remarks(made(fixed), "out.json")
-    assert line == f"bits/dim: the variance is beta_tilde, {tables.FIXED}"
-    assert report.metrics(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
+    (line,) = results_table.remarks(made(fixed), "out.json")
+    assert line == f"bits/dim: the variance is beta_tilde, {results_table.FIXED}"
+    assert results.curve_values(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
     learned = result(2, run="b", variance="learned")
-    lines = tables.remarks(made(fixed, learned), "out.json")
+    lines = results_table.remarks(made(fixed, learned), "out.json")
     assert [line.partition(":")[0] for line in lines] == ["bits/dim of a", "bits/dim of b"]
     assert json.loads(made(fixed).to_json())["checkpoints"][0]["variance"] == "beta_tilde"
 
@@ -130,7 +129,7 @@ def test_memorisation_is_reported_with_its_interval() -> None:
     (score,) = sampling["scores"]
     right = {"low": 0.03, "high": 0.07, "n": 500, "n_real": 1000, "n_train": 1500, "threshold": 12.5}
     assert score.items() >= (right | {"space": "pixels"}).items()
-    points = report.metrics(reported.results[0])
+    points = results.curve_values(reported.results[0])
     groups = [points[f"{group}/nearer_than_held_out-pixels"] for group in ("eval", "eval_low", "eval_high")]
     assert groups == [score["value"], 0.03, 0.07]
 
@@ -147,8 +146,8 @@ def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> Non
 
 
 def test_each_plot_of_nearest_images_has_its_own_name() -> None:
-    def names(*results: CheckpointResult) -> list[str]:
-        return [name for name, _, _ in report.nearest_pictures(made(*results), "s3://b.c/d/out.json")]
+    def names(*found: CheckpointResult) -> list[str]:
+        return [name for name, _, _ in results.nearest_pictures(made(*found), "s3://b.c/d/out.json")]
 
     assert names(result(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]
     assert names(result(1, near(0.0), near(0.0, 10)), result(2, drawn(2), run="b c")) == [
@@ -190,29 +189,3 @@ def test_a_plot_has_a_row_of_panels_for_each_varied_setting() -> None:
     assert steps.shape[0] == one.shape[0] and steps.shape[1] < one.shape[1]  # without a bits/dim panel
     assert all(len(np.unique(plot.reshape(-1, 3), axis=0)) > 50 for plot in shown)
     assert (again == one).all() and (changed != one).any()
-
-
-@pytest.mark.parametrize(("channels", "num_drawn"), [(1, 40), (3, 5)])
-def test_the_plot_of_nearest_images_shows_the_nearest_pairs_first(
-    monkeypatch: pytest.MonkeyPatch, channels: int, num_drawn: int
-) -> None:
-    image = np.random.RandomState(0).randint(0, 256, (130, 8, 8, channels)).astype(np.uint8)
-    image[..., 0, 0, :] = 255
-    train, held_out, drawn = image[:60], image[60:90], image[90 : 90 + num_drawn]
-    drawn[4], drawn[3] = train[50], train[20]
-    drawn[3, 0, 1] ^= 4
-    near, near_held_out = memorisation.nearest([drawn, held_out], [train])
-    figures: list[Any] = []
-    monkeypatch.setattr(
-        plots, "figure_png", lambda figure: figures.append(figure) or images.figure_png(figure)
-    )
-    shown = pixels(plots.nearest("pixels", near, near_held_out, drawn, lambda at: train[at]))
-    order = np.argsort(near.distance)[:16]
-    assert order[:2].tolist() == [4, 3]
-    titles = [title for axes in figures[0].axes if (title := axes.get_title())]
-    nearer = (near_held_out.distance[:, None] < near.distance).mean(0)
-    assert titles == [f"image {i}: {near.distance[i]:.3g}\n{nearer[i]:.0%} of held-out nearer" for i in order]
-    assert titles[1].startswith("image 3: 0.5\n0%")  # sqrt(4^2 / 64)
-    for pair_image in (*drawn[order], *train[near.index[order]]):
-        pixel = np.broadcast_to(pair_image[4, 4], 3)
-        assert (shown == pixel).all(-1).sum() > 9, "an image is missing"
