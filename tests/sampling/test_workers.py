@@ -54,7 +54,7 @@ def positions(progress: list[int]) -> dict[str, Any]:
 @pytest.mark.usefixtures("ray_here")
 def test_two_workers_sample_the_same_images_as_one(tmp_path: Path) -> None:
     """Bit for bit, also when a worker is killed, and with threads of one process."""
-    job = job_of(override(CONDITIONAL, {"schedule.num_timesteps": 200, "sample.num_sample_steps": 200}))
+    job = job_of(override(CONDITIONAL, {"schedule.num_timesteps": 100, "sample.num_sample_steps": 100}))
     alone = sample_into(tmp_path / "one", job, num_workers=1)
     assert len(alone) == 21 + 2
     victims: list[int] = []
