@@ -11,13 +11,12 @@ from PIL import Image
 from ddpm import cli
 from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.cli import PresetArguments
 from ddpm.commands.train import launch
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.diffusion.samplers import Sampler
 from ddpm.hub import resolve
-from ddpm.presets import PRESETS
+from ddpm.presets import PRESETS, PresetArguments
 from ddpm.sampling import workers
 from ddpm.tracking import run_params
 from ddpm.utils import command_line, images

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -20,6 +20,7 @@ from ddpm import kinds, presets
 from ddpm.config import Config
 from ddpm.config_io import check_values, from_json, override
 from ddpm.kinds import Choice
+from ddpm.presets import PresetArguments
 from ddpm.utils.command_line import installed
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import read_whole
@@ -45,20 +46,6 @@ SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_siz
 """The flags of a config that --help shows."""
 MAX_LINE = 500
 """Characters of an error's line; what is in the middle of a longer one is left out."""
-
-
-@dataclass(frozen=True)
-class PresetArguments:
-    """A preset and its changes: the arguments of commands that begin with PRESET."""
-
-    preset: tyro.conf.Suppress[str]
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
-    verbose: bool = False
-    """Show Ray's messages, and tracebacks."""
-    base: tyro.conf.Suppress[Any] = None
-    """The preset's own config; that of `folder PATH` is derived from the images."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

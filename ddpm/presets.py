@@ -7,7 +7,10 @@ cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,00
 celeba64        64x64 colour: the same net, one resolution deeper. For GPUs.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import tyro
 
 from ddpm.config import (
     ClusterConfig,
@@ -105,3 +108,17 @@ ABOUT = dict(line.split(maxsplit=1) for line in (__doc__ or "").splitlines()[2:]
 
 RETIRED = {"glyphs": "the source is an example now: examples/glyphs/README.md has the command"}
 """Presets of earlier versions, and what to use instead."""
+
+
+@dataclass(frozen=True)
+class PresetArguments:
+    """A preset and its changes: the arguments of commands that begin with PRESET."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
+    verbose: bool = False
+    """Show Ray's messages, and tracebacks."""
+    base: tyro.conf.Suppress[Any] = None
+    """The preset's own config; that of `folder PATH` is derived from the images."""

@@ -47,7 +47,7 @@ def test_user_errors_are_one_line(user_error: Callable[..., str], command_line: 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["job.py", *words])
-    if issubclass(kind, cli.PresetArguments):
+    if issubclass(kind, presets.PresetArguments):
         return cli.parse_preset(kind, None, folder.preset)
     return cli.parse(kind, None)
 
@@ -67,9 +67,9 @@ def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert values.keys() == cli.SHORT.keys()
     words = [word for key, value in values.items() for word in (cli.SHORT[key], str(value))]
-    short = parsed(monkeypatch, cli.PresetArguments, "digits", *words)
+    short = parsed(monkeypatch, presets.PresetArguments, "digits", *words)
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    assert short == parsed(monkeypatch, cli.PresetArguments, "digits", *words)
+    assert short == parsed(monkeypatch, presets.PresetArguments, "digits", *words)
     assert short.config == override(presets.DIGITS, values)
 
 
@@ -113,23 +113,25 @@ def test_the_preset_folder_has_the_size_and_colours_of_the_images(
     for i, (mode, side) in enumerate(files):
         Image.new(mode, (side + 5, side)).save(tmp_path / f"{i}.png")
     (tmp_path / "torn.png").write_bytes(b"nothing")
-    config = parsed(monkeypatch, cli.PresetArguments, "folder", str(tmp_path), "--name", "a").config
+    config = parsed(monkeypatch, presets.PresetArguments, "folder", str(tmp_path), "--name", "a").config
     changes = {"data.images": str(tmp_path), "model.image_size": size, "model.channels": channels}
     changes["data.augment"] = 0.12
     assert config == override(presets.FOLDER, changes | {"run.name": "a"})
     flags = ("folder", str(tmp_path), "--model.image-size", "64", "--model.channels", "1")
-    config = parsed(monkeypatch, cli.PresetArguments, *flags).config
+    config = parsed(monkeypatch, presets.PresetArguments, *flags).config
     assert (config.model.image_size, config.model.channels) == (64, 1)
     assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
-    assert parsed(monkeypatch, cli.PresetArguments, "folder", "--data", "x").config.data.shards == "x"
+    assert parsed(monkeypatch, presets.PresetArguments, "folder", "--data", "x").config.data.shards == "x"
 
 
 def test_the_preset_folder_augments_few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(folder, "FEW", 4)
     for i in range(5):
         Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
-    assert parsed(monkeypatch, cli.PresetArguments, "folder", str(tmp_path)).config.data.augment == 0.0
+    assert parsed(monkeypatch, presets.PresetArguments, "folder", str(tmp_path)).config.data.augment == 0.0
     (tmp_path / "4.png").unlink()
     words = "folder", str(tmp_path)
-    assert parsed(monkeypatch, cli.PresetArguments, *words).config.data.augment == folder.AUGMENT
-    assert parsed(monkeypatch, cli.PresetArguments, *words, "--data.augment", "0").config.data.augment == 0.0
+    assert parsed(monkeypatch, presets.PresetArguments, *words).config.data.augment == folder.AUGMENT
+    assert (
+        parsed(monkeypatch, presets.PresetArguments, *words, "--data.augment", "0").config.data.augment == 0.0
+    )

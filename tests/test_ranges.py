@@ -16,7 +16,7 @@ from ddpm.commands import compare, evaluate, export, folder, sample, sync
 from ddpm.config import Config, ScoredImages
 from ddpm.config_io import check_values, flatten, from_json, override, to_json
 from ddpm.evaluation.feature_scores import LEAST_IMAGES
-from ddpm.presets import DIGITS
+from ddpm.presets import DIGITS, PresetArguments
 from ddpm.search import config as search_config
 from ddpm.utils.errors import UserError
 
@@ -43,7 +43,7 @@ def with_value(key: str, value: Any) -> Config:
 def error_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", *words])
     with pytest.raises(UserError) as raised:
-        cli.parse_preset(cli.PresetArguments, None, folder.preset)
+        cli.parse_preset(PresetArguments, None, folder.preset)
     return str(raised.value)
 
 

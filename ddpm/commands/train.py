@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from ddpm import cli
-from ddpm.cli import PresetArguments
 from ddpm.commands import folder
+from ddpm.presets import PresetArguments
 from ddpm.utils import command_line
 
 

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from ddpm.cli import PresetArguments
 from ddpm.config import Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
+from ddpm.presets import PresetArguments
 
 Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
 Searcher = Literal["optuna", "random", "grid"]

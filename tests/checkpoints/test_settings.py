@@ -9,9 +9,9 @@ from PIL import Image
 
 from ddpm import cli, presets
 from ddpm.checkpoints import runs, settings
-from ddpm.cli import PresetArguments
 from ddpm.commands import folder
 from ddpm.config_io import override
+from ddpm.presets import PresetArguments
 from ddpm.utils.errors import UserError
 
 OWN = "1" * 64

@@ -16,7 +16,7 @@ import yaml
 from support.processes import REPO
 
 from ddpm import presets
-from ddpm.cli import PresetArguments
+from ddpm.presets import PresetArguments
 
 FOLDER = REPO / "infra/kubernetes"
 VERSION = "1.33"
