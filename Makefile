@@ -15,7 +15,7 @@ help:
 	@echo 'make test-nightly     on the oldest Ray too: lost and preempted nodes, elastic runs, submitted jobs'
 	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
-	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/hub/nets): twenty to fifty minutes on two cores'
+	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/runs/nets): twenty to fifty minutes on two cores'
 	@echo 'make check            format, lint, types, and which module may import which'
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'

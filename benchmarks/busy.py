@@ -22,8 +22,7 @@ from harness.arguments import read
 from harness.processes import busy
 from harness.turns import LOG, Contestant, Turn, ended_after, in_turns
 
-from ddpm.checkpoints import curves
-from ddpm.storage import locations
+from ddpm.runs import curves, storage
 from ddpm.utils.openmp import SPIN_COUNT, VARIABLES
 
 TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
@@ -116,7 +115,7 @@ def start(row: str, run: Contestant, folder: Path) -> None:
 
 def points(folder: Path) -> list[tuple[float, int]]:
     """Seconds since the epoch and images_seen, of every log line of a run."""
-    logged = curves.read(locations.resolve(str(folder / "run"))).get("train/images_per_s", [])
+    logged = curves.read(storage.resolve(str(folder / "run"))).get("train/images_per_s", [])
     return [(point.timestamp_ms / 1000, point.images_seen) for point in logged]
 
 

@@ -20,8 +20,8 @@ from harness.arguments import read
 
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import connect
-from ddpm.config_io import override
-from ddpm.presets import DIGITS
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.training.state import parameter_count
 from ddpm.utils import devices
 

@@ -29,11 +29,8 @@ from harness import tables
 from harness.arguments import read
 from harness.judged import Judged, picture, read_judged, span, train_command, write_judged
 
-from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.checkpoint import PREFIX
-from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import SampleConfig
-from ddpm.data.ray_dataset import open_configured
+from ddpm.config.tree import SampleConfig
+from ddpm.data.ray_stream import open_configured
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import inputs, nets
 from ddpm.evaluation.bits_per_dim import PIECE_IMAGES
@@ -41,8 +38,10 @@ from ddpm.evaluation.evaluate import EvalWorker, Piece
 from ddpm.evaluation.features import Cache, real_features
 from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.metrics import Moments, fid, kid
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
+from ddpm.runs import curves, run_folder, storage
+from ddpm.runs.checkpoint import PREFIX
+from ddpm.runs.storage import Location
+from ddpm.sampling.pool import WorkerPool
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 
@@ -119,7 +118,7 @@ class Arguments:
         return self.folder / f"{self.preset}.json"
 
     def run(self, seed: int) -> Location:
-        return locations.resolve(str(self.folder)).child(self.name(seed))
+        return storage.resolve(str(self.folder)).child(self.name(seed))
 
     def name(self, seed: int) -> str:
         return f"{self.preset}-{seed}"
@@ -141,7 +140,7 @@ def train(arguments: Arguments, seed: int) -> None:
 
 def checkpoint_at(run: Location, mark: int) -> Location | None:
     """The first checkpoint after `mark` images."""
-    stored = [c for c in runs.checkpoints(run) if int(c.uri.rpartition(PREFIX)[2]) >= mark]
+    stored = [c for c in run_folder.checkpoints(run) if int(c.uri.rpartition(PREFIX)[2]) >= mark]
     return stored[0] if stored else None
 
 
@@ -256,7 +255,7 @@ def write(arguments: Arguments, by: Judge) -> None:
     beside = []
     for seed in (seed for seed, found in by_run.items() if found):
         slower = trained(arguments.run(seed), race.marks[-1], race.workers)[2]
-        status = runs.read_status(arguments.run(seed))
+        status = run_folder.read_status(arguments.run(seed))
         assert status is not None, "it has been trained"
         beside.append(
             f"{arguments.name(seed)}: steps slower than the median, which wait for checkpoints or compile, take "

@@ -85,7 +85,7 @@ def run_peer(arguments: Arguments, case: Case, name: str, decoder: str, start: i
     import pyarrow.fs as pafs
     import torch
 
-    from ddpm.storage.locations import resolve
+    from ddpm.runs.storage import resolve
 
     torch.set_num_threads(1)
     if name != "dataloader":  # imports do not count
@@ -113,20 +113,20 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     import ray
 
     from ddpm.cluster.ray_init import connect
-    from ddpm.data import ray_dataset
+    from ddpm.data import ray_stream
     from ddpm.data.plan import ReadOrder
 
     start_ray = time.monotonic()
     connect()
     n = case.num_images
     order = ReadOrder(BATCH * consumers, BATCH, int(RUNS[case.name] * n), window_rows=case.window)
-    data_set = ray_dataset.open_data_set(f"{BUCKET}/ours/{case.name}", image_size=case.side)
+    data_set = ray_stream.open_data_set(f"{BUCKET}/ours/{case.name}", image_size=case.side)
     trainer = ray.remote(num_cpus=0)(_train)
 
     def consumed(order: ReadOrder, start: int, images: int) -> tuple[float, list[Any]]:
         began = time.monotonic()
-        chunk = next(ray_dataset.dataset_chunks(data_set, order, start))
-        iterators = ray_dataset.split(data_set, order, chunk, start, consumers)
+        chunk = next(ray_stream.dataset_chunks(data_set, order, start))
+        iterators = ray_stream.split(data_set, order, chunk, start, consumers)
         done = [trainer.remote(case, it, order, k, images) for k, it in enumerate(iterators)]
         return began, ray.get(done)
 
@@ -145,10 +145,10 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
 def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dict[str, Any]:
     import torch
 
-    from ddpm.data import ray_dataset
+    from ddpm.data import ray_stream
     from ddpm.data.reading import cut
 
-    reader = ray_dataset.RankReader(iterator, order.stall_timeout_s, 300)
+    reader = ray_stream.RankReader(iterator, order.stall_timeout_s, 300)
     batches = cut(reader, order.share(rank, order.batch_size // BATCH), BATCH)
     return consume(case, (torch.from_numpy(batch.image) for batch in batches), images)
 
@@ -219,7 +219,7 @@ def prepare(case: Case, folder: Path, only: tuple[str, ...]) -> None:
     """Prepare the data of a case for these contestants, unless it exists."""
     import pyarrow.fs as pafs
 
-    from ddpm.storage.locations import resolve
+    from ddpm.runs.storage import resolve
 
     done = folder / f"{case.name}-{case.num_images}.done"
     if done.exists():

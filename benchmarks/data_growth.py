@@ -22,7 +22,7 @@ from harness.arguments import read
 from ddpm.data.manifest import Manifest, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import locate, write_shard
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 WINDOW, ROWS, GROUPS_PER_SHARD = 8192, 1024, 16
 SEEKS = 200

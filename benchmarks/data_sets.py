@@ -106,7 +106,7 @@ def write_files(case: Case, folder: Path) -> None:
 def write_shards(case: Case, uri: str) -> None:
     """Ours: the shards that `jobs/prepare.py` would write for these images."""
     from ddpm.data import prepare
-    from ddpm.storage.locations import resolve
+    from ddpm.runs.storage import resolve
 
     prepare.prepare(_Source(case), resolve(uri))
 

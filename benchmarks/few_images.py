@@ -18,8 +18,8 @@ from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each
 from PIL import Image
 
-from ddpm.commands import folder as folder_preset
-from ddpm.data import catalog
+from ddpm.data.sources import catalog
+from ddpm.data.sources import folder_preset as folder_preset
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from harness import tables
 from harness.arguments import read
 from harness.comparison import Measured, each, interval, preset_of, train
 
+from ddpm.config.presets import PRESETS
 from ddpm.evaluation import evaluate, inputs
 from ddpm.evaluation.settings import Settings
-from ddpm.presets import PRESETS
 
 SAMPLERS = {"trained": ("dpmpp_2m", "ddim"), "tuned": ("multistep",)}
 

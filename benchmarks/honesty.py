@@ -18,7 +18,6 @@ from harness.arguments import read
 from harness.rankings import agreement
 
 from ddpm.build import build_objective, build_schedule
-from ddpm.checkpoints import checkpoint
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.objectives import Denoised
@@ -33,8 +32,8 @@ from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluator
 from ddpm.evaluation.settings import Settings
+from ddpm.runs import checkpoint, storage
 from ddpm.search.trials import Trials, best
-from ddpm.storage import locations
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
@@ -126,7 +125,7 @@ def variance_table(run: str, timesteps: Sequence[int]) -> None:
 
 
 def search_table(run: str) -> None:
-    place = locations.resolve(run)
+    place = storage.resolve(run)
     trials = best(Trials(place, None).all(), "bits_per_dim")
     newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
     candidates = inputs.read_checkpoints(newest)

@@ -17,8 +17,7 @@ from harness import tables
 from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each, preset_of, train
 
-from ddpm.checkpoints import curves
-from ddpm.storage import locations
+from ddpm.runs import curves, storage
 
 IMAGES = {"digits": 48_000, "fashion-mnist": 25_600, "emoji": 25_600}
 """Images of a training."""
@@ -46,7 +45,7 @@ def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
         train(preset, folder, name, *flags, "--cluster.max-failures", "0")
     except subprocess.CalledProcessError:
         return math.inf
-    return curves.read(locations.resolve(str(folder / name)))["held_out/bits_per_dim"][-1].value
+    return curves.read(storage.resolve(str(folder / name)))["held_out/bits_per_dim"][-1].value
 
 
 def measure(arguments: Arguments, data: str, folder: Path) -> Measured:

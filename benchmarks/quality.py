@@ -42,10 +42,9 @@ from peers import quality as peers
 from PIL import Image
 
 from ddpm.build import bind_sampler, build_schedule
-from ddpm.checkpoints import checkpoint
-from ddpm.commands import folder as folder_preset
-from ddpm.config import SampleConfig
-from ddpm.config_io import to_json
+from ddpm.config.json import to_json
+from ddpm.config.tree import SampleConfig
+from ddpm.data.sources import folder_preset as folder_preset
 from ddpm.diffusion import samplers
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
@@ -53,6 +52,7 @@ from ddpm.diffusion.schedules import Schedule
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.evaluation.nets import Lite0
+from ddpm.runs import checkpoint
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose

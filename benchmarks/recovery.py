@@ -31,7 +31,7 @@ from ray.train.torch import TorchTrainer
 from support.servers import RayHead, ray_head_env
 
 from ddpm.cluster.ray_init import connect
-from ddpm.presets import DIGITS
+from ddpm.config.presets import DIGITS
 
 BACK_AFTER_S = 8.0
 """Seconds until a lost node comes back."""

@@ -24,17 +24,16 @@ import torch.distributed
 from harness import processes, tables, turns
 from harness.arguments import read
 
-from ddpm.checkpoints import curves
-from ddpm.checkpoints.runs import RunFolder
 from ddpm.cluster.ray_init import KEPT_MEMORY
-from ddpm.commands import folder as folder_preset
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.data import builtin, ray_dataset
+from ddpm.config.json import override
+from ddpm.config.presets import PRESETS
+from ddpm.config.tree import Config
+from ddpm.data import builtin, ray_stream
 from ddpm.data.plan import ReadOrder, rank_shard
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
-from ddpm.presets import PRESETS
-from ddpm.storage import locations
+from ddpm.data.sources import folder_preset as folder_preset
+from ddpm.runs import curves, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
 from ddpm.training.store import RunStore
@@ -156,9 +155,9 @@ def measure(arguments: Arguments) -> None:
         }
         preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
         config = builtin.prepared(override(preset, values))
-        data_set = ray_dataset.open_configured(config)
+        data_set = ray_stream.open_configured(config)
         cores: dict[str, float] = {}
-        location = locations.resolve(folder).child("bench")
+        location = storage.resolve(folder).child("bench")
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)
             store = RunStore(config, RunFolder("bench", location, ""), data_set.rows.fingerprint)

@@ -22,13 +22,13 @@ from harness import tables
 from harness.arguments import read
 from matplotlib.figure import Figure
 
-from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import FeatureNetName
+from ddpm.config.tree import FeatureNetName
 from ddpm.evaluation import inputs
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.settings import Settings
+from ddpm.sampling.pool import WorkerPool
 from ddpm.sampling.workers import SampleJob, SampleWorker
 from ddpm.training.state import parameter_count
 from ddpm.utils import images

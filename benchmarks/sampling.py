@@ -27,11 +27,11 @@ from harness.processes import busy
 from peers.step import CASES
 
 from ddpm.build import TrainedNet, build_net, num_sample_steps, resolve_sample
-from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.hub import export
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.export import export
 from ddpm.models.unet import UNet
+from ddpm.sampling.pool import WorkerPool
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,16 +24,16 @@ from harness import tables
 from harness.arguments import read
 
 from ddpm.build import build_net
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import CELEBA64, CIFAR10
+from ddpm.config.tree import Config
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
-from ddpm.data.ray_dataset import BYTES_PER_WORKER, OBJECT_STORE_SHARE
+from ddpm.data.ray_stream import BYTES_PER_WORKER, OBJECT_STORE_SHARE
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.presets import CELEBA64, CIFAR10
-from ddpm.storage.locations import resolve
+from ddpm.runs import checkpoint
+from ddpm.runs.storage import resolve
 from ddpm.training import mfu
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes

@@ -24,14 +24,13 @@ from harness.rankings import agreement
 from numpy.typing import NDArray
 from scipy import stats
 
-from ddpm.checkpoints import curves
-from ddpm.config_io import flatten
-from ddpm.data import ray_dataset
+from ddpm.config.json import flatten
+from ddpm.data import ray_stream
 from ddpm.evaluation import inputs
 from ddpm.evaluation.ranking import configuration_difference
 from ddpm.evaluation.rung import REPORTING, Evaluator
+from ddpm.runs import curves, storage
 from ddpm.search.trials import Trial, Trials, changes_text, shown
-from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
 PICTURES = ("parallel.png", "bits-and-kid.png")
@@ -57,7 +56,7 @@ def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, f
 
 
 def trained(
-    place: locations.Location, preset: str, config: Path | None, values: dict[str, Any], name: str, seed: int
+    place: storage.Location, preset: str, config: Path | None, values: dict[str, Any], name: str, seed: int
 ) -> str:
     """URI of the run `name`, trained as the preset (and `config`) says, as long as a trial with the config `values`."""
     flags = ["--config", str(config)] if config else []
@@ -110,13 +109,13 @@ def cost(trials: list[Trial]) -> str:
     )
 
 
-def beaten(arguments: Arguments, place: locations.Location, trials: list[Trial]) -> list[str]:
+def beaten(arguments: Arguments, place: storage.Location, trials: list[Trial]) -> list[str]:
     """The best config beside the preset's, both trained with other seeds."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
     (trial,) = inputs.read_checkpoints([place.child(trials[0].name).uri])
     values = flatten(trial.config)
-    train = ray_dataset.open_configured(trial.config)
+    train = ray_stream.open_configured(trial.config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
@@ -152,7 +151,7 @@ def beaten(arguments: Arguments, place: locations.Location, trials: list[Trial])
     ]
 
 
-def overhead(trials: list[Trial], place: locations.Location) -> str:
+def overhead(trials: list[Trial], place: storage.Location) -> str:
     """The share of steps in the time of trials, each of which was started once."""
     steps_s, wall_s = 0.0, sum(trial.wall_s for trial in trials)
     for trial in trials:
@@ -168,7 +167,7 @@ def overhead(trials: list[Trial], place: locations.Location) -> str:
 
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=(1, 2))
-    place = locations.resolve(arguments.search)
+    place = storage.resolve(arguments.search)
     everything = Trials(place, None).all()
     if arguments.overhead:
         print(overhead(everything, place))

@@ -21,10 +21,10 @@ from harness import tables
 from harness.arguments import read
 from scipy import stats
 
+from ddpm.config.presets import PRESETS
 from ddpm.evaluation.ranking import paired_ranks
-from ddpm.presets import PRESETS
+from ddpm.runs import storage as locations
 from ddpm.search.trials import Trials
-from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -32,7 +32,7 @@ from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import KEPT_MEMORY
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.models.precision import has_bfloat16
 from ddpm.training import mfu
 from ddpm.training.mfu import flops_per_image

@@ -20,7 +20,7 @@ from harness.arguments import read
 from support.servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.cluster.ray_init import connect
-from ddpm.presets import DIGITS
+from ddpm.config.presets import DIGITS
 from ddpm.training import fit
 
 CONDITIONS = ("there", "killed after 5 s, back after 15 s", "never there", "accepts and hangs")

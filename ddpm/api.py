@@ -8,17 +8,16 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm import cli
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint
-from ddpm.commands.train import launch
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.cli import parsing
+from ddpm.cli.train import launch
+from ddpm.config.json import override
+from ddpm.config.presets import PRESETS, PresetArguments
+from ddpm.config.tree import Config
 from ddpm.diffusion.samplers import Sampler
-from ddpm.hub import resolve
-from ddpm.presets import PRESETS, PresetArguments
+from ddpm.runs import checkpoint
 from ddpm.sampling import workers
-from ddpm.tracking import run_params
+from ddpm.tracking import names, run_params
 from ddpm.utils import command_line, images
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
@@ -33,7 +32,7 @@ class Run:
     @cached_property
     def trained(self) -> TrainedNet:
         """The averaged net of the newest checkpoint, with its config."""
-        with resolve.local_checkpoint(str(self.uri)) as folder:
+        with names.local_checkpoint(str(self.uri)) as folder:
             return checkpoint.load_net(folder)
 
     def sample(
@@ -81,7 +80,7 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
         typed = name = preset
     else:
         raise UserError(f"there is no preset {preset}; it must be one of {', '.join(PRESETS)}")
-    short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in cli.SHORT.items()}
+    short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in parsing.SHORT.items()}
     data = str(data) if isinstance(data, Path) else data
     values = {"data.shards": data} if isinstance(data, str) else {}
     for key, value in settings.items():

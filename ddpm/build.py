@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddpm import kinds
-from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig
-from ddpm.diffusion import augmentation, denoisers, samplers, timesteps
-from ddpm.diffusion.denoisers import clip
+from ddpm.config import kinds
+from ddpm.config.tree import Config, ObjectiveConfig, SampleConfig, ScheduleConfig
+from ddpm.diffusion import augmentation, guidance, samplers, timesteps
+from ddpm.diffusion.guidance import clip
 from ddpm.diffusion.objectives import Labels, Objective
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import Sampler
@@ -136,7 +136,7 @@ def build_sampler(config: Config) -> Sampler:
         raise UserError(f"{saw}; set sample.guidance_scale to 1")
     function = kinds.sampler(sample.sampler).load()
     try:
-        denoisers.check_interval(sample.guidance_interval)
+        guidance.check_interval(sample.guidance_interval)
         return bind_sampler(function, sample, build_schedule(config.schedule), config.model.num_dims)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None

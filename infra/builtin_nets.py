@@ -1,7 +1,7 @@
-"""Tested: how a net is packed (tests/hub/test_builtin_nets.py). Not tested: the training, which made today's nets.
+"""Tested: how a net is packed (tests/runs/test_builtin_nets.py). Not tested: the training, which made today's nets.
 
 Makes built-in nets anew: python infra/builtin_nets.py [digits fashion-mnist]. It trains each preset with two workers on
-CPUs, keeps its averaged weights in ddpm/hub/nets, evaluates these, and writes their model card. The same commit and
+CPUs, keeps its averaged weights in ddpm/runs/nets, evaluates these, and writes their model card. The same commit and
 versions give the same bits on one kind of CPU; each card names its own.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config import RunConfig
-from ddpm.config_io import to_json
-from ddpm.evaluation import card
+from ddpm.config.json import to_json
+from ddpm.config.tree import RunConfig
 from ddpm.evaluation.results import Report
-from ddpm.hub import builtin_nets, resolve
+from ddpm.export import card
+from ddpm.runs import builtin_nets, checkpoint
+from ddpm.tracking import names
 
 NAMES, STORAGE = ("digits", "fashion-mnist"), Path("runs/builtin")
 
@@ -30,7 +30,7 @@ def job(name: str, *words: str) -> None:
 
 def pack(uri: str, name: str) -> Path:
     """Keep the averaged weights at `uri` as builtin:NAME; returns its folder."""
-    with resolve.local_checkpoint(uri) as folder:
+    with names.local_checkpoint(uri) as folder:
         trained, position = checkpoint.load_net(folder), checkpoint.read_state(folder) | {"run_key": ""}
     packed, run = builtin_nets.FOLDER / name, RunConfig(name=name, storage="runs")
     packed.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Print a model card: `ddpm card` in a checkout (ddpm/commands/card.py)."""
+"""Print a model card: `ddpm card` in a checkout (ddpm/cli/card.py)."""
 
-from ddpm import cli
-from ddpm.commands.card import main
+from ddpm.cli import parsing
+from ddpm.cli.card import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -1,7 +1,7 @@
-"""Compare runs on one page: `ddpm compare` in a checkout (ddpm/commands/compare.py)."""
+"""Compare runs on one page: `ddpm compare` in a checkout (ddpm/cli/compare.py)."""
 
-from ddpm import cli
-from ddpm.commands.compare import main
+from ddpm.cli import parsing
+from ddpm.cli.compare import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -1,7 +1,7 @@
-"""Evaluate checkpoints: `ddpm evaluate` in a checkout (ddpm/commands/evaluate.py)."""
+"""Evaluate checkpoints: `ddpm evaluate` in a checkout (ddpm/cli/evaluate.py)."""
 
-from ddpm import cli
-from ddpm.commands.evaluate import main
+from ddpm.cli import parsing
+from ddpm.cli.evaluate import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -1,7 +1,7 @@
-"""Export a net: `ddpm export` in a checkout (ddpm/commands/export.py)."""
+"""Export a net: `ddpm export` in a checkout (ddpm/cli/export.py)."""
 
-from ddpm import cli
-from ddpm.commands.export import main
+from ddpm.cli import parsing
+from ddpm.cli.export import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

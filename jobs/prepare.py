@@ -1,7 +1,7 @@
-"""Make a data set: `ddpm prepare` in a checkout (ddpm/commands/prepare.py)."""
+"""Make a data set: `ddpm prepare` in a checkout (ddpm/cli/prepare.py)."""
 
-from ddpm import cli
-from ddpm.commands.prepare import main
+from ddpm.cli import parsing
+from ddpm.cli.prepare import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

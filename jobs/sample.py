@@ -1,7 +1,7 @@
-"""Sample images from a checkpoint: `ddpm sample` in a checkout (ddpm/commands/sample.py)."""
+"""Sample images from a checkpoint: `ddpm sample` in a checkout (ddpm/cli/sample.py)."""
 
-from ddpm import cli
-from ddpm.commands.sample import main
+from ddpm.cli import parsing
+from ddpm.cli.sample import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -1,7 +1,7 @@
-"""Send a run to MLflow: `ddpm sync` in a checkout (ddpm/commands/sync.py)."""
+"""Send a run to MLflow: `ddpm sync` in a checkout (ddpm/cli/sync.py)."""
 
-from ddpm import cli
-from ddpm.commands.sync import main
+from ddpm.cli import parsing
+from ddpm.cli.sync import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

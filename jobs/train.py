@@ -1,7 +1,7 @@
-"""Train a preset: `ddpm train` in a checkout (ddpm/commands/train.py)."""
+"""Train a preset: `ddpm train` in a checkout (ddpm/cli/train.py)."""
 
-from ddpm import cli
-from ddpm.commands.train import main
+from ddpm.cli import parsing
+from ddpm.cli.train import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -1,7 +1,7 @@
-"""Show the runs in MLflow: `ddpm ui` in a checkout (ddpm/commands/ui.py)."""
+"""Show the runs in MLflow: `ddpm ui` in a checkout (ddpm/cli/ui.py)."""
 
-from ddpm import cli
-from ddpm.commands.ui import main
+from ddpm.cli import parsing
+from ddpm.cli.ui import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -16,7 +16,7 @@ from support import processes, servers
 if TYPE_CHECKING:
     from support import faulted
 
-    from ddpm.config import Config
+    from ddpm.config.tree import Config
     from ddpm.data.reading import DataSet
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -139,8 +139,8 @@ def tiny(digits_uri: str) -> "Config":
     """A config with a few thousand weights, 8 steps of 32 images in 4 micro-batches."""
     import torch
 
-    from ddpm.config_io import override
-    from ddpm.presets import DIGITS
+    from ddpm.config.json import override
+    from ddpm.config.presets import DIGITS
 
     torch.set_num_threads(1)
     return override(
@@ -169,7 +169,7 @@ def tiny(digits_uri: str) -> "Config":
 
 @pytest.fixture
 def train_set(tiny: "Config") -> "DataSet":
-    from ddpm.data.ray_dataset import open_configured
+    from ddpm.data.ray_stream import open_configured
 
     return open_configured(tiny)
 
@@ -261,7 +261,7 @@ def user_error(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         monkeypatch.setattr(sys, "argv", [f"{job}.py", *words])
         monkeypatch.setenv("COLUMNS", "80")
         with pytest.raises(UserError) as raised:
-            importlib.import_module(f"ddpm.commands.{job}").main()
+            importlib.import_module(f"ddpm.cli.{job}").main()
         assert raised.value.exit_code == 2 and "\n" not in str(raised.value)
         return str(raised.value)
 

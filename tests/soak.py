@@ -27,7 +27,7 @@ from support.processes import Job, kill_tree
 from support.proxy import FaultyProxy, Mode
 from support.servers import MlflowServer, RayHead, RayNode, S3Server, ray_head_env
 
-from ddpm.storage import locations
+from ddpm.runs import storage
 
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
@@ -198,8 +198,8 @@ def main() -> int:
         undisturbed = reference(arguments, data, folder)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
         soak = Soak(arguments, folder, stack)
-        upload = locations.resolve("s3://soak/data")
-        locations.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
+        upload = storage.resolve("s3://soak/data")
+        storage.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
         outcomes: list[bool] = []
         while soak.minutes < arguments.minutes:
             soak.train_through_faults(f"soak-{len(outcomes) + 1}")

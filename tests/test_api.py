@@ -10,11 +10,11 @@ from PIL import Image
 from support import evaluated, processes
 
 import ddpm
+from ddpm.cli import sample
 from ddpm.cluster.ray_init import NoCluster
-from ddpm.commands import sample
-from ddpm.config_io import override
-from ddpm.presets import PRESETS
-from ddpm.storage.locations import HOME
+from ddpm.config.json import override
+from ddpm.config.presets import PRESETS
+from ddpm.runs.storage import HOME
 from ddpm.utils import command_line
 from ddpm.utils.errors import UserError
 

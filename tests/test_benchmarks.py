@@ -17,10 +17,9 @@ from filelock import FileLock
 from harness import judged, turns
 from support.processes import REPO, python_path, run
 
-from ddpm.checkpoints import curves
-from ddpm.checkpoints.curves import Row
-from ddpm.presets import CIFAR10
-from ddpm.storage import locations
+from ddpm.config.presets import CIFAR10
+from ddpm.runs import curves, storage
+from ddpm.runs.curves import Row
 
 # The search whose results some of the programs read; its trials are runs.
 SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num-images 20 --scheduler none
@@ -149,7 +148,7 @@ def test_training_time_is_that_of_the_steps_on_however_many_workers(tmp_path: Pa
     for seen, rate, workers in rates:
         rows += [Row("train/images_per_s", seen, rate, 0), Row("train/workers", seen, workers, 0)]
     name, data = curves.part(0, rows)
-    run = locations.resolve(str(tmp_path))
+    run = storage.resolve(str(tmp_path))
     run.child(name).write(data)
     minutes, of_all, slower = cifar.trained(run, 3000, workers=4)
     assert (minutes * 60, of_all * 60) == pytest.approx((400, 700))

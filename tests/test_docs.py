@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from support.processes import REPO
 
-from ddpm import cli
+from ddpm.cli import parsing
 from ddpm.utils.errors import UserError
 
 PAGES = [
@@ -86,7 +86,7 @@ class Parsed(Exception):
 def test_jobs_take_their_arguments(
     module: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    parse = cli.parse
+    parse = parsing.parse
 
     def parse_only(*args: Any, **kwargs: Any) -> None:
         parse(*args, **kwargs)
@@ -102,7 +102,7 @@ def test_jobs_take_their_arguments(
     (tmp_path / "~/pictures").mkdir(parents=True)
     for name in ("one", "two"):
         Image.new("L", (8, 8)).save(tmp_path / f"~/pictures/{name}.png")
-    monkeypatch.setattr(cli, "parse", parse_only)
+    monkeypatch.setattr(parsing, "parse", parse_only)
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
     try:
         importlib.import_module(module).main()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support import processes
 
-from ddpm import kinds
-from ddpm.config_io import from_json
-from ddpm.data import catalog
+from ddpm.config import kinds
+from ddpm.config.json import from_json
+from ddpm.data.sources import catalog
 from ddpm.utils.errors import UserError
 
 DOC = (processes.REPO / "docs/extending.md").read_text()
@@ -25,7 +25,7 @@ ADDED = {
     "features": "grey",
 }
 LOADED = f"""
-from ddpm import kinds
+from ddpm.config import kinds
 for field, name in {ADDED}.items():
     assert kinds.names(field)[-1] == name
     kinds.find(field, name).load()
@@ -104,8 +104,8 @@ def test_settings_follow_from_what_a_kind_reads(
     run_job: Callable[..., Any], tmp_path: Path, env: dict[str, str]
 ) -> None:
     script = """
-from ddpm.config_io import override
-from ddpm.presets import DIGITS
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.tracking.run_params import params
 config = {"schedule.kind": "constant", "objective.process": "l1", "sample.sampler": "euler"}
 found = params(override(DIGITS, config))

@@ -17,13 +17,13 @@ from support import tracked
 from support.faulted import write_digits
 from support.local import finished
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.data.ray_dataset import open_configured
-from ddpm.hub import resolve
-from ddpm.presets import DIGITS
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
+from ddpm.config.tree import Config
+from ddpm.data.ray_stream import open_configured
+from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.sampling import generate
+from ddpm.tracking import names
 from ddpm.tracking.push import push
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
@@ -54,7 +54,7 @@ def config_in(folder: Path, **changes: object) -> Config:
 
 
 def train(config: Config, folder: Path) -> State:
-    run, data_set = runs.open_run("run", str(folder)), open_configured(config)
+    run, data_set = run_folder.open_run("run", str(folder)), open_configured(config)
     with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         return loop.train(config, Runtime(config, data_set, data_set.held_out(), store))
 
@@ -80,13 +80,13 @@ def test_data_are_read_in_the_same_order(kept: Path) -> None:
 
 def test_a_run_is_sampled_and_resumed(kept: Path) -> None:
     torch.set_num_threads(1)
-    with resolve.local_checkpoint(str(kept / "run")) as folder:
+    with names.local_checkpoint(str(kept / "run")) as folder:
         trained = checkpoint.load_net(folder)
     drawn = generate.draw(trained, range(2)).numpy()
     assert drawn.shape == (2, 8, 8, 1) and np.ptp(drawn) > 50
     state = train(config_in(kept, **{"train.total_images": 96}), kept)
     assert (state.step, state.images_seen) == (3, 96)
-    run = runs.existing_run(str(kept / "run"))
+    run = run_folder.existing_run(str(kept / "run"))
     points = curves.read(run.location)["train/loss"]
     assert [point.images_seen for point in points] == [32, 64, 96]
     assert points[0].value == pytest.approx(0.9977, abs=1e-4)
@@ -95,7 +95,7 @@ def test_a_run_is_sampled_and_resumed(kept: Path) -> None:
 
 def test_a_run_is_pushed(kept: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    run = runs.existing_run(str(kept / "run"))
+    run = run_folder.existing_run(str(kept / "run"))
     logged = curves.read(run.location)
     assert push(run).num_points == sum(map(len, logged.values())) > 0
     assert push(run).num_points == 0

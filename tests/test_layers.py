@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.processes import REPO
 
-from ddpm.kinds import OBJECTIVES
+from ddpm.config.kinds import OBJECTIVES
 
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 

@@ -22,10 +22,8 @@ import torch
 from PIL import Image
 from support.trained import write_trained
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.curves import Row
-from ddpm.config import Config
-from ddpm.config_io import from_json, to_json
+from ddpm.config.json import from_json, to_json
+from ddpm.config.tree import Config
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
@@ -35,8 +33,10 @@ from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
+from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs.curves import Row
+from ddpm.runs.storage import resolve
 from ddpm.search.trials import Trials, read_trial
-from ddpm.storage.locations import resolve
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -56,7 +56,7 @@ def write_all(folder: Path, tiny: Config) -> None:
     manifest = make_manifest("test", (8, 8, 1), "raw", [], {"train": [shard]}, "")
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
     (folder / "run.json").write_text('{"run_key": "a"}')
-    (folder / "status.json").write_bytes(runs.status_json(runs.Status("RUNNING", 1, 0, 1.0)))
+    (folder / "status.json").write_bytes(run_folder.status_json(run_folder.Status("RUNNING", 1, 0, 1.0)))
     (folder / "flag.json").write_text(to_json(tiny))
     Trials(resolve(str(folder)), {}).begin("trial", {})
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
@@ -88,8 +88,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "flag.json": lambda folder: from_json(files.read_whole(folder / "flag.json"), "flag.json"),
     "manifest.json": lambda folder: read_manifest(resolve(str(folder))),
     SHARD: read_shard,
-    "run.json": lambda folder: runs.existing_run(str(folder)),
-    "status.json": lambda folder: runs.read_status(resolve(str(folder))),
+    "run.json": lambda folder: run_folder.existing_run(str(folder)),
+    "status.json": lambda folder: run_folder.read_status(resolve(str(folder))),
     "search.json": lambda folder: Trials(resolve(str(folder)), None),
     "trial/trial.json": lambda folder: read_trial(resolve(str(folder / "trial"))),
     rung.file_name(RUNG.images_seen): lambda folder: rung.read(resolve(str(folder)), RUNG.images_seen),

@@ -1,7 +1,7 @@
-"""Search noise schedule and learning rate: `ddpm search` in a checkout (ddpm/commands/search.py)."""
+"""Search noise schedule and learning rate: `ddpm search` in a checkout (ddpm/cli/search.py)."""
 
-from ddpm import cli
-from ddpm.commands.search import main
+from ddpm.cli import parsing
+from ddpm.cli.search import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.data import builtin, ray_dataset
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.data import builtin, ray_stream
 from ddpm.training import fit, worker_group
 
 _work = worker_group.work
@@ -63,5 +63,5 @@ def train(
     config = override(config, {"run.storage": folder, "run.name": "bench", **values})
     config = builtin.prepared(config)
     worker_group.work = partial(work, folder)
-    fit.fit(config, ray_dataset.open_configured(config))
+    fit.fit(config, ray_stream.open_configured(config))
     return config

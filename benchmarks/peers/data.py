@@ -86,7 +86,7 @@ def webdataset(case: Case, bucket: str, folder: Path, decode: Decode, start: int
     import webdataset as wds
     from webdataset.gopen import gopen_schemes
 
-    from ddpm.storage.locations import resolve
+    from ddpm.runs.storage import resolve
 
     location = resolve(f"{bucket}/tar/{case.name}")
     urls = [f"{bucket}/tar/{case.name}/{name}" for name in location.files()]
@@ -149,6 +149,6 @@ def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> An
 
 @functools.cache
 def _located(uri: str) -> Any:
-    from ddpm.storage.locations import resolve
+    from ddpm.runs.storage import resolve
 
     return resolve(uri)

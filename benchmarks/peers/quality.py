@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.build import build_net
-from ddpm.config import Config
-from ddpm.config_io import from_json
+from ddpm.config.json import from_json
+from ddpm.config.tree import Config
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
-from ddpm.hub.diffusers_config import unet_config
+from ddpm.export.diffusers_config import unet_config
 from ddpm.models.precision import has_bfloat16
 from ddpm.training.state import parameter_count
 

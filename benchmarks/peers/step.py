@@ -24,10 +24,10 @@ import tyro
 from torch import Tensor, nn
 
 from ddpm.build import build_net
-from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import PRESETS
+from ddpm.config.tree import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig
 from ddpm.data.reading import MicroBatch
-from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import parameter_count
@@ -206,8 +206,8 @@ def diffusers_net(config: Config) -> nn.Module:
     """UNet2DModel with the sizes, and the first weights, of our net; it takes its own timesteps, 0 to 999."""
     import diffusers
 
-    from ddpm.hub.diffusers_config import unet_config
-    from ddpm.hub.export import to_their_names
+    from ddpm.export.diffusers_config import unet_config
+    from ddpm.export.export import to_their_names
 
     net = diffusers.UNet2DModel(**unet_config(override(config, {"schedule.num_timesteps": 1000})))
     net.load_state_dict(to_their_names(build_net(config).state_dict(), config, net.state_dict()))

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ddpm.storage.locations import HOME
+from ddpm.runs.storage import HOME
 
 
 def set_home(verbose: bool = False) -> None:

@@ -10,7 +10,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
 from ddpm.cluster import ray_init
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
 
 DRIVER_CPUS = 0.01

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ddpm.checkpoints.runs import RESERVED
-from ddpm.config import Config
-from ddpm.data import catalog, duplicates, prepare
+from ddpm.config.tree import Config
+from ddpm.data import duplicates, prepare
+from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import MissingFiles, Source
-from ddpm.storage import locations
+from ddpm.runs import storage
+from ddpm.runs.run_folder import RESERVED
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 
@@ -39,7 +40,7 @@ def prepared(
     if items is None and config.data.shards is not None:
         if config.data.images is not None:
             raise UserError("--data.images and --data.shards are two data sets; give one of them")
-        return replace(config, data=replace(config.data, shards=locations.absolute(config.data.shards)))
+        return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
     name: str
     source: Source
     if items is not None:
@@ -51,7 +52,7 @@ def prepared(
         name, source = _named(config, command)
     # The folder's name has a digest, so data sets of other versions or other images are kept beside this one.
     folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    location = locations.resolve(config.run.storage).child(RESERVED).child(folder)
+    location = storage.resolve(config.run.storage).child(RESERVED).child(folder)
     if items is not None or "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
         connect = None
     is_new = prepare.find(source, location) is None
@@ -100,7 +101,7 @@ def _folder(config: Config) -> tuple[str, Source]:
         )
     source = Folder(folder, size, cast(Literal[1, 3], channels))
     if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow's files go to the working folder
-        prepare.check_outside(source, Path(locations.absolute(".")))
+        prepare.check_outside(source, Path(storage.absolute(".")))
     colours = "grey" if channels == 1 else "colour"
     shown = f"{printable(str(folder))}, as {size}x{size} {colours}"
     print(f"images      {shown} (--model.image-size, --model.channels)", flush=True)

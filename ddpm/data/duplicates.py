@@ -17,7 +17,7 @@ from ddpm.data.manifest import Manifest, Shard
 from ddpm.data.row_group import Pixels, columns
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.data.sources.sources import MAX_EXAMINED
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.progress import printable, track

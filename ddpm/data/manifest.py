@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Interval
 
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

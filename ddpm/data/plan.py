@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, key
 

@@ -34,8 +34,8 @@ from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
 from ddpm.data.sources.image_folder import ImageFiles
 from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages
-from ddpm.storage.driver_lock import DriverLock
-from ddpm.storage.locations import Location
+from ddpm.runs.lock import DriverLock
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.progress import Display, printable, shortened

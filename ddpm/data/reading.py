@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.data.manifest import Manifest, Split
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup
 from ddpm.data.shards import open_row_group
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ddpm.data.manifest import Manifest, Shard, Split
 from ddpm.data.row_group import CorruptData, Labels, Pixels, RowGroup, columns, content_sha256
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.denoisers import Denoise
+from ddpm.diffusion.guidance import Denoise
 from ddpm.diffusion.process import broadcast, gather, q_sample, same_t
 from ddpm.diffusion.reverse import LEVELS, gaussian_kl, learned_log_variance, log_prob_of_level
 from ddpm.diffusion.samplers import Noise

@@ -31,7 +31,7 @@ from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
-    from ddpm.config import ObjectiveConfig
+    from ddpm.config.tree import ObjectiveConfig
 
 Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """model(x_t, t, label): x_t [B, C, H, W], scaled by `Edm` and `Flow`; t [B] int64 or None; label [B] int64 or None."""

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm import kinds
 from ddpm.build import TrainedNet, build_schedule
-from ddpm.cluster.worker_pool import check_cancelled
-from ddpm.config import BoundVariance, Config
+from ddpm.config import kinds
+from ddpm.config.tree import BoundVariance, Config
 from ddpm.data.reading import LabelledImages
 from ddpm.diffusion import likelihood
-from ddpm.diffusion.denoisers import Denoise
+from ddpm.diffusion.guidance import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.results import Score
+from ddpm.sampling.pool import check_cancelled
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose

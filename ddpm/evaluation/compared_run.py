@@ -11,17 +11,15 @@ import numpy as np
 import torch
 
 from ddpm.build import build_net
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.checkpoint import StateFile
-from ddpm.checkpoints.runs import Card, RunFolder, Status
-from ddpm.config_io import from_json
+from ddpm.config.json import from_json
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.results import Report
-from ddpm.hub import resolve
+from ddpm.runs import checkpoint, curves, run_folder, storage
+from ddpm.runs.checkpoint import StateFile
+from ddpm.runs.run_folder import Card, RunFolder, Status
+from ddpm.runs.storage import Location
 from ddpm.sampling import workers
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
-from ddpm.tracking import run_params
+from ddpm.tracking import names, run_params
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
@@ -98,12 +96,12 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
         sample: sample a grid from the newest checkpoint of a run that has none.
     """
     compared: dict[str, ComparedRun] = {}
-    reports = [_report_in(locations.resolve(uri), f"--evaluations {uri}") for uri in evaluations]
+    reports = [_report_in(storage.resolve(uri), f"--evaluations {uri}") for uri in evaluations]
     for uri in dict.fromkeys(uris):
-        if not locations.resolve(uri).exists():
+        if not storage.resolve(uri).exists():
             raise UserError(f"{uri} does not exist; expected a run's folder or URI")
         with as_user_error(f"{uri} cannot be read"):
-            run = _read(runs.existing_run(uri), sample)
+            run = _read(run_folder.existing_run(uri), sample)
         compared.setdefault(run.key, replace(run, evaluations=[*run.evaluations, *reports]))
     return list(compared.values())
 
@@ -114,10 +112,10 @@ def _read(run: RunFolder, sample: bool) -> ComparedRun:
     points: dict[str, list[Point]] = _readable(partial(_curves, location), {}, remarks)
     if not points:
         remarks.append(Remark(f"no curves: {location.uri} has no points in {curves.FOLDER}"))
-    status = _readable(partial(runs.read_status, location), None, remarks)
-    card = runs.read_card(location)
-    evaluations = _evaluations(location.child(runs.EVALUATIONS), remarks)
-    stored = runs.checkpoints(location)
+    status = _readable(partial(run_folder.read_status, location), None, remarks)
+    card = run_folder.read_card(location)
+    evaluations = _evaluations(location.child(run_folder.EVALUATIONS), remarks)
+    stored = run_folder.checkpoints(location)
     of_checkpoint: dict[str, Any] = {}
     if stored:
         of_checkpoint = _of_checkpoint(stored[-1], card, status, points.get(RATE, ()), remarks)
@@ -125,7 +123,8 @@ def _read(run: RunFolder, sample: bool) -> ComparedRun:
         text = "no checkpoint yet, so its settings are unknown"
         remarks.append(Remark(f"{text}; this trains it:" if card.command else text, card.command))
     grids: dict[int, Read] = {
-        images_seen: file.read for images_seen, file in runs.pictures(location, runs.SAMPLES).items()
+        images_seen: file.read
+        for images_seen, file in run_folder.pictures(location, run_folder.SAMPLES).items()
     }
     if stored and not grids and not sample:
         remarks.append(Remark("no samples yet; without --no-sample they are made now"))
@@ -211,7 +210,7 @@ def _hours(rates: Sequence[Point], images_seen: float) -> float | None:
 
 def _sample(stored: Location) -> bytes:
     """A PNG of a grid, sampled from a checkpoint as training samples it."""
-    with resolve.as_folder(stored) as folder:
+    with names.as_folder(stored) as folder:
         job = workers.SampleJob(checkpoint.load_net(folder))
     return images.png_bytes(images.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ddpm.config import Affects, Config
-from ddpm.config_io import keys_that_affect
+from ddpm.config.json import keys_that_affect
+from ddpm.config.tree import Affects, Config
 from ddpm.evaluation import comparison, plots
 from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking, Results

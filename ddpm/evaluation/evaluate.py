@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm import kinds
-from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import SampleConfig
+from ddpm.config import kinds
+from ddpm.config.tree import SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import bits_per_dim, memorisation
 from ddpm.evaluation.bits_per_dim import PIECE_IMAGES, NetErrors, bound_scores
@@ -35,6 +34,7 @@ from ddpm.evaluation.memorisation import Memorised
 from ddpm.evaluation.results import CheckpointResult, Report, SampledScores, Score
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling import generate
+from ddpm.sampling.pool import WorkerPool
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track
 from ddpm.utils.seeding import GENERATOR

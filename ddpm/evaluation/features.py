@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpm.data.reading import DataSet, LabelledImages
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils import images
 from ddpm.utils.progress import track
 from ddpm.utils.retry import as_user_error

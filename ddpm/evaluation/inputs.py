@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, FeatureNetName, SampleConfig, SampleFlags
+from ddpm.config.tree import Config, FeatureNetName, SampleConfig, SampleFlags
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
@@ -23,9 +22,8 @@ from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.evaluation.features import Cache, FeatureNet, Features, real_features, real_labels
 from ddpm.evaluation.results import SETTINGS
 from ddpm.evaluation.settings import Settings
-from ddpm.hub import resolve
-from ddpm.storage import locations
-from ddpm.tracking import run_params
+from ddpm.runs import checkpoint, storage
+from ddpm.tracking import names, run_params
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 
@@ -76,7 +74,7 @@ def read_checkpoints(uris: Sequence[str], every: bool = False) -> list[Candidate
     """The checkpoints at `uris`; for a run the newest one, or all with `every`."""
     checkpoints: list[str] = []
     for uri in uris:
-        of_uri = resolve.checkpoints_of(uri)
+        of_uri = names.checkpoints_of(uri)
         checkpoints += of_uri if every else of_uri[-1:]
     return [_read(uri) for uri in dict.fromkeys(checkpoints)]
 
@@ -132,7 +130,7 @@ def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Re
             raise UserError(f"{has}; an evaluation needs at least {LEAST_IMAGES}")
     for candidate in candidates:
         _check_fits(candidate, train)
-    cache = Cache(locations.resolve(settings.cache) if settings.cache else train.location.child(CACHE))
+    cache = Cache(storage.resolve(settings.cache) if settings.cache else train.location.child(CACHE))
     name = feature_net_name(settings.features, train)
     feature_net = nets.build(name, train, cache, settings.inception_weights)  # may train the classifier
     num_held_out = min(settings.num_images, held_out.rows.num_rows)
@@ -156,7 +154,7 @@ def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Re
 
 
 def _read(uri: str) -> Candidate:
-    with resolve.local_checkpoint(uri) as folder:
+    with names.local_checkpoint(uri) as folder:
         trained = checkpoint.load_net(folder)
         return Candidate(
             net=trained.net,
@@ -177,7 +175,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
                 "the checkpoints were trained on different data; name the data set to evaluate all of them on with "
                 "--data.shards"
             )
-        if known is not None and locations.resolve(known).child(MANIFEST).exists():
+        if known is not None and storage.resolve(known).child(MANIFEST).exists():
             shards = known
         elif config.data.source is None:
             where = f"is no longer at {known}" if known else "is not known"
@@ -185,7 +183,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
     config = builtin.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
-    location = locations.resolve(str(config.data.shards))
+    location = storage.resolve(str(config.data.shards))
     timeout_s = config.run.storage_timeout_s
     manifest = read_manifest(location, timeout_s)
     scale = scale_of(manifest, config.model.image_size)

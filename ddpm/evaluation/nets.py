@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm import kinds
+from ddpm.config import kinds
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.features import Cache, FeatureNet, digest_of, normalised, rgb
 from ddpm.utils import images

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, WrapValidator
 
-from ddpm.config import SampleConfig
-from ddpm.config_io import without_retired
+from ddpm.config.json import without_retired
+from ddpm.config.tree import SampleConfig
 from ddpm.utils import strict_json
 
 SETTINGS = ("spacing", "sigma_min", "eta", "guidance_scale", "guidance_interval", "mean", "variance")

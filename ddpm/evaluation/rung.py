@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ddpm.build import TrainedNet
-from ddpm.config import BoundVariance
+from ddpm.config.tree import BoundVariance
 from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation import bits_per_dim
 from ddpm.evaluation.features import images_of
 from ddpm.evaluation.metrics import Estimate
-from ddpm.storage.locations import Location
+from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

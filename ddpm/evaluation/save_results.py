@@ -11,11 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import RunFolder
 from ddpm.evaluation.results import CheckpointResult, Report, curve_values, nearest_pictures
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
+from ddpm.runs import run_folder, storage
+from ddpm.runs.run_folder import RunFolder
+from ddpm.runs.storage import Location
 from ddpm.tracking.evaluations import EvaluationPoints
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import is_in_mlflow
@@ -33,7 +32,7 @@ def output_location(out: str, example: str = "evaluation.json") -> Location:
     Args:
         example: a file name that error messages suggest.
     """
-    location = locations.resolve(out)
+    location = storage.resolve(out)
     if location.path.endswith(".png") and example.endswith(".json"):
         raise UserError(
             f"--out {out} names an image, but it must name the JSON file; plots are written next to it"
@@ -83,11 +82,11 @@ def _to_run(of_run: Report, result: CheckpointResult, plot: bytes, timeout_s: fl
     if not result.run_key:
         yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
         return
-    folder = runs.folder_of(result.checkpoint, result.run_key)
+    folder = run_folder.folder_of(result.checkpoint, result.run_key)
     if folder is None:
         yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"
         return
-    file = folder.child(runs.EVALUATIONS).child(f"{of_run.key}.json")
+    file = folder.child(run_folder.EVALUATIONS).child(f"{of_run.key}.json")
     try:
         for name, data in _pictures(of_run, of_run.key, plot):
             write(file.beside(name), data)

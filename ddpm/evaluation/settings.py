@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from ddpm.config import (
+from ddpm.config.tree import (
     BoundVariance,
     Count,
     CountOrZero,

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ddpm.models.compile import Region
 from ddpm.models.dropout import Dropout
-from ddpm.models.regions import Region
 
 if TYPE_CHECKING:
-    from ddpm.config import ModelConfig, UNetConfig
+    from ddpm.config.tree import ModelConfig, UNetConfig
 
 NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000

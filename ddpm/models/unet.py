@@ -36,14 +36,14 @@ from ddpm.models.layers import (
 from ddpm.models.precision import supported_dtype
 
 if TYPE_CHECKING:
-    from ddpm.config import UNetConfig
+    from ddpm.config.tree import UNetConfig
 
 
 class UNet(nn.Module):
     """The whole net, with fresh weights drawn from torch's global generator.
 
     Args:
-        config: the sizes; `ddpm.config.UNetConfig` explains each.
+        config: the sizes; `ddpm.config.tree.UNetConfig` explains each.
         time_conditional: False makes a net without weights for t, to be called with t = None.
         autocast_dtype: dtype of the computation, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.

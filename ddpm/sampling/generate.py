@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm import kinds
 from ddpm.build import TrainedNet, build_objective, build_sampler, build_schedule
-from ddpm.cluster.worker_pool import check_cancelled
-from ddpm.config import Config
-from ddpm.diffusion import denoisers
-from ddpm.diffusion.denoisers import Denoise
+from ddpm.config import kinds
+from ddpm.config.tree import Config
+from ddpm.diffusion import guidance
+from ddpm.diffusion.guidance import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
+from ddpm.sampling.pool import check_cancelled
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
@@ -170,7 +170,7 @@ def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
     if label is None:
         return given(None)
     sample = trained.config.sample
-    return denoisers.guided(
+    return guidance.guided(
         given(label),
         given(None),
         scale=sample.guidance_scale,

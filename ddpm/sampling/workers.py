@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ddpm.build import TrainedNet, build_sampler, resolve_sample
-from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect
+from ddpm.config.json import flatten, keys_that_affect
+from ddpm.config.tree import Affects, Config
 from ddpm.diffusion.samplers import Sampler
+from ddpm.runs.storage import Location
 from ddpm.sampling import generate, writers
+from ddpm.sampling.pool import WorkerPool
 from ddpm.sampling.writers import PngWriter
-from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.retry import as_user_error

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.config_io import differences
-from ddpm.storage.locations import Location
+from ddpm.config.json import differences
+from ddpm.runs.storage import Location
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels

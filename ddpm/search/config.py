@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from ddpm.config import Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
-from ddpm.presets import PresetArguments
+from ddpm.config.presets import PresetArguments
+from ddpm.config.tree import Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
 
 Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
 Searcher = Literal["optuna", "random", "grid"]

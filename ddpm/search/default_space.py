@@ -11,7 +11,7 @@ A key that only some kinds read is varied only where one of them was chosen: a c
 Nothing in a flag is executed.
 """
 
-from ddpm.kinds import SCHEDULES
+from ddpm.config.kinds import SCHEDULES
 
 DEFAULT = (
     f"schedule.kind={'|'.join(SCHEDULES)}",

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.build import build_schedule
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.evaluation import evaluate, inputs
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.metrics import Estimate

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
-from ddpm.checkpoints import runs
-from ddpm.checkpoints.curves import Row as CurveRow
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.rung import RANKING
+from ddpm.runs import run_folder
+from ddpm.runs.curves import Row as CurveRow
+from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row
 from ddpm.search.publisher import Parent, push_trial
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trials
-from ddpm.storage.locations import Location
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.mlflow_pages import NOTE_TAG
 from ddpm.utils.errors import UserError
@@ -68,7 +68,7 @@ def store(
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
     own = (row for row in rows if row.trial.last and row.trial.repeats is None)
-    begun = (row for row in own if folder.child(row.trial.name).child(runs.CARD).exists())
+    begun = (row for row in own if folder.child(row.trial.name).child(run_folder.CARD).exists())
     shown = list(islice(begun, COMPARED))
     if not shown:
         return None

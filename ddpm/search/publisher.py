@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddpm.checkpoints import runs
+from ddpm.runs import run_folder
 from ddpm.search.trials import Trials
 from ddpm.tracking import mlflow_run
 from ddpm.tracking.mlflow_client import Connection, tracking_uri
@@ -17,7 +17,7 @@ from ddpm.tracking.mlflow_run import MlflowRun
 from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 
-STATUS: dict[str, runs.StatusName] = {
+STATUS: dict[str, run_folder.StatusName] = {
     "finished": "FINISHED",
     "stopped": "PRUNED",
     "failed": "FAILED",
@@ -32,7 +32,7 @@ INTERRUPTED_TIMEOUT_S = 3.0
 class Parent:
     """The search's run in MLflow, which its trials are shown under."""
 
-    search: runs.Search
+    search: run_folder.Search
     experiment: str
 
     def open(self) -> MlflowRun:
@@ -108,15 +108,15 @@ class Publisher:
 def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
     """Push a trial's run with its outcome."""
     try:
-        run = runs.existing_run(trials.folder.child(name).uri)
+        run = run_folder.existing_run(trials.folder.child(name).uri)
     except UserError:  # the trial never began
         return
     trial = trials.get(name)
-    status = runs.read_status(run.location)
+    status = run_folder.read_status(run.location)
     assert trial is not None, "trials are pushed by name"
     if status is not None and trial.status != "running" and status.status != STATUS[trial.status]:
         now_ms = int(time.time() * 1000)
-        runs.write_status(run.location, replace(status, status=STATUS[trial.status], ended_ms=now_ms))
+        run_folder.write_status(run.location, replace(status, status=STATUS[trial.status], ended_ms=now_ms))
     push_patiently(run, timeout_s)
 
 
@@ -129,10 +129,10 @@ def mark_interrupted(parent: Parent, trials: Trials) -> None:
     for name in running:
         with contextlib.suppress(UserError, OSError):  # the next start does not depend on it
             location = trials.folder.child(name)
-            status = runs.read_status(location)
+            status = run_folder.read_status(location)
             if status is not None:
                 now_ms = int(time.time() * 1000)
-                runs.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
+                run_folder.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
 
     def push() -> None:
         with contextlib.suppress(UserError, OSError):

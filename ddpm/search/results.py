@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect, override
+from ddpm.config.json import flatten, keys_that_affect, override
+from ddpm.config.tree import Affects, Config
 from ddpm.search.leaderboard import LEFTOVER, Row
 from ddpm.search.trials import short, shown
 from ddpm.utils.tables import Table, estimate

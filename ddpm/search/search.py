@@ -3,9 +3,10 @@
 import sys
 import time
 
-from ddpm.checkpoints.runs import Search
 from ddpm.cluster import ray_init, resources
 from ddpm.evaluation.evaluate import grey_levels
+from ddpm.runs.lock import DriverLock
+from ddpm.runs.run_folder import Search
 from ddpm.search import leaderboard, publish, results
 from ddpm.search.config import Arguments
 from ddpm.search.publisher import Parent, Publisher, mark_interrupted
@@ -15,7 +16,6 @@ from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
 from ddpm.search.trials import Trials, read_search
 from ddpm.search.tune_callbacks import Interruption
-from ddpm.storage.driver_lock import DriverLock
 from ddpm.utils.errors import UserError
 
 

@@ -3,17 +3,17 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddpm import kinds
-from ddpm.checkpoints import runs
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect, override
-from ddpm.data import builtin, ray_dataset
+from ddpm.config import kinds
+from ddpm.config.json import flatten, keys_that_affect, override
+from ddpm.config.tree import Affects, Config
+from ddpm.data import builtin, ray_stream
 from ddpm.evaluation.rung import Evaluator, Rungs
+from ddpm.runs import run_folder
+from ddpm.runs.storage import Location, resolve
 from ddpm.search import space as spaces
 from ddpm.search.config import Arguments
 from ddpm.search.space import Space
 from ddpm.search.trials import rung_positions
-from ddpm.storage.locations import Location, resolve
 from ddpm.tracking import run_params
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
@@ -62,7 +62,7 @@ def prepare(arguments: Arguments) -> Setup:
     if arguments.metric != "bits_per_dim" and space.has_schedule:
         raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))
     config = builtin.prepared(config)
-    train = ray_dataset.open_configured(config)
+    train = ray_stream.open_configured(config)
     held_out = train.held_out()
     if held_out is None or held_out.rows.num_rows < 4:  # two rank trials, two report the best
         raise UserError(
@@ -121,4 +121,4 @@ def _named(arguments: Arguments) -> Config:
     name = arguments.name or f"search-{preset}"
     storage = arguments.storage or config.run.storage
     run = replace(config.run, name=name, storage=storage)
-    return runs.with_storage(replace(config, run=run))
+    return run_folder.with_storage(replace(config, run=run))

@@ -17,9 +17,9 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
-from ddpm import kinds
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect, override
+from ddpm.config import kinds
+from ddpm.config.json import flatten, keys_that_affect, override
+from ddpm.config.tree import Affects, Config
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 

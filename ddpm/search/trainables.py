@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from ray import tune
 
-from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import RunFolder, Search
-from ddpm.checkpoints.settings import differences, run_name
 from ddpm.cluster import resources
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.evaluation import rung
 from ddpm.evaluation.rung import Evaluation, Rungs
+from ddpm.runs import run_folder
+from ddpm.runs.lock import DriverLock
+from ddpm.runs.run_folder import RunFolder, Search
+from ddpm.runs.settings import differences, run_name
 from ddpm.search.config import Metric
 from ddpm.search.trials import Trial, read_trial, value_of
-from ddpm.storage.driver_lock import DriverLock
 from ddpm.training import loop, run_state
 from ddpm.training.fit import Origin, facts, fit
 from ddpm.training.runtime import Runtime
@@ -134,7 +134,9 @@ def _train(config: Config, spec: Spec, run: RunFolder) -> None:
 def open_trial(config: Config, spec: Spec) -> RunFolder:
     """The run of a trial, in the search's folder."""
     data = spec.rungs.evaluator.train
-    return runs.open_run(str(config.run.name), config.run.storage, facts(config, data, spec.origin(config)))
+    return run_folder.open_run(
+        str(config.run.name), config.run.storage, facts(config, data, spec.origin(config))
+    )
 
 
 class GroupTrial(tune.Trainable):

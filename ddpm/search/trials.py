@@ -22,8 +22,8 @@ from ddpm.evaluation import rung
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
+from ddpm.runs.storage import Location
 from ddpm.search.config import Metric
-from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ddpm.checkpoints.curves import Row
-from ddpm.storage.locations import Location
+from ddpm.runs.curves import Row
+from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 

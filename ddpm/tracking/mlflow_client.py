@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddpm.storage import locations
+from ddpm.runs import storage
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
@@ -49,7 +49,7 @@ def tracking_uri() -> str:
     A SQLite file's path is made absolute, since the process that tracks may run in another folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    return SQLITE + locations.absolute(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
+    return SQLITE + storage.absolute(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
 
 
 class Connection:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.utils.command_line import installed
 
 WORKFLOW = "workflowType=machine_learning"

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Data
+from ddpm.runs.curves import Row
+from ddpm.runs.run_folder import Data
 from ddpm.tracking.mlflow_client import Connection, MlflowError, Refused, database_file, without_password
 
 log = logging.getLogger(__name__)

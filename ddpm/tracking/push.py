@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.runs import Card, RunFolder, Status
-from ddpm.config import Config
-from ddpm.config_io import from_json, to_json
+from ddpm.config.json import from_json, to_json
+from ddpm.config.tree import Config
+from ddpm.runs import curves, run_folder
+from ddpm.runs.run_folder import Card, RunFolder, Status
 from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params, sent
 from ddpm.tracking.mlflow_client import Connection
 from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG
@@ -81,9 +81,9 @@ class _Push:
         self._run = run
         self._location = run.location
         self._warn = warn
-        self._card = runs.read_card(run.location)
+        self._card = run_folder.read_card(run.location)
         self._status = self._read_status()
-        stored = runs.checkpoints(run.location)
+        stored = run_folder.checkpoints(run.location)
         self._newest = stored[-1] if stored else None
         self._began, self._now = self._configs()
         self.experiment = self._now.run.experiment
@@ -103,8 +103,8 @@ class _Push:
         points_before = self._sent.points
         self._push_about(mlflow)
         self._push_points()
-        self._push_series(runs.SAMPLES)
-        self._push_series(runs.DENOISING)
+        self._push_series(run_folder.SAMPLES)
+        self._push_series(run_folder.DENOISING)
         self._push_pictures()
         self._push_evaluations()
         self._push_status()
@@ -118,7 +118,7 @@ class _Push:
 
     def _read_status(self) -> Status | None:
         try:
-            return runs.read_status(self._location)
+            return run_folder.read_status(self._location)
         except UserError as error:  # damaged: the run's next start writes it again
             self._warn(str(error))
             return None
@@ -131,7 +131,7 @@ class _Push:
             file = self._newest.child("config.json")
             now = from_json(file.read(), file.uri)
         if began:
-            first = from_json(json.dumps(began), self._location.child(runs.CARD).uri)
+            first = from_json(json.dumps(began), self._location.child(run_folder.CARD).uri)
             return first, now or first
         if now is None:
             raise UserError(f"{self._location.uri} has no checkpoint yet, so nothing is known of the run")
@@ -181,7 +181,7 @@ class _Push:
 
     def _push_series(self, series: str) -> None:
         """Pictures of a series, each at its step."""
-        pictures = runs.pictures(self._location, series)
+        pictures = run_folder.pictures(self._location, series)
         before: Series = getattr(self._sent, series)
         if before.num != sum(images_seen <= before.until for images_seen in pictures):
             before = Series()
@@ -189,15 +189,15 @@ class _Push:
         for images_seen, file in new.items():
             png = file.read()
             self._mlflow.log_picture(series, png, images_seen, time_ms_of(png) or self._card.created_ms)
-        if new and series == runs.SAMPLES:
+        if new and series == run_folder.SAMPLES:
             self._mlflow.log_file(mlflow_pages.GRID, png)
         if new:
             self._mark(**{series: Series(len(pictures), max(pictures))})
 
     def _push_pictures(self) -> None:
         """Pictures of the finished run, and its last grid at step 0: runs of any length are shown side by side."""
-        folder = self._location.child(runs.PICTURES)
-        grids = runs.pictures(self._location, runs.SAMPLES)
+        folder = self._location.child(run_folder.PICTURES)
+        grids = run_folder.pictures(self._location, run_folder.SAMPLES)
         names = folder.files()
         is_finished = self._status is not None and self._status.status == "FINISHED"
         last = max(grids) if grids and is_finished else None
@@ -205,14 +205,14 @@ class _Push:
         if digest == self._sent.pictures or not (names or last):
             return
         for name in names:
-            self._mlflow.log_file(f"{runs.PICTURES}/{name}", folder.child(name).read())
+            self._mlflow.log_file(f"{run_folder.PICTURES}/{name}", folder.child(name).read())
         if last is not None:
             self._mlflow.log_picture(mlflow_pages.LAST_GRID, grids[last].read(), 0, self._card.created_ms)
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
         """Results of jobs/evaluate.py: points, and the files with everything."""
-        folder = self._location.child(runs.EVALUATIONS)
+        folder = self._location.child(run_folder.EVALUATIONS)
         names = folder.files()
         points = evaluations.read_points(folder, self._warn)
         times = {name: of_file.time_ms for name, of_file in points.items()}

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from ddpm.checkpoints.runs import RunFolder
+from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import Pushed, push
 from ddpm.utils.errors import UserError

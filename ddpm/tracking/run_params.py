@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ddpm import kinds, presets
 from ddpm.build import resolve_sample
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect
+from ddpm.config import kinds, presets
+from ddpm.config.json import flatten, keys_that_affect
+from ddpm.config.tree import Affects, Config
 from ddpm.utils.errors import UserError
 
 

@@ -18,12 +18,12 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 import torch
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.hub import resolve
-from ddpm.storage.locations import Location
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs.checkpoint import CHECKSUMS, Snapshot
+from ddpm.runs.run_folder import RunFolder
+from ddpm.runs.storage import Location
+from ddpm.tracking import names as resolve
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -85,8 +85,8 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
 
 def retire(run: Location, keep: int) -> None:
     """Remove checkpoints other than the newest `keep`, and those that are no longer the best."""
-    old = runs.checkpoint_names(run)[:-keep]
-    worse = runs.checkpoint_names(run, checkpoint.BEST_PREFIX)[:-1]
+    old = run_folder.checkpoint_names(run)[:-keep]
+    worse = run_folder.checkpoint_names(run, checkpoint.BEST_PREFIX)[:-1]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: remove(run.child(name)), old + worse))
 
@@ -95,7 +95,7 @@ def retire(run: Location, keep: int) -> None:
 def latest_valid(run: RunFolder, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
     """The newest valid checkpoint as a local folder; None: there is none yet."""
     uri = run.location.uri
-    stored = retry_io(lambda: runs.checkpoints(run.location), where=uri, timeout_s=timeout_s)
+    stored = retry_io(lambda: run_folder.checkpoints(run.location), where=uri, timeout_s=timeout_s)
     for location in reversed(stored):
         with contextlib.ExitStack() as stack:
             try:
@@ -136,7 +136,7 @@ def clean_up(run: Location) -> None:
     run.sweep()
     run.child(curves.FOLDER).sweep()
     for prefix in (checkpoint.PREFIX, checkpoint.BEST_PREFIX):
-        named = runs.checkpoint_names(run, prefix)
+        named = run_folder.checkpoint_names(run, prefix)
         incomplete = [name for name in named if not run.child(name).child(CHECKSUMS).exists()]
         staged = [name for name in run.folders() if name.startswith(f".{prefix}")]
         for name in incomplete + staged:

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 from ray.train import UserCallback
 
-from ddpm.config import ClusterConfig, Config
+from ddpm.config.tree import ClusterConfig, Config
 from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 

@@ -17,16 +17,15 @@ from typing import Any
 
 import ray.exceptions
 
-from ddpm.checkpoints import checkpoint, runs, settings
-from ddpm.checkpoints.runs import Facts, RunFolder, Search, StatusName
 from ddpm.cluster import resources
-from ddpm.config import Config
-from ddpm.config_io import to_json
+from ddpm.config.json import to_json
+from ddpm.config.tree import Config
 from ddpm.data.plan import uneven_share
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
-from ddpm.storage import locations
-from ddpm.storage.driver_lock import DriverLock
+from ddpm.runs import checkpoint, run_folder, settings, storage
+from ddpm.runs.lock import DriverLock
+from ddpm.runs.run_folder import Facts, RunFolder, Search, StatusName
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, Pusher
@@ -100,7 +99,7 @@ def fit(
     gpus = per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "a run has a name"
-    folder = locations.resolve(config.run.storage).child(config.run.name)
+    folder = storage.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
         for warning in (resources.crowding(config, per_worker), uneven_share(config)):
             if warning is not None:
@@ -108,8 +107,8 @@ def fit(
         if origin is None:
             preset, changed = run_params.nearest_preset(config)
             origin = Origin(preset, changed)
-        run = runs.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
-        card = runs.read_card(run.location)
+        run = run_folder.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
+        card = run_folder.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
             settings.check_same(card.changed, origin.changed, run.location.uri, version)
@@ -117,7 +116,7 @@ def fit(
         pusher = Pusher(run)
         if seen >= config.train.total_images:
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
-            newest = runs.checkpoints(run.location)[-1].uri
+            newest = run_folder.checkpoints(run.location)[-1].uri
             return Result(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
             )
@@ -128,7 +127,7 @@ def fit(
 
         monitor = DriverMonitor(config, group, pusher, images_seen=max(seen, 0), should_continue=continues)
         ended, delivery = _drive(config, run, monitor, pusher, lock)
-        find = partial(runs.checkpoints, run.location)
+        find = partial(run_folder.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
         stopped_by = monitor.signal if ended < config.train.total_images else None
         return Result(
@@ -143,7 +142,7 @@ def fit(
 def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
     """What run.json tells of a new run."""
     rows = data_set.rows
-    data = runs.Data(
+    data = run_folder.Data(
         source=data_set.manifest.source,
         fingerprint=rows.fingerprint,
         uri=data_set.location.uri,
@@ -206,20 +205,20 @@ def _store_status(run: RunFolder, status: StatusName, ended: int | None) -> None
     """
     retry = partial(retry_io, where=run.location.uri, timeout_s=STATUS_TIMEOUT_S)
     try:
-        written = retry(lambda: runs.read_status(run.location))
+        written = retry(lambda: run_folder.read_status(run.location))
         if written is None and status == "FAILED":
-            written = runs.Status("RUNNING", images_seen=0, images_lost=0, minutes=0.0)
+            written = run_folder.Status("RUNNING", images_seen=0, images_lost=0, minutes=0.0)
         if written is None or written.status == status:
             return
         seen = max(written.images_seen, ended or 0)  # what is lost since is counted by the next start
         now_ms = int(time.time() * 1000)
         retry(
-            lambda: runs.write_status(
+            lambda: run_folder.write_status(
                 run.location, replace(written, status=status, images_seen=seen, ended_ms=now_ms)
             )
         )
     except UserError as error:
-        log.warning("%s is not written: %s", runs.STATUS, error)
+        log.warning("%s is not written: %s", run_folder.STATUS, error)
 
 
 def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) -> int:
@@ -248,7 +247,7 @@ def summary(result: Result) -> list[str]:
     folder = result.run.location.uri
     delivery = result.delivery
     lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
-    samples = result.run.location.child(runs.SAMPLES).child("latest.png")
+    samples = result.run.location.child(run_folder.SAMPLES).child("latest.png")
     with contextlib.suppress(OSError):
         if samples.exists():  # the first checkpoint may exist before the first grid
             lines.append(f"samples     {samples.uri}")

@@ -5,8 +5,8 @@ Every rank calls these functions: each measures its share of the images, and the
 
 import torch
 
-from ddpm import kinds
 from ddpm.build import TrainedNet
+from ddpm.config import kinds
 from ddpm.data.reading import LabelledImages
 from ddpm.evaluation import bits_per_dim as bounds
 from ddpm.training.runtime import Runtime

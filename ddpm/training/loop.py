@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.build import build_net, build_objective, build_sampler
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
-from ddpm.config_io import check_values
+from ddpm.config.json import check_values
+from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.augmentation import LossOf, augmented
 from ddpm.diffusion.generator import Generator
 from ddpm.models import dropout
+from ddpm.models.compile import compile_blocks
 from ddpm.models.dropout import Dropout
 from ddpm.models.precision import has_bfloat16
-from ddpm.models.regions import compile_blocks
+from ddpm.runs import checkpoint
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import kinds
-from ddpm.config import Config
+from ddpm.config import kinds
+from ddpm.config.tree import Config
 from ddpm.utils import devices
 
 BFLOAT16_PEAKS = {

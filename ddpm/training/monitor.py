@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Self
 
 from ddpm.cluster import resources
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.tracking.pusher import Pusher
 from ddpm.training import run_state
 from ddpm.training.failures import CONTROLLER, DEATHS, STATE, Done, Fail, Restart, decide, is_idle

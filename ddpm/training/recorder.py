@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation.rung import Evaluation, file_name
+from ddpm.runs import checkpoint, run_folder
 from ddpm.training import held_out, pictures
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
@@ -239,19 +239,19 @@ class Recorder:
             return
         seen = self._state.images_seen
         every = self._config.train.sample_every_images
-        self._store.publish(f"{runs.SAMPLES}/latest.png", images.png_bytes(grid))
+        self._store.publish(f"{run_folder.SAMPLES}/latest.png", images.png_bytes(grid))
         if not self._due(every):  # the last one, between two multiples
-            self._store.picture(runs.SAMPLES, grid, seen)
+            self._store.picture(run_folder.SAMPLES, grid, seen)
             return
         seen = seen // every * every  # rounded: runs of any batch size are shown side by side
-        self._store.picture(runs.SAMPLES, grid, seen)
+        self._store.picture(run_folder.SAMPLES, grid, seen)
         if self._held_out is not None:
             strip = pictures.denoising_strip(self._averaged, self._held_out)
-            self._store.picture(runs.DENOISING, strip, seen)
+            self._store.picture(run_folder.DENOISING, strip, seen)
 
     def _draw_final(self) -> None:
         """Publish the pictures of the finished run."""
         if self._store is None:
             return
         for name, data in pictures.final_pictures(self._averaged, self._held_out).items():
-            self._store.publish(f"{runs.PICTURES}/{name}", data)
+            self._store.publish(f"{run_folder.PICTURES}/{name}", data)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.evaluation.rung import Evaluation, Rungs

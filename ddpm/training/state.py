@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpm.build import build_net
-from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config
-from ddpm.config_io import to_json
+from ddpm.config.json import to_json
+from ddpm.config.tree import Config
 from ddpm.models.ema import EMA
+from ddpm.runs import checkpoint
+from ddpm.runs.checkpoint import Snapshot
 from ddpm.training import optimizers
 from ddpm.training.transfers import DeviceToHost
 from ddpm.utils.errors import UserError

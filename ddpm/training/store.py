@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 import pyarrow.compute as pc
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import RunFolder, Status
-from ddpm.config import Config
-from ddpm.storage.locations import Location
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs.checkpoint import Snapshot
+from ddpm.runs.curves import Row
+from ddpm.runs.run_folder import RunFolder, Status
+from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -104,7 +104,7 @@ class RunStore:
             self._images_seen = at
             self._retry(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
-            before = self._read(lambda: runs.read_status(run), None)
+            before = self._read(lambda: run_folder.read_status(run), None)
             if before is not None:
                 reached = max(reached, before.images_seen)
                 self._images_lost = before.images_lost
@@ -228,7 +228,7 @@ class RunStore:
             minutes=minutes,
             hardware=self._hardware,
         )
-        self.publish(runs.STATUS, runs.status_json(status))
+        self.publish(run_folder.STATUS, run_folder.status_json(status))
 
     # The methods below run in the thread.
 

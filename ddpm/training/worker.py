@@ -23,13 +23,13 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from ddpm.checkpoints.checkpoint import images_seen_at
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.data import ray_dataset
+from ddpm.config.tree import Config
+from ddpm.data import ray_stream
 from ddpm.data.plan import ReadOrder
 from ddpm.data.reading import DataSet, MicroBatch
-from ddpm.hub import resolve
+from ddpm.runs.checkpoint import images_seen_at
+from ddpm.runs.run_folder import RunFolder
+from ddpm.tracking import names
 from ddpm.training import run_state
 from ddpm.training.runtime import Runtime
 from ddpm.training.store import RunStore
@@ -85,7 +85,7 @@ class RayRuntime(Runtime):
             threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        batches = ray_dataset.micro_batches(
+        batches = ray_stream.micro_batches(
             self._train,
             ReadOrder.from_config(self._config),
             images_seen,
@@ -159,7 +159,7 @@ class RayRuntime(Runtime):
             if self.store is None and name:
                 location = self._run.location.child(name)
                 timeout_s = self._config.run.storage_timeout_s
-                folder = stack.enter_context(resolve.as_folder(location, timeout_s))
+                folder = stack.enter_context(names.as_folder(location, timeout_s))
             yield folder
 
     def close(self) -> None:

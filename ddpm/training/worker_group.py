@@ -14,11 +14,11 @@ import ray.util
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from ddpm.checkpoints.runs import RunFolder
 from ddpm.cluster import ray_init, resources
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import loop, run_state
 from ddpm.training.failures import RestartPolicy
 from ddpm.training.run_state_client import RunStateClient

@@ -16,16 +16,16 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from torch import nn
 
-from ddpm.data import ray_dataset
+from ddpm.data import ray_stream
 from ddpm.data.plan import ReadOrder
-from ddpm.storage.locations import absolute
+from ddpm.runs.storage import absolute
 
 ORDER = ReadOrder(batch_size=128, micro_batch_size=32, total_images=128 * 800, seed=0)
 
 
 def train(shards: str) -> None:
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    data_set = ray_dataset.open_data_set(shards)
+    data_set = ray_stream.open_data_set(shards)
     torch.manual_seed(0)
     num_classes = len(data_set.manifest.class_names)
     net = nn.Sequential(nn.Linear(math.prod(data_set.shape), 64), nn.ReLU(), nn.Linear(64, num_classes))
@@ -38,7 +38,7 @@ def train(shards: str) -> None:
         images_seen = state["images_seen"]
     model, share = prepare_model(net), ORDER.share(rank, world_size)
     broadcast = ray.train.collective.broadcast_from_rank_zero
-    batches = ray_dataset.micro_batches(
+    batches = ray_stream.micro_batches(
         data_set, ORDER, images_seen, rank=rank, world_size=world_size, broadcast=broadcast
     )
     while images_seen < ORDER.total_images:

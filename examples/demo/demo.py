@@ -16,9 +16,10 @@ import tyro
 import uvicorn
 
 import ddpm
-from ddpm import cli, kinds
 from ddpm.build import TrainedNet, num_sample_steps, resolve_sample
-from ddpm.config_io import override
+from ddpm.cli import parsing
+from ddpm.config import kinds
+from ddpm.config.json import override
 from ddpm.sampling import generate
 from ddpm.utils import devices, images
 from ddpm.utils.errors import UserError
@@ -101,4 +102,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(lambda: tyro.cli(main, description=__doc__))
+    parsing.run(lambda: tyro.cli(main, description=__doc__))

@@ -16,9 +16,9 @@ from annotated_types import Interval
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
+from ddpm.config.kinds import Kind
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.sources.sources import Seed, Square, held_out
-from ddpm.kinds import Kind
 
 KIND = Kind("ddpm_glyphs:Glyphs")
 """What the entry point returns."""

@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import ddpm
-from ddpm import cli
 from ddpm.build import build_schedule
-from ddpm.config import Config
+from ddpm.cli import parsing
+from ddpm.config.tree import Config
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
+from ddpm.diffusion.guidance import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.samplers import Noise, OnStep
 from ddpm.diffusion.schedules import Schedule
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parsing.run(main)

@@ -12,12 +12,12 @@ from typing import Annotated
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpm import cli
-from ddpm.checkpoints import curves, runs
+from ddpm.cli import parsing
+from ddpm.runs import curves, run_folder
 from ddpm.utils import images
 
 
-def write_events(run: runs.RunFolder, folder: Path) -> None:
+def write_events(run: run_folder.RunFolder, folder: Path) -> None:
     """Write all curves, and the pictures at each multiple of train.sample_every_images; a step is an image seen."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
@@ -25,8 +25,8 @@ def write_events(run: runs.RunFolder, folder: Path) -> None:
         for name, points in curves.read(run.location).items():
             for point in points:
                 writer.add_scalar(name, point.value, point.images_seen, walltime=point.timestamp_ms / 1000)
-        for series in (runs.SAMPLES, runs.DENOISING):
-            for images_seen, file in runs.pictures(run.location, series).items():
+        for series in (run_folder.SAMPLES, run_folder.DENOISING):
+            for images_seen, file in run_folder.pictures(run.location, series).items():
                 png = file.read()
                 time_ms = images.time_ms_of(png)
                 writer.add_image(
@@ -47,10 +47,10 @@ def main(
         uris: Folders or URIs of runs.
         out: Folder for the events.
     """
-    for run in map(runs.existing_run, uris):
+    for run in map(run_folder.existing_run, uris):
         write_events(run, out / run.name)
     print(f"shown by    tensorboard --logdir {out}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: tyro.cli(main, description=__doc__))
+    parsing.run(lambda: tyro.cli(main, description=__doc__))

@@ -14,9 +14,10 @@ import torch
 import tyro
 
 import ddpm
-from ddpm import cli, kinds
 from ddpm.build import TrainedNet, build_net
-from ddpm.config_io import to_json
+from ddpm.cli import parsing
+from ddpm.config import kinds
+from ddpm.config.json import to_json
 from ddpm.utils.errors import UserError
 
 BATCH = 2
@@ -63,4 +64,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(lambda: tyro.cli(main, description=__doc__))
+    parsing.run(lambda: tyro.cli(main, description=__doc__))

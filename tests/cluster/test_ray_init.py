@@ -85,7 +85,7 @@ def test_unreachable_address_is_a_one_line_error(
 
 
 MANY_ACTORS = """
-from ddpm import cli
+from ddpm.cli import parsing
 
 class Idle:
     pass
@@ -101,7 +101,7 @@ def main():
     print("joined", flush=True)
     time.sleep(600)
 
-cli.run(main)
+parsing.run(main)
 """
 
 

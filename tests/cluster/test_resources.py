@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from ddpm.cluster import resources
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
 
 Cluster = Callable[..., None]

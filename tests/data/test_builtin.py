@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from support import damaged
 
-from ddpm import presets
-from ddpm.checkpoints.checkpoint import check_same_run
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.data import builtin, ray_dataset
+from ddpm.config import presets
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.data import builtin, ray_stream
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.row_group import CorruptData
-from ddpm.storage import locations
+from ddpm.runs import storage as locations
+from ddpm.runs.checkpoint import check_same_run
 from ddpm.utils.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
     images, skipped = capsys.readouterr().out.splitlines()[:2]
     assert f"{tmp_path}/my pets, as 12x12 colour" in images and "cat/notes.txt" in skipped
-    assert ray_dataset.open_configured(found).rows.num_rows == 38
+    assert ray_stream.open_configured(found).rows.num_rows == 38
 
 
 def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:
     config = builtin.prepared(config_of(tmp_path, None))
     shards = Path(str(config.data.shards))
-    data_set, before = ray_dataset.open_configured(config), (shards / MANIFEST).read_bytes()
+    data_set, before = ray_stream.open_configured(config), (shards / MANIFEST).read_bytes()
     plan = data_set.plan(0, 8192)
     damaged.damage_row_group(shards, 0, 0)
     with pytest.raises(CorruptData) as caught:

@@ -14,7 +14,7 @@ from ddpm.data import duplicates, prepare
 from ddpm.data.duplicates import Duplicate
 from ddpm.data.shards import read_row_group
 from ddpm.data.sources.sources import Digits, Loaded, Source
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 from ddpm.utils.errors import UserError
 
 DROP: dict[str, Any] = {"drop_duplicates": True, "rows_per_row_group": 1}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.plan import Plan, ReadOrder, last_position, permutation, rank_shard, uneven_share
 from ddpm.utils.errors import UserError
 

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from support.processes import wait_for
 
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.data.builtin import prepared
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.sources import Digits
-from ddpm.presets import DIGITS
-from ddpm.storage import driver_lock, locations
-from ddpm.storage.locations import Location, resolve
+from ddpm.runs import lock, storage
+from ddpm.runs.storage import Location, resolve
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import png_bytes
@@ -49,7 +49,7 @@ class DigitsKilledMidway(Digits):
 
 
 def at(root: Path) -> Location:
-    return locations.resolve(str(root))
+    return storage.resolve(str(root))
 
 
 def make(source: Digits, location: Location, **options: Any) -> Manifest:
@@ -157,7 +157,7 @@ def test_shards_of_other_options_are_never_reused(tmp_path: Path) -> None:
 
 
 def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> None:
-    location = locations.resolve(f"{s3_bucket}/data/digits")
+    location = storage.resolve(f"{s3_bucket}/data/digits")
     with pytest.raises(Killed):
         make(DigitsKilledMidway(), location, **SMALL)
     there = make(Digits(), location, **SMALL)
@@ -279,7 +279,7 @@ def test_an_error_about_many_long_names_is_short(tmp_path: Path) -> None:
 
 def test_a_process_that_lost_the_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspended process that another one has taken over from writes no manifest."""
-    monkeypatch.setattr("ddpm.storage.driver_lock.BEAT_S", 0.01)
+    monkeypatch.setattr("ddpm.runs.lock.BEAT_S", 0.01)
 
     def is_taken_over() -> bool:
         (tmp_path / "driver.json").write_text("{}")  # again, since the lock may be rewritten just after
@@ -297,8 +297,8 @@ def test_two_preparations_at_once_give_one_data_set(
 ) -> None:
     """One process stops inside each of its writes in turn, between the folder and the file, until another one has run
     as far as it can: to the end, or to where it waits."""
-    monkeypatch.setattr("ddpm.storage.driver_lock.BEAT_S", 0.01)
-    monkeypatch.setattr("ddpm.storage.driver_lock.PATIENCE_S", 600.0)  # the holder is alive, however slow
+    monkeypatch.setattr("ddpm.runs.lock.BEAT_S", 0.01)
+    monkeypatch.setattr("ddpm.runs.lock.PATIENCE_S", 600.0)  # the holder is alive, however slow
     alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
     is_stuck, other, writes, temporary = threading.Event(), list[threading.Thread](), [0], files.temporary
     made = list[Manifest | UserError]()
@@ -311,7 +311,7 @@ def test_two_preparations_at_once_give_one_data_set(
         is_stuck.set()
 
     def paused(path: Path) -> Path:
-        if threading.current_thread() is threading.main_thread() and path.name != driver_lock.FILE:
+        if threading.current_thread() is threading.main_thread() and path.name != lock.FILE:
             writes[0] += 1
             if writes[0] == pause + 1:
                 other.append(threading.Thread(target=make_again))

@@ -15,7 +15,7 @@ from ddpm.data.manifest import make_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.data.row_group import CorruptData
 from ddpm.data.shards import write_shard
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 
 def truncate(root: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 from support import damaged, proxy, servers
 from support.damaged import NUM_IMAGES, PLAN
 
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.data.ray_dataset import open_configured
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.data.ray_stream import open_configured
 from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.data.row_group import CorruptData
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
+from ddpm.runs import storage
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
@@ -31,7 +31,7 @@ def faulty(
 ) -> Iterator[proxy.FaultyProxy]:
     """A proxy between locations and the server; requests that get no answer time out after two seconds, not twenty."""
     if "black_hole" in request.node.name:  # elsewhere a busy machine may be slow
-        monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
         yield faulty

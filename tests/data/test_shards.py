@@ -25,7 +25,7 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.row_group import CorruptData, content_sha256, decode
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 from ddpm.utils.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from support.exact_denoisers import normal
 
-from ddpm.config import ObjectiveConfig
+from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process, schedules
 from ddpm.diffusion.objectives import Edm, Eps, Flow, Labels, V
 from ddpm.diffusion.samplers import ddim, heun

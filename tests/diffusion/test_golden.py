@@ -21,7 +21,7 @@ import torch
 from support.exact_denoisers import ancestral, visited
 
 from ddpm.diffusion import process, schedules
-from ddpm.diffusion.denoisers import clip
+from ddpm.diffusion.guidance import clip
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import ddim, dpmpp_2m
 from ddpm.diffusion.timesteps import respaced

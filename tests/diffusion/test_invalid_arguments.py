@@ -6,11 +6,11 @@ import pytest
 import torch
 from support.exact_denoisers import ancestral, grey, normal, toy_denoiser
 
-from ddpm import kinds
 from ddpm.build import bind_sampler
-from ddpm.config import SampleConfig
+from ddpm.config import kinds
+from ddpm.config.tree import SampleConfig
 from ddpm.diffusion import likelihood, process, samplers, schedules
-from ddpm.diffusion.denoisers import guided
+from ddpm.diffusion.guidance import guided
 from ddpm.diffusion.objectives import Eps, Labels, UniformMix
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import ddim, dpmpp_2m, heun, mix

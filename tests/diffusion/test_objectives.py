@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ddpm.build import build_objective
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.diffusion import process, schedules
 from ddpm.diffusion.objectives import X0, Edm, Eps, Flow, Gaussian, Labels, UniformMix, V
 from ddpm.utils.generators import PhiloxGenerator

@@ -19,10 +19,11 @@ from support.exact_denoisers import (
     visited,
 )
 
-from ddpm import build, kinds
-from ddpm.config import SampleConfig
+from ddpm import build
+from ddpm.config import kinds
+from ddpm.config.tree import SampleConfig
 from ddpm.diffusion import process, schedules
-from ddpm.diffusion.denoisers import clip
+from ddpm.diffusion.guidance import clip
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise, ddim, dpmpp_2m, heun, mix
 from ddpm.diffusion.timesteps import karras, quadratic, uniform

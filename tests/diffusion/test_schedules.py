@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm.build import build_schedule
-from ddpm.config import ScheduleConfig
+from ddpm.config.tree import ScheduleConfig
 from ddpm.diffusion import schedules
 
 ALL = {

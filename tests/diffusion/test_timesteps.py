@@ -8,7 +8,7 @@ import torch
 from support.exact_denoisers import denoiser_from_x_0
 
 from ddpm.build import build_timesteps
-from ddpm.config import SampleConfig
+from ddpm.config.tree import SampleConfig
 from ddpm.diffusion import process, samplers, schedules, timesteps
 from ddpm.diffusion.timesteps import karras, quadratic, respaced, uniform
 

@@ -11,7 +11,7 @@ from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import classifier
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Cache
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 
 @pytest.fixture(scope="session", autouse=True)

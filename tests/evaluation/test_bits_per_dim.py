@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation import bits_per_dim
 from ddpm.utils.errors import UserError

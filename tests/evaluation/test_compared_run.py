@@ -10,11 +10,11 @@ from support import evaluated
 from support.compared import COMMAND, NEWEST, STEPS, grid, make_run, run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.checkpoints import checkpoint, curves, runs
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation import save_results
 from ddpm.evaluation.compared_run import RATE, ComparedRun, read
 from ddpm.evaluation.plots import Point
-from ddpm.presets import DIGITS
+from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.sampling import generate
 from ddpm.utils import images
 
@@ -61,10 +61,10 @@ def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
-    new = runs.open_run("new", str(tmp_path), runs.Facts(command=COMMAND)).location
+    new = run_folder.open_run("new", str(tmp_path), run_folder.Facts(command=COMMAND)).location
     new.child(f"samples/{1:012d}.png").write(images.png_bytes(grid(0)))
-    running = runs.status_json(runs.Status("RUNNING", 1, 0, 1.0))
-    new.child(runs.STATUS).write(running)
+    running = run_folder.status_json(run_folder.Status("RUNNING", 1, 0, 1.0))
+    new.child(run_folder.STATUS).write(running)
     uri, _ = make_run(str(tmp_path), "torn", status="RUNNING")
     (part,) = Path(uri, curves.FOLDER).iterdir()
     part.write_bytes(b"no parquet")
@@ -93,7 +93,7 @@ def test_a_run_without_grids_is_sampled_from_its_newest_checkpoint(tmp_path: Pat
     run = evaluated.make_run(tmp_path / "runs", evaluated.make_data(tmp_path / "data"))
     ((at, grid),) = read([run.location.uri], sample=True)[0].grids.items()
     assert at == evaluated.POSITIONS[-1]
-    folder = Path(runs.checkpoints(run.location)[-1].path)
+    folder = Path(run_folder.checkpoints(run.location)[-1].path)
     one_batch = generate.draw(checkpoint.load_net(folder), range(64))
     difference = images.from_png(grid()).astype(int) - images.grid(one_batch.numpy())
     assert abs(difference).max() <= 1  # batches of another size are rounded otherwise

@@ -15,11 +15,11 @@ from PIL import Image
 from support.compared import Page, make_run, png, run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.checkpoints import runs
 from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import RATE, Remark, read
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.plots import Point
+from ddpm.runs import run_folder
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 
@@ -130,7 +130,7 @@ def test_the_job_writes_a_page(run_job: Callable[..., Any], two_runs: list[str],
 def page_file(two_runs: list[str], tmp_path: Path) -> Path:
     samplings = drawn(1), drawn(1, 10, own=False), near(0.02, 20)
     results = [
-        result(i, *samplings, run=name * 30, run_key=runs.existing_run(uri).key)
+        result(i, *samplings, run=name * 30, run_key=run_folder.existing_run(uri).key)
         for name, uri in zip("ab", two_runs, strict=True)
         for i in (1, 3)
     ]

@@ -9,9 +9,8 @@ import pytest
 import torch
 from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import SampleConfig
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import SampleConfig
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
@@ -24,9 +23,10 @@ from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import Pixels
 from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
-from ddpm.hub import resolve
+from ddpm.runs import storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.sampling import generate
-from ddpm.storage import locations
+from ddpm.tracking import names
 from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_reference_features_are_cached(
     run: RunFolder, one_worker: Report, shards: str, tmp_path: Path
 ) -> None:
     kept = {path.name for path in Path(shards, "evaluation").iterdir()}
-    manifest = read_manifest(locations.resolve(shards))
+    manifest = read_manifest(storage.resolve(shards))
     digest = one_worker.settings["features"]["digest"][:16]
     ours = {
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
@@ -146,7 +146,7 @@ def test_reference_features_are_cached(
 def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp_path: Path) -> None:
     assert one_worker.settings["data"]["grey_levels"] == 17  # the number in scikit-learn's digits
     assert [result.num_classes for result in one_worker.results] == [0, 0, 0]
-    location, value = locations.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
+    location, value = storage.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
     image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # each image has its own level
     part = write_shard(location, "test/00000.parquet", image, None, rows_per_row_group=50)
     manifest = make_manifest("flat", (8, 8, 1), "raw", [], {"test": [part]}, options="test")
@@ -170,7 +170,7 @@ def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, o
 
 
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
-    uris = resolve.checkpoints_of(run.location.uri)
+    uris = names.checkpoints_of(run.location.uri)
     found = inputs.read_checkpoints([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
@@ -226,7 +226,7 @@ def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) ->
 
 def other_data(folder: Path, side: int = 8, **rows: int) -> str:
     """Write a data set of noise with this many rows per split; returns its URI."""
-    location = locations.resolve(str(folder))
+    location = storage.resolve(str(folder))
     image = np.random.RandomState(0).randint(0, 256, (max(rows.values()), side, side, 1)).astype(np.uint8)
     shards = {
         split: [write_shard(location, f"{split}/00000.parquet", image[:n], None, rows_per_row_group=100)]

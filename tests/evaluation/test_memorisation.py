@@ -9,8 +9,8 @@ from scipy import special
 from sklearn.metrics import pairwise_distances
 from support.local import fit
 
-from ddpm.checkpoints.runs import open_run
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
@@ -20,8 +20,8 @@ from ddpm.evaluation.memorisation import Nearest, nearer_share, nearest
 from ddpm.evaluation.results import NearerShare
 from ddpm.evaluation.results_table import remarks
 from ddpm.evaluation.settings import Settings
-from ddpm.presets import DIGITS
-from ddpm.storage import locations
+from ddpm.runs import storage
+from ddpm.runs.run_folder import open_run
 from ddpm.utils import images
 
 
@@ -145,7 +145,7 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
     tmp_path: Path, num_digits: int, is_caught: bool
 ) -> None:
     """A net smaller than the digits preset's, trained a fifth as long in the same way: on few digits, and on all."""
-    source, location = Digits(), locations.resolve(str(tmp_path / "data"))
+    source, location = Digits(), storage.resolve(str(tmp_path / "data"))
     image, label = source.read("train", 0, num_digits)
     # Evaluation needs 20 training images at least for its floor.
     copies = max(1, 160 // num_digits)

@@ -14,17 +14,16 @@ from support.evaluated import CONFIG, make_data, make_run
 from torch import Tensor
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.evaluation import evaluate, inputs, rung
 from ddpm.evaluation.rung import RANKING, Evaluation, Evaluator, Rungs
 from ddpm.evaluation.settings import Settings
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
+from ddpm.runs import checkpoint, storage
+from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager
 from ddpm.training.runtime import Runtime
 from ddpm.utils.errors import UserError
@@ -40,7 +39,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def evaluator(shards: str) -> Evaluator:
-    place = locations.resolve(shards)
+    place = storage.resolve(shards)
     train = DataSet(place, read_manifest(place), "train")
     held_out = train.held_out()
     assert held_out is not None
@@ -69,7 +68,7 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
 
 
 def test_results_are_read_as_they_were_stored(tmp_path: Path) -> None:
-    run = locations.resolve(str(tmp_path))
+    run = storage.resolve(str(tmp_path))
     assert rung.positions(run) == []
     for images_seen in (192, 64):
         found = Evaluation(images_seen, (1 / 3, 2.5), 0.1, 0.7)
@@ -173,7 +172,7 @@ def test_the_loop_measures_a_trial_at_its_rungs_and_trains_it_the_same(
     reached: list[Evaluation] = []
     runtime = trial_runtime(Rungs((96, 128), evaluator), reached)
     state = local.fit(config, train_set, tmp_path / "trial", runtime=runtime)
-    run = locations.resolve(str(tmp_path / "trial"))
+    run = storage.resolve(str(tmp_path / "trial"))
     assert rung.positions(run) == [96, 128]
     for found in reached:
         assert rung.read(run, found.images_seen) == found
@@ -195,7 +194,7 @@ def test_a_rung_is_stored_before_its_checkpoint(
     commit, there = checkpoint_manager._commit, []
 
     def spy(folder: Path, target: Location, retry: Any, *, move: bool) -> None:
-        there.append((Path(target.path).name, rung.positions(locations.resolve(str(tmp_path / "run")))))
+        there.append((Path(target.path).name, rung.positions(storage.resolve(str(tmp_path / "run")))))
         commit(folder, target, retry, move=move)
 
     monkeypatch.setattr(checkpoint_manager, "_commit", spy)

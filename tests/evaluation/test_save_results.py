@@ -11,11 +11,11 @@ from mlflow.artifacts import load_dict
 from support import compared, servers, tracked
 from support.reported import drawn, made, near, result
 
-from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import RunFolder
 from ddpm.evaluation import plots, save_results
 from ddpm.evaluation.results import CheckpointResult, Report
-from ddpm.storage import locations
+from ddpm.runs import run_folder
+from ddpm.runs import storage as locations
+from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.push import push
 from ddpm.utils.errors import UserError
 
@@ -30,7 +30,7 @@ def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 def make_run(folder: Path, name: str = "a") -> RunFolder:
     uri, _ = compared.make_run(str(folder), name)
-    return runs.existing_run(uri)
+    return run_folder.existing_run(uri)
 
 
 def of_run(run: RunFolder, original: CheckpointResult) -> CheckpointResult:
@@ -73,7 +73,7 @@ def test_results_are_in_the_run_and_in_mlflow(
     files = [file.path for file in client.list_artifacts(run_id, "evaluation")]
     assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
     shown = load_dict(f"{client.get_run(run_id).info.artifact_uri}/evaluation/{report.key}.json")
-    in_folder = json.loads(run.location.child(f"{runs.EVALUATIONS}/{report.key}.json").read())
+    in_folder = json.loads(run.location.child(f"{run_folder.EVALUATIONS}/{report.key}.json").read())
     assert shown == in_folder
     assert {**shown, "points": None} == {**json.loads(report.to_json()), "points": None}
     assert points(client, run_id, "train/loss") == before
@@ -118,7 +118,7 @@ def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server:
     ]
     for i, run_id in enumerate(ids, 1):
         assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [1000 * i]
-    assert len(unknown.location.child(runs.EVALUATIONS).files()) == 2
+    assert len(unknown.location.child(run_folder.EVALUATIONS).files()) == 2
     push(unknown)  # jobs/sync.py
     run_id = tracked.run_with_key(mlflow_server, unknown.key).info.run_id
     assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [3000]
@@ -143,7 +143,7 @@ def test_results_are_kept_in_the_folder_of_their_run(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     root = str(tmp_path / "runs") if storage == "folder" else f"{s3_bucket}/{uuid.uuid4().hex}"
-    a, b, other = (runs.open_run(name, root) for name in ("a", "b", "other"))
+    a, b, other = (run_folder.open_run(name, root) for name in ("a", "b", "other"))
     results = [result(i, near(0.03), run_key=run.key) for i, run in ((1, a), (2, a), (3, b))]
     places = a, a, other  # run b's checkpoint was copied into another run's folder
     results = [
@@ -152,7 +152,7 @@ def test_results_are_kept_in_the_folder_of_their_run(
     ]
     report = made(*results, result(4, checkpoint="models:/a@b", run_key=a.key + "0"))
     of_a = report.of_run(a.key)
-    folder = a.location.child(runs.EVALUATIONS)
+    folder = a.location.child(run_folder.EVALUATIONS)
     lines = stored(report, f"{root}/all.json")
     assert lines[:2] == [f"results     {root}/all.json", f"plot        {root}/all.png"]
     assert f"run         {folder.uri}/{of_a.key}.json" in lines
@@ -164,15 +164,15 @@ def test_results_are_kept_in_the_folder_of_their_run(
     assert {*stored_points["values"]} == {"1000", "2000"} and stored_points["time_ms"] > 10**12
     assert Report.from_json(folder.child(f"{of_a.key}.json").read(), "here").results == of_a.results
     assert len(folder.files()) == 4  # with three pictures
-    assert not b.location.child(runs.EVALUATIONS).exists() and other.location.files() == ["run.json"]
+    assert not b.location.child(run_folder.EVALUATIONS).exists() and other.location.files() == ["run.json"]
 
 
 def test_a_run_that_cannot_keep_its_results_is_named(tmp_path: Path) -> None:
-    run = runs.open_run("a", str(tmp_path))
-    Path(run.location.path, runs.EVALUATIONS).write_text("not a folder")
+    run = run_folder.open_run("a", str(tmp_path))
+    Path(run.location.path, run_folder.EVALUATIONS).write_text("not a folder")
     (line,) = kept(report_on(run, 1))
     assert line.startswith("run         a does not keep its results: cannot write ")
-    assert (tmp_path / "a" / runs.EVALUATIONS).read_text() == "not a folder"
+    assert (tmp_path / "a" / run_folder.EVALUATIONS).read_text() == "not a folder"
 
 
 def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ from support.exact_denoisers import denoiser_from_x_0, normal
 from support.local import Logged, assert_same, fit, tensors
 
 from ddpm import build
-from ddpm.config import Config, SampleConfig
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
+from ddpm.config.tree import Config, SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Edm, Eps, Flow, V
 from ddpm.models import dropout
 from ddpm.models.dropout import Dropout
-from ddpm.presets import DIGITS
 from ddpm.tracking import run_params
 from ddpm.utils.generators import PhiloxGenerator
 

@@ -20,8 +20,8 @@ from support.tiny import TINY_NET
 
 import ddpm
 from ddpm.build import TrainedNet, build_net
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.runs import checkpoint
 from ddpm.sampling import generate
 from ddpm.utils import images
 from ddpm.utils.images import Pixels
@@ -97,7 +97,7 @@ TWO_PROCESSES = """
 import demo
 from support.tiny import TINY_NET
 from ddpm.build import TrainedNet, build_net
-from ddpm.config_io import override
+from ddpm.config.json import override
 
 changes = {"sample.sampler": "dpmpp_2m"}, {"objective.process": "uniform_mix"}
 configs = [override(TINY_NET, changed) for changed in changes]

@@ -10,9 +10,9 @@ import torch
 from support import examples
 
 from ddpm.build import build_net, build_objective
-from ddpm.config import Config, UNetConfig
-from ddpm.config_io import from_json, override, to_json
-from ddpm.presets import PRESETS
+from ddpm.config.json import from_json, override, to_json
+from ddpm.config.presets import PRESETS
+from ddpm.config.tree import Config, UNetConfig
 from ddpm.training.mfu import flops_per_image
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from support import examples
 
-from ddpm.data import catalog
 from ddpm.data.manifest import MANIFEST
+from ddpm.data.sources import catalog
 
 glyphs = examples.load("glyphs", "ddpm_glyphs")
 

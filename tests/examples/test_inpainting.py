@@ -23,12 +23,12 @@ from support.exact_denoisers import (
 from support.tiny import TINY_NET
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import override
+from ddpm.config.json import override
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.timesteps import karras, uniform
+from ddpm.runs import checkpoint
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 

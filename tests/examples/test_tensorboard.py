@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from support import compared, examples, processes
 
-from ddpm.checkpoints import curves, runs
-from ddpm.storage import locations
+from ddpm.runs import curves, run_folder, storage
 from ddpm.utils import images
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -25,14 +24,14 @@ def test_curves_and_pictures_are_those_of_the_run(tmp_path: Path) -> None:
     for name, level in (("a", 0), ("b", 5)):
         events = event_accumulator.EventAccumulator(str(tmp_path / "events" / name), {"images": 0})
         events.Reload()
-        read = curves.read(locations.resolve(str(tmp_path / "runs" / name)))
+        read = curves.read(storage.resolve(str(tmp_path / "runs" / name)))
         assert events.Tags()["scalars"] == list(read)
         for curve, points in read.items():
             shown = [(event.step, event.value, event.wall_time) for event in events.Scalars(curve)]
             expected = [(point.images_seen, point.value, point.timestamp_ms / 1000) for point in points]
             np.testing.assert_allclose(shown, expected, rtol=1e-6)
-        assert events.Tags()["images"] == [runs.SAMPLES]
-        pictures = events.Images(runs.SAMPLES)
+        assert events.Tags()["images"] == [run_folder.SAMPLES]
+        pictures = events.Images(run_folder.SAMPLES)
         assert [picture.step for picture in pictures] == list(compared.STEPS)
         for i, picture in enumerate(pictures):
             assert (images.from_png(picture.encoded_image_string) == compared.grid(level + i)).all()

@@ -11,8 +11,8 @@ from support import examples, processes
 from support.tiny import TINY_NET
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.runs import checkpoint
 
 export = examples.load("torch_export", "export_program")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -13,13 +13,13 @@ from support.local import Logged, fit, tensors
 from torch import Tensor
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
-from ddpm.config_io import flatten, override
+from ddpm.config.json import flatten, override
+from ddpm.config.presets import PRESETS
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
 from ddpm.models.ema import EMA
-from ddpm.presets import PRESETS
+from ddpm.runs import checkpoint
 from ddpm.sampling import generate
 from ddpm.training import loop, recorder
 from ddpm.training.runtime import Runtime

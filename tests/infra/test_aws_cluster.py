@@ -16,7 +16,7 @@ from support.hosts import Hosts, answers
 from support.launched import DASHBOARD, UserHost, cluster_file, environment, install, with_overlay
 from support.servers import S3Server, aws_client
 
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import tyro
 import yaml
 from support.processes import REPO
 
-from ddpm import presets
-from ddpm.presets import PresetArguments
+from ddpm.config import presets
+from ddpm.config.presets import PresetArguments
 
 FOLDER = REPO / "infra/kubernetes"
 VERSION = "1.33"

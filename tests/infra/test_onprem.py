@@ -10,7 +10,7 @@ from support.launched import UserHost, cluster_file, environment, install, with_
 from support.processes import wait_for
 from support.servers import S3Server
 
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 
 @pytest.mark.slow

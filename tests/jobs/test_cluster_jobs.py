@@ -9,7 +9,7 @@ import boto3
 import mlflow
 import pytest
 
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 
 SMALL = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --optim.lr-warmup-images 0
     --train.total-images 512 --train.batch-size 64 --train.micro-batch-size 16 --train.log-every-images 128

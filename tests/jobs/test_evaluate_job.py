@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from support.evaluated import POSITIONS, make_data, make_run
 
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.hub import resolve
+from ddpm.runs.run_folder import RunFolder
+from ddpm.tracking import names as resolve
 from ddpm.tracking.push import push
 
 FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")

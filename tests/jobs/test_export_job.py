@@ -10,9 +10,9 @@ import torch
 from support.tiny import TINY_NET
 
 from ddpm.build import TrainedNet, build_sampler
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import override
+from ddpm.config.json import override
 from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 from ddpm.utils import images
 from ddpm.utils.generators import TorchGenerator

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from support import examples, processes
 
+from ddpm.cli import prepare
 from ddpm.cluster import job_folder
-from ddpm.commands import prepare
 from ddpm.data import prepare as data_prepare
 from ddpm.data.manifest import MANIFEST, read_manifest
-from ddpm.storage import locations
+from ddpm.runs import storage
 from ddpm.utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 def test_preparing_digits_twice(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("prepare", "digits", "data", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(locations.resolve(str(tmp_path / "data")))
+    manifest = read_manifest(storage.resolve(str(tmp_path / "data")))
     for shown in (f"{tmp_path}/data", "1,500", "297", manifest.fingerprint, f"{tmp_path}/data/preview.png"):
         assert shown in done.stdout
     before = files_of(tmp_path)
@@ -43,7 +43,7 @@ def test_an_image_folder_with_an_unreadable_image_becomes_a_data_set_in_a_bucket
         Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / f"in/{'ab'[i % 2]}/{i}.jpg")
     (tmp_path / "in/a/0.jpg").write_bytes(b"broken")
     (tmp_path / "in/a/b\nerror: forged.txt").touch()
-    location = locations.resolve(f"{s3_bucket}/pets")
+    location = storage.resolve(f"{s3_bucket}/pets")
     words = ("prepare", "folder", location.uri, "--path", f"{tmp_path}/in", "--size", "16")
     assert user_error(*words).startswith("1 of 20 images cannot be read (")
     assert not location.child(MANIFEST).exists()
@@ -69,7 +69,7 @@ def test_a_cluster_is_not_asked_for_files_of_this_machine(
         Image.new("L", (16, 16)).save(tmp_path / f"in/{i}.png")
     monkeypatch.setattr(sys, "argv", "prepare folder out --path in --size 16".split())
     prepare.main()
-    assert read_manifest(locations.resolve("out")).splits["train"].num_rows == 1
+    assert read_manifest(storage.resolve("out")).splits["train"].num_rows == 1
     monkeypatch.setattr(sys, "argv", "prepare folder in/out --path in --size 16".split())
     with pytest.raises(UserError, match="in/out is in in"):
         prepare.main()

@@ -11,8 +11,8 @@ from support.processes import Job, kill_tree
 from support.servers import RayHead
 from support.tiny import TINY_NET
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 
 CHANGES = {"schedule.num_timesteps": 50, "sample.num_sample_steps": 20}

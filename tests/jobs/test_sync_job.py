@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support import servers, tracked
 
-from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.runs import RunFolder
+from ddpm.runs import curves, run_folder
+from ddpm.runs.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_is_no_run_is_one_line_with_exit_code_2(
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in user_error("sync", str(empty))
-    card = run.location.child(runs.CARD)
+    card = run.location.child(run_folder.CARD)
     config = run.location.child("checkpoint-000000000128/config.json")
     for file in (config, card):
         file.write(b'{"x": 1}')

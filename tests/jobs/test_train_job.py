@@ -12,8 +12,8 @@ import pytest
 from support import processes, tracked
 from support.processes import Job
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.config_io import from_json
+from ddpm.config.json import from_json
+from ddpm.runs import checkpoint, curves, run_folder
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_the_same_command_is_the_same_run(
     text = train()
     (name,) = names(tmp_path)
     assert re.fullmatch(r"digits-[0-9a-f]{8}", name) and "trained     128 images" in text
-    run = runs.existing_run(str(tmp_path / "runs" / name))
-    card, status = runs.read_card(run.location), runs.read_status(run.location)
+    run = run_folder.existing_run(str(tmp_path / "runs" / name))
+    card, status = run_folder.read_card(run.location), run_folder.read_status(run.location)
     assert status is not None and (status.status, status.images_seen) == ("FINISHED", 128)
     assert card.preset == "digits" and card.command.endswith(" ".join(TINY))
     assert card.changed["model.base_width"] == 8 and card.changed["train.total_images"] == 128
@@ -108,8 +108,8 @@ def test_the_same_command_is_the_same_run(
     assert "trained     128 images" in train("--name", "longer")
     assert "trained     192 images" in train("--name", "longer", "--total-images", "192")
     assert {name, "longer"} < names(tmp_path) and len(names(tmp_path)) == 3
-    longer = runs.existing_run(str(tmp_path / "runs/longer"))
-    assert runs.read_card(longer.location).changed["train.total_images"] == 128  # as it began
+    longer = run_folder.existing_run(str(tmp_path / "runs/longer"))
+    assert run_folder.read_card(longer.location).changed["train.total_images"] == 128  # as it began
     assert [point.images_seen for point in curves.read(longer.location)["train/loss"]] == list(
         range(32, 193, 32)
     )
@@ -123,11 +123,11 @@ def test_the_same_command_is_the_same_run(
     assert "train.seed 1" in error and "--run.name" in error and card.versions["version.ddpm"] in error
 
 
-def newest(run: runs.RunFolder) -> Path:
-    return Path(runs.checkpoints(run.location)[-1].path)
+def newest(run: run_folder.RunFolder) -> Path:
+    return Path(run_folder.checkpoints(run.location)[-1].path)
 
 
-def contents(run: runs.RunFolder) -> dict[str, bytes]:
+def contents(run: run_folder.RunFolder) -> dict[str, bytes]:
     """All files of a run."""
     files = [path for path in Path(run.location.path).rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in files}
@@ -145,13 +145,13 @@ def test_a_stopped_command_is_resumed_by_itself_and_in_python(digits_uri: str, t
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() == 128 + signal.SIGTERM, job.output
     (name,) = names(tmp_path)
-    run = runs.existing_run(str(tmp_path / "runs" / name))
-    card, status = run.location.child(runs.CARD).read(), runs.read_status(run.location)
+    run = run_folder.existing_run(str(tmp_path / "runs" / name))
+    card, status = run.location.child(run_folder.CARD).read(), run_folder.read_status(run.location)
     assert status is not None and status.status == "STOPPED" and status.ended_ms is not None
     assert 0 < status.images_seen < 6400
     with Job("train", *words, "--train.log-every-images", "160", log=log) as job:
         assert job.wait() == 0, job.output
-    assert names(tmp_path) == {name} and run.location.child(runs.CARD).read() == card
+    assert names(tmp_path) == {name} and run.location.child(run_folder.CARD).read() == card
     table = curves.read_rows(run.location)
     points = {(row["name"], row["images_seen"]) for row in table.to_pylist()}
     assert len(points) == table.num_rows and ("train/loss", 6400) in points

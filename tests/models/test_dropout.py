@@ -7,7 +7,7 @@ import torch
 from support import examples
 from torch import Tensor, nn
 
-from ddpm.config import UNetConfig
+from ddpm.config.tree import UNetConfig
 from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
 

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm.config import UNetConfig
+from ddpm.config.tree import UNetConfig
 from ddpm.models import precision
 from ddpm.models.layers import sinusoids
 from ddpm.models.unet import UNet, build

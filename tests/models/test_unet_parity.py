@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm.config import UNetConfig
-from ddpm.hub.diffusers_config import diffusers_names
+from ddpm.config.tree import UNetConfig
+from ddpm.export.diffusers_config import diffusers_names
 from ddpm.models.unet import UNet, build
 
 diffusers = pytest.importorskip("diffusers")

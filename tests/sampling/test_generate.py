@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ddpm.build import TrainedNet
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.sampling import generate
 from ddpm.training.state import State
 from ddpm.utils import images

@@ -16,11 +16,11 @@ from support.processes import Job
 from support.tiny import TINY_NET
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.runs.storage import resolve
 from ddpm.sampling import generate, workers
 from ddpm.sampling.workers import SampleJob
-from ddpm.storage.locations import resolve
 from ddpm.utils import images, process
 from ddpm.utils.errors import UserError
 

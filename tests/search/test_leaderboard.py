@@ -14,22 +14,22 @@ from mlflow import MlflowClient
 from support import tracked
 from torch import Tensor
 
-from ddpm.checkpoints.runs import Search
-from ddpm.config import Config
-from ddpm.config_io import from_json, override
+from ddpm.config.json import from_json, override
+from ddpm.config.presets import DIGITS
+from ddpm.config.tree import Config
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation, Rungs, file_name
-from ddpm.presets import DIGITS
+from ddpm.runs import storage
+from ddpm.runs.run_folder import Search
+from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, publish, results, space
 from ddpm.search.config import Arguments
 from ddpm.search.publisher import Parent
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Outcome, Trial, Trials
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
 from ddpm.tracking.mlflow_client import tracking_uri
 
 COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
@@ -54,7 +54,7 @@ SPACE = space.parse(
 
 @pytest.fixture
 def place(tmp_path: Path) -> Location:
-    return locations.resolve(str(tmp_path / "search"))
+    return storage.resolve(str(tmp_path / "search"))
 
 
 def make_trials(place: Location, wanted: list[tuple[dict[str, Any], Outcome, dict[int, float]]]) -> Trials:

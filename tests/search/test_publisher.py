@@ -7,10 +7,10 @@ from mlflow import MlflowClient
 from support import servers, tracked
 from support.processes import wait_for
 
-from ddpm.checkpoints.runs import RunFolder, Search
+from ddpm.runs import storage
+from ddpm.runs.run_folder import RunFolder, Search
 from ddpm.search.publisher import Parent, Publisher
 from ddpm.search.trials import Trials
-from ddpm.storage import locations
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_run import PARENT_TAG, RUN_KEY_TAG
 
@@ -19,7 +19,7 @@ LONG_S = 60.0
 
 @pytest.fixture
 def trials(tmp_path: Path) -> Trials:
-    return Trials(locations.resolve(str(tmp_path / "search")), {})
+    return Trials(storage.resolve(str(tmp_path / "search")), {})
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from support import tracked
 from support.processes import Job, paused
 from support.servers import RayHead
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config_io import from_json
+from ddpm.config.json import from_json
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation import rung
-from ddpm.presets import DIGITS
+from ddpm.runs import checkpoint, storage
 from ddpm.search.trials import Trial, Trials
-from ddpm.storage import locations
 from ddpm.tracking.mlflow_client import tracking_uri
 
 TINY = """--schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
@@ -44,7 +43,7 @@ def trials_in(folder: Path) -> list[Trial]:
     place = folder / "runs" / "s"
     if not (place / "search.json").exists():
         return []
-    return Trials(locations.resolve(str(place)), None).all()
+    return Trials(storage.resolve(str(place)), None).all()
 
 
 def leaderboard(folder: Path) -> list[dict[str, Any]]:
@@ -109,7 +108,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """The search's own MLflow run, followed by its children."""
-    key = Trials(locations.resolve(str(place)), None).key
+    key = Trials(storage.resolve(str(place)), None).key
     parent = tracked.run_with_key(tracking_uri(), key)
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     client = MlflowClient(tracking_uri())

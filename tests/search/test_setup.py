@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from support.processes import REPO
 
+from ddpm.cli import search
 from ddpm.cluster import ray_init, resources
-from ddpm.commands import search
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.diffusion import schedules
-from ddpm.presets import DIGITS
 from ddpm.search import search as whole_search
 from ddpm.search import setup
 from ddpm.search.config import Arguments

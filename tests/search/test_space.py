@@ -8,10 +8,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from support.processes import REPO
 
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.kinds import SCHEDULES
+from ddpm.config.presets import DIGITS, PRESETS
 from ddpm.diffusion import schedules
-from ddpm.kinds import SCHEDULES
-from ddpm.presets import DIGITS, PRESETS
 from ddpm.search import space
 from ddpm.search.default_space import DEFAULT
 from ddpm.search.space import grid_values

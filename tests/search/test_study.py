@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from ddpm.checkpoints.runs import Search
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation.rung import Evaluation, Rungs, file_name
-from ddpm.presets import DIGITS
+from ddpm.runs import storage
+from ddpm.runs.run_folder import Search
 from ddpm.search import space, trainables
 from ddpm.search.config import Arguments
 from ddpm.search.default_space import DEFAULT
@@ -22,7 +23,6 @@ from ddpm.search.study import Study
 from ddpm.search.trainables import Spec
 from ddpm.search.trials import Trial, Trials
 from ddpm.search.tune_callbacks import Outcomes
-from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
 RUNGS = (128, 384, 1152)
@@ -113,7 +113,7 @@ def search(
     **chosen: Any,
 ) -> Simulated:
     """Run a search, or go on with it, until all of its trials have ended or it is killed."""
-    place = locations.resolve(str(folder))
+    place = storage.resolve(str(folder))
     config = override(DIGITS, {"run.storage": str(folder), "train.total_images": RUNGS[-1]})
     evaluator: Any = None
     silent: Any = SimpleNamespace(notify=lambda name: None, is_on=False)
@@ -187,7 +187,7 @@ def test_tpe_killed_after_any_rung_trains_no_trial_twice(tmp_path: Path) -> None
         folder = tmp_path / str(cut)
         with pytest.raises(DriverKilled):
             search(folder, max_rungs=cut)
-        before = Trials(locations.resolve(str(folder)), {}).all()
+        before = Trials(storage.resolve(str(folder)), {}).all()
         ended = {trial.name for trial in before if trial.status != "running"}
         found = search(folder)
         assert len(found.trials.all()) == NUM_TRIALS

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from ddpm.checkpoints.runs import RunFolder, Search
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation.rung import Evaluation, Rungs, file_name
-from ddpm.presets import DIGITS
+from ddpm.runs import storage
+from ddpm.runs.lock import DriverLock
+from ddpm.runs.run_folder import RunFolder, Search
 from ddpm.search import trainables
 from ddpm.search.trainables import FAILED, IMAGES_SEEN, VALUE, GroupTrial, Spec
 from ddpm.search.trials import Outcome, Trials
-from ddpm.storage import locations
-from ddpm.storage.driver_lock import DriverLock
 
 RUNGS = (64, 192)
 
@@ -22,7 +22,7 @@ RUNGS = (64, 192)
 @pytest.fixture
 def trials(tmp_path: Path) -> Trials:
     """A search with a trial."""
-    trials = Trials(locations.resolve(str(tmp_path)), {})
+    trials = Trials(storage.resolve(str(tmp_path)), {})
     trials.begin("one", {})
     return trials
 

@@ -10,10 +10,10 @@ from support.processes import REPO
 
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation, file_name
+from ddpm.runs import storage
+from ddpm.runs.storage import Location
 from ddpm.search import trials
 from ddpm.search.trials import Trials, rung_positions
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 
 SETTINGS = {"metric": "bits_per_dim", "rungs": [64, 192], "space": {"optim.lr": {"low": 1e-4}}}
@@ -22,7 +22,7 @@ SCORE = Score("KID-pixels", 0.02, 0.001, 100)
 
 @pytest.fixture
 def place(root_uri: str) -> Location:
-    return locations.resolve(root_uri).child("search")
+    return storage.resolve(root_uri).child("search")
 
 
 def measured(images_seen: int, mean: float) -> Evaluation:
@@ -69,10 +69,10 @@ def test_another_setting_is_another_search(place: Location) -> None:
 
 def test_a_folder_without_a_search_and_a_search_of_0_1_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.json"):
-        Trials(locations.resolve(str(tmp_path)), None)
+        Trials(storage.resolve(str(tmp_path)), None)
     shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "old")
     with pytest.raises(UserError, match="of another version") as raised:
-        Trials(locations.resolve(str(tmp_path / "old")), SETTINGS)
+        Trials(storage.resolve(str(tmp_path / "old")), SETTINGS)
     assert "\n" not in str(raised.value)
 
 

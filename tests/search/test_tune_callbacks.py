@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from ddpm.checkpoints.runs import Search
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation.rung import Rungs
-from ddpm.presets import DIGITS
+from ddpm.runs import storage
+from ddpm.runs.run_folder import Search
 from ddpm.search.trainables import IMAGES_SEEN, Spec
 from ddpm.search.trials import Trials
 from ddpm.search.tune_callbacks import Interruption, Outcomes
-from ddpm.storage import locations
 
 
 def test_a_signal_stops_all_trials_and_is_announced_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_a_lost_lock_stops_all_trials(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_a_trial_that_an_interruption_stops_has_not_ended(tmp_path: Path, is_interrupted: bool) -> None:
-    trials = Trials(locations.resolve(str(tmp_path)), {})
+    trials = Trials(storage.resolve(str(tmp_path)), {})
     evaluator: Any = None
     silent: Any = SimpleNamespace(notify=lambda name: None)
     outcomes = Outcomes(

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.curves import Row
-from ddpm.config_io import override, to_json
+from ddpm.config.json import override, to_json
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation import comparison_page
 from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
-from ddpm.presets import DIGITS
+from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs.curves import Row
 from ddpm.utils import images
 
 STEPS = (1280, 2560, 3840)
@@ -27,10 +27,14 @@ def grid(level: int) -> np.ndarray:
     return np.full((8, 8, 3), level, np.uint8)
 
 
-def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = "STOPPED") -> tuple[str, str]:
+def make_run(
+    storage: str, name: str, level: int = 0, status: run_folder.StatusName = "STOPPED"
+) -> tuple[str, str]:
     """Write a run's folder as training does; returns its URI and its run key."""
     versions = {"version.torch": "2.13.0", "git.commit": "0123"}
-    run = runs.open_run(name, storage, runs.Facts(preset="digits", command=COMMAND, versions=versions))
+    run = run_folder.open_run(
+        name, storage, run_folder.Facts(preset="digits", command=COMMAND, versions=versions)
+    )
     config = override(DIGITS, {"run.name": name, "data.source": "digits"})
     state = {"step": NEWEST // 128, "images_seen": NEWEST, "best_held_out_loss": 0.1, "run_key": run.key}
     newest = run.location.child(checkpoint.name_at(NEWEST))
@@ -45,7 +49,7 @@ def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = 
         run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
     part, data = curves.part(0, rows)
     run.location.child(part).write(data)
-    runs.write_status(run.location, runs.Status(status, NEWEST, 0, 0.75, "2 cores"))
+    run_folder.write_status(run.location, run_folder.Status(status, NEWEST, 0, 0.75, "2 cores"))
     return run.location.uri, run.key
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
-from ddpm.storage.locations import Location, resolve
+from ddpm.runs.storage import Location, resolve
 
 SIDE, ROWS, NUM_SHARDS, NUM_IMAGES = 4, 8, 3, 60
 """Shards of 24, 24 and 12 images, in row groups of 8; the last one has 4."""

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import torch
 
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet
 from ddpm.data.sources.sources import Digits
-from ddpm.storage import locations
+from ddpm.runs import checkpoint, run_folder, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training.state import State
 from support.tiny import TINY_NET
 
@@ -33,7 +32,7 @@ CONFIG = override(
 
 def make_data(folder: Path) -> str:
     """Write the digits as shards: 1,500 to train on, 297 held out."""
-    location = locations.resolve(str(folder))
+    location = storage.resolve(str(folder))
     prepare(Digits(), location)
     return location.uri
 
@@ -41,10 +40,10 @@ def make_data(folder: Path) -> str:
 def make_run(folder: Path, shards: str, config: Config = CONFIG) -> RunFolder:
     """Write a run to `folder` whose checkpoints claim to be trained on `shards`."""
     config = override(config, {"data.shards": shards, "run.storage": str(folder)})
-    place = locations.resolve(shards)
+    place = storage.resolve(shards)
     manifest = read_manifest(place)
     train = DataSet(place, manifest, "train")
-    run = runs.open_run(str(config.run.name), str(folder))
+    run = run_folder.open_run(str(config.run.name), str(folder))
     state = State.create(config, torch.device("cpu"))
     noise = torch.Generator().manual_seed(0)
     extra = {"run_key": run.key, "data_fingerprint": train.rows.fingerprint}

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from ddpm.checkpoints import curves, runs
 from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
-from ddpm.hub import resolve
-from ddpm.storage import locations
+from ddpm.runs import curves, run_folder, storage
 from ddpm.tracking import mlflow_pages
+from ddpm.tracking import names as resolve
 from ddpm.utils.images import time_ms_of
 from support import local, processes, tracked
 
@@ -38,7 +37,7 @@ class Run:
     """
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
-        self.location, self._log = locations.resolve(uri).child(name), log
+        self.location, self._log = storage.resolve(uri).child(name), log
         self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
@@ -46,7 +45,7 @@ class Run:
 
     def position(self) -> int:
         """Position of the newest checkpoint; 0 if there is none."""
-        found = runs.checkpoints(self.location)
+        found = run_folder.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 
     def past(self, position: int) -> Callable[[], bool]:
@@ -61,7 +60,7 @@ class Run:
 
 def write_digits(folder: Path) -> str:
     """Write scikit-learn's digits as shards (600 training images in two shards, 60 held out); returns their URI."""
-    location = locations.resolve(str(folder))
+    location = storage.resolve(str(folder))
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
 
@@ -96,7 +95,7 @@ def assert_same(run: Run, undisturbed: Run) -> None:
 
 def mlflow_run_of(run: Run) -> mlflow.entities.Run:
     """The run's only MLflow run."""
-    return tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], runs.read_card(run.location).run_key)
+    return tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], run_folder.read_card(run.location).run_key)
 
 
 def metric(run: Run, name: str) -> list[tuple[int, float]]:
@@ -108,8 +107,10 @@ def assert_tracked_once(run: Run) -> None:
     """One finished MLflow run has what the run's folder has, each point and each picture once."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
-    content = tracked.content(uri, runs.RunFolder(name, run.location, runs.read_card(run.location).run_key))
-    status = runs.read_status(run.location)
+    content = tracked.content(
+        uri, run_folder.RunFolder(name, run.location, run_folder.read_card(run.location).run_key)
+    )
+    status = run_folder.read_status(run.location)
     assert status is not None and status.status == content["status"] == "FINISHED"
     assert found.info.end_time == status.ended_ms
     points = {
@@ -123,15 +124,15 @@ def assert_tracked_once(run: Run) -> None:
     table = curves.read_rows(run.location)
     assert table.num_rows == sum(map(len, points.values())), "a point is recorded twice"
     expected = []
-    for series in (runs.SAMPLES, runs.DENOISING):
-        for step, file in runs.pictures(run.location, series).items():
+    for series in (run_folder.SAMPLES, run_folder.DENOISING):
+        for step, file in run_folder.pictures(run.location, series).items():
             expected += [(series, step, time_ms_of(file.read()), kind) for kind in ("png", "webp")]
     pictures = tracked.pictures_in(content["artifacts"])
     assert [picture for picture in pictures if picture[0] != mlflow_pages.LAST_GRID] == sorted(expected)
     assert len(expected) == 8  # two steps
     assert len(pictures) == 10  # and the last grid
-    folder = run.location.child(runs.PICTURES)
-    finals = {f"{runs.PICTURES}/{name}": folder.child(name).read() for name in folder.files()}
+    folder = run.location.child(run_folder.PICTURES)
+    finals = {f"{run_folder.PICTURES}/{name}": folder.child(name).read() for name in folder.files()}
     assert len(finals) == 3 and finals.items() <= content["artifacts"].items()
 
 

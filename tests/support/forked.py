@@ -6,7 +6,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from ddpm.checkpoints import runs
+from ddpm.runs import run_folder
 from ddpm.tracking.mlflow_client import Connection
 from ddpm.tracking.pusher import push_patiently
 
@@ -32,7 +32,7 @@ def create_experiment(uri: str, name: str) -> None:
 def push(uri: str, folder: str) -> None:
     """Push the run in `folder` to MLflow at `uri`."""
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    push_patiently(runs.existing_run(folder), timeout_s=120)
+    push_patiently(run_folder.existing_run(folder), timeout_s=120)
 
 
 def push_and_die(uri: str, folder: str, last_change: int) -> None:

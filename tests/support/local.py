@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
-from ddpm.storage import locations
+from ddpm.runs import storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
@@ -45,7 +45,7 @@ def fit(
     runtime: Callable[..., Runtime] = Runtime,
 ) -> State:
     """Train in `folder`, from its newest checkpoint."""
-    run = RunFolder(folder.name, locations.resolve(str(folder)), "")
+    run = RunFolder(folder.name, storage.resolve(str(folder)), "")
     with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         if logged is not None:
             store.metrics = logged.metrics  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.cluster.worker_pool import check_cancelled
+from ddpm.sampling.pool import check_cancelled
 from ddpm.utils.errors import UserError
 from support.processes import wait_for
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ddpm.config import SampleConfig
+from ddpm.config.tree import SampleConfig
 from ddpm.evaluation.results import CheckpointResult, NearerShare, Report, SampledScores, Score
 
 METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall", "density", "coverage"))

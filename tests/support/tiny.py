@@ -1,7 +1,7 @@
 """A net with a few thousand weights, for tests that need any net."""
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 
 TINY_NET = override(
     Config(),

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient, entities
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import Data, Facts, RunFolder, Search, Status, StatusName
-from ddpm.config import Config
-from ddpm.config_io import override, to_json
+from ddpm.config.json import override, to_json
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs.curves import Row
+from ddpm.runs.run_folder import Data, Facts, RunFolder, Search, Status, StatusName
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
@@ -48,7 +48,7 @@ def begin(
         versions={"version.ddpm": "0.2.0"},
         search=search,
     )
-    return runs.open_run(name, str(storage), facts)
+    return run_folder.open_run(name, str(storage), facts)
 
 
 def time_at(images_seen: int) -> int:
@@ -76,7 +76,7 @@ def store(run: RunFolder, images_seen: int, config: Config = CONFIG) -> None:
     """Write what tells a push of a checkpoint."""
     folder = run.location.child(checkpoint.name_at(images_seen))
     folder.child("config.json").write(to_json(config).encode())
-    folder.child(runs.CHECKSUMS).write(b"{}")
+    folder.child(run_folder.CHECKSUMS).write(b"{}")
 
 
 def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
@@ -85,8 +85,8 @@ def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
     for step in steps:
         rows.append(Row("train/loss", step, loss_at(step), time_at(step)))
         rows.append(Row("train/lr", step, 1e-3, time_at(step)))
-        draw(run, runs.SAMPLES, step)
-        draw(run, runs.DENOISING, step)
+        draw(run, run_folder.SAMPLES, step)
+        draw(run, run_folder.DENOISING, step)
     append(run, rows)
     store(run, steps[-1], config)
     set_status(run, "RUNNING", steps[-1])
@@ -94,18 +94,18 @@ def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
 
 def set_status(run: RunFolder, status: StatusName, images_seen: int) -> None:
     ended_ms = None if status == "RUNNING" else time_at(images_seen) + 1
-    runs.write_status(run.location, Status(status, images_seen, 0, 0.5, "2 cores", ended_ms))
+    run_folder.write_status(run.location, Status(status, images_seen, 0, 0.5, "2 cores", ended_ms))
 
 
 def finish(run: RunFolder, images_seen: int = 128) -> None:
     """Write what a run writes at its end."""
-    run.location.child(f"{runs.PICTURES}/noising.png").write(PICTURE)
+    run.location.child(f"{run_folder.PICTURES}/noising.png").write(PICTURE)
     set_status(run, "FINISHED", images_seen)
 
 
 def evaluate(run: RunFolder, images_seen: int = 128, name: str = "at-128", **values: float) -> None:
     """Write an evaluation with its picture."""
-    folder = run.location.child(runs.EVALUATIONS)
+    folder = run.location.child(run_folder.EVALUATIONS)
     points = {"time_ms": time_at(images_seen) + 2, "values": {str(images_seen): values or EVALUATED}}
     folder.child(f"{name}.json").write(json.dumps({"results": [], "points": points}).encode())
     folder.child(f"{name}.png").write(PICTURE)

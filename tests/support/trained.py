@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 
 

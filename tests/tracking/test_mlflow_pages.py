@@ -9,13 +9,13 @@ from support import processes, tracked
 from support.processes import REPO
 from support.tiny import TINY_NET
 
-from ddpm import presets
 from ddpm.build import TrainedNet, build_net, build_schedule
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.config_io import flatten, override
-from ddpm.kinds import SCHEDULES
+from ddpm.config import presets
+from ddpm.config.json import flatten, override
+from ddpm.config.kinds import SCHEDULES
+from ddpm.config.tree import Config
+from ddpm.runs.curves import Row
+from ddpm.runs.run_folder import RunFolder
 from ddpm.sampling import generate
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import tracking_uri

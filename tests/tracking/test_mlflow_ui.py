@@ -9,9 +9,9 @@ import pytest
 from support import processes, tracked
 from support.servers import free_ports
 
-from ddpm.checkpoints.runs import SAMPLES, StatusName
-from ddpm.config_io import override
-from ddpm.presets import DIGITS
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
+from ddpm.runs.run_folder import SAMPLES, StatusName
 from ddpm.tracking import mlflow_pages
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import Pushed, push

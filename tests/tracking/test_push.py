@@ -24,10 +24,10 @@ from support.front_end import Answer, FrontEnd
 from support.processes import REPO
 from support.tracked import MlflowFaultProxy, content, warnings_of
 
-from ddpm.checkpoints import curves, runs
-from ddpm.checkpoints.curves import Row
-from ddpm.checkpoints.runs import RunFolder, Search, Status
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.runs import curves, run_folder
+from ddpm.runs.curves import Row
+from ddpm.runs.run_folder import RunFolder, Search, Status
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import is_in_mlflow, push
@@ -37,7 +37,7 @@ from ddpm.utils.images import png_bytes
 
 SAMPLED = [
     (key, step, tracked.time_at(step), kind)
-    for key in (runs.DENOISING, runs.SAMPLES)
+    for key in (run_folder.DENOISING, run_folder.SAMPLES)
     for step in (32, 64, 96, 128)
     for kind in ("png", "webp")
 ]
@@ -91,7 +91,7 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
     assert (pushed.run_id, pushed.experiment_id) == (found.info.run_id, found.info.experiment_id)
     assert pushed.num_points == curves.num_rows(run.location)
     assert (sent["name"], sent["experiment"], sent["status"]) == ("a-run", tracked.EXPERIMENT, "FINISHED")
-    assert sent["time"] == (runs.read_card(run.location).created_ms, tracked.time_at(128) + 1)
+    assert sent["time"] == (run_folder.read_card(run.location).created_ms, tracked.time_at(128) + 1)
 
     assert sent["params"]["train.total_images"] == "128"
     assert sent["params"]["model.width_multipliers"] == "(1, 2)"
@@ -118,7 +118,7 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
         assert sent["metrics"][name] == [(128, tracked.time_at(128) + 2, repr(value))]
 
     files = sent["artifacts"]
-    created_ms = runs.read_card(run.location).created_ms
+    created_ms = run_folder.read_card(run.location).created_ms
     last = [(mlflow_pages.LAST_GRID, 0, created_ms, kind) for kind in ("png", "webp")]
     assert tracked.pictures_in(files) == sorted([*SAMPLED, *last])
     others = {name: data for name, data in files.items() if not name.startswith("images/")}
@@ -195,7 +195,7 @@ def test_everything_sent_again_gives_the_same_content(
     unmark(uri, run)
     if who == "a copy of the folder":
         shutil.move(run.location.path, tmp_path / "elsewhere")
-        run = runs.existing_run(str(tmp_path / "elsewhere"))
+        run = run_folder.existing_run(str(tmp_path / "elsewhere"))
     assert push(run).num_points == curves.num_rows(run.location)
     after = content(uri, run)
     assert after == before | {"name": after["name"]}
@@ -385,7 +385,7 @@ def test_a_damaged_part_of_the_curves_is_one_line(
 def test_a_damaged_evaluation_is_one_line(
     database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damaged = run.location.child(f"{runs.EVALUATIONS}/a-broken.json")
+    damaged = run.location.child(f"{run_folder.EVALUATIONS}/a-broken.json")
     damaged.write(b'{"points": [')
     push(run)
     assert all(damaged.uri in line for line in warnings_of(caplog))
@@ -398,7 +398,7 @@ def test_a_damaged_status_is_one_line(
     database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The next start of the run writes it again."""
-    status = run.location.child(runs.STATUS)
+    status = run.location.child(run_folder.STATUS)
     status.write(b"{")
     push(run)
     (line,) = warnings_of(caplog)
@@ -476,11 +476,11 @@ def test_a_trial_gets_its_parent_once_there_is_one(database: Path, tmp_path: Pat
 
 def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
     shutil.copytree(REPO / "tests/formats/0.1/run", tmp_path / "old")
-    run = runs.existing_run(str(tmp_path / "old"))
+    run = run_folder.existing_run(str(tmp_path / "old"))
     tags = {"preset": "digits", "changed": "nothing", "command": "python jobs/train.py digits"}
-    runs.write_status(run.location, Status("FINISHED", 64, 0, 0.1, tags=tags))
+    run_folder.write_status(run.location, Status("FINISHED", 64, 0, 0.1, tags=tags))
     grid = png_bytes(np.full((8, 12, 3), 3, np.uint8))
-    run.location.child(f"{runs.SAMPLES}/{64:012d}.png").write(grid)  # without a time, as 0.1 wrote it
+    run.location.child(f"{run_folder.SAMPLES}/{64:012d}.png").write(grid)  # without a time, as 0.1 wrote it
     rows = curves.read_rows(run.location).num_rows
     assert push(run).num_points == rows > 0
     found = content(tracking_uri(), run)

@@ -18,9 +18,8 @@ from support.processes import wait_for
 from support.proxy import FaultyProxy
 from support.tracked import MlflowFaultProxy, content, warnings_of
 
-from ddpm.checkpoints import runs
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.storage import locations
+from ddpm.runs import run_folder, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
 from ddpm.tracking.pusher import MIN_BEGIN_S, Delivery, Pusher
@@ -278,7 +277,7 @@ def test_storage_that_does_not_answer_is_waited_for(
     uri, run = tracking_uri(), tracked.write_run(f"{s3_bucket}/runs")
     with FaultyProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        behind = RunFolder(run.name, locations.resolve(run.location.uri), run.key)
+        behind = RunFolder(run.name, storage.resolve(run.location.uri), run.key)
         proxy.switch("down")
         pusher = Pusher(behind)
         pusher.begin()
@@ -293,9 +292,9 @@ def test_storage_that_does_not_answer_is_waited_for(
 def test_close_does_not_wait_for_a_folder_that_cannot_be_read(
     run: RunFolder, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run.location.child(runs.CARD).write(b"{")
+    run.location.child(run_folder.CARD).write(b"{")
     with pytest.raises(UserError):
         push(run)
     assert within(LONG_S, lambda: Pusher(run).close(patience_s=10 * LONG_S)) == Delivery(None, False)
     (line,) = warnings_of(caplog)
-    assert run.location.child(runs.CARD).uri in line
+    assert run.location.child(run_folder.CARD).uri in line

@@ -7,10 +7,9 @@ import pytest
 import torch
 from support.trained import alter_json
 
-from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.storage import locations
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import checkpoint_manager
 from ddpm.training.state import State
 
@@ -25,7 +24,7 @@ from ddpm.training.state import State
 def test_a_checkpoint_of_another_position_or_run_is_skipped(
     other: dict[str, Any], message: str, tiny: Config, tmp_path: Path
 ) -> None:
-    run = RunFolder("one", locations.resolve(str(tmp_path)), "a")
+    run = RunFolder("one", storage.resolve(str(tmp_path)), "a")
     state = State.create(tiny, torch.device("cpu"))
     for state.step in (1, 2):
         state.images_seen = 32 * state.step

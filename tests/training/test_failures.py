@@ -6,8 +6,8 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.training import run_state
 from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, TrainingFailed, decide
 from ddpm.training.loop import NonFinite

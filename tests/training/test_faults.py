@@ -31,7 +31,7 @@ from support.faulted import (
 from support.processes import REPO
 from support.servers import RayHead
 
-from ddpm.checkpoints import runs
+from ddpm.runs import run_folder
 from ddpm.training import failures
 
 WORKER = "ray::RayTrainWorker"
@@ -181,7 +181,7 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
 
 def assert_status(run: Run, status: str) -> None:
     """status.json says how the run stands."""
-    found = runs.read_status(run.location)
+    found = run_folder.read_status(run.location)
     assert found is not None and found.status == status and found.ended_ms is not None
     assert "cores" in found.hardware
     if status != "FAILED":

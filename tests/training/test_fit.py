@@ -18,13 +18,13 @@ from support import local, tracked
 from support.processes import REPO, Background, Job, kill_tree, members, python_path, run, wait_for
 from support.servers import RayHead
 
-from ddpm.checkpoints import runs
 from ddpm.cluster import resources
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
-from ddpm.storage import driver_lock, locations
-from ddpm.storage.driver_lock import DriverLock
+from ddpm.runs import lock as driver_lock
+from ddpm.runs import run_folder, storage
+from ddpm.runs.lock import DriverLock
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import Pushed
 from ddpm.tracking.pusher import Delivery, Pusher
@@ -78,7 +78,7 @@ def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 4.0)
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path / "runs")})
-    with DriverLock(locations.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
+    with DriverLock(storage.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
         with pytest.raises(UserError, match="another process drives this run"):
             fit.fit(config, train_set)
         assert [path.name for path in (tmp_path / "runs/one").iterdir()] == [driver_lock.FILE]
@@ -102,7 +102,7 @@ def test_the_summary_links_to_the_page_of_the_run(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     if uri is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    run = runs.open_run("one", str(tmp_path))
+    run = run_folder.open_run("one", str(tmp_path))
     lines = fit.summary(fit.Result(run, 64, None, Delivery(Pushed(tracking_uri(), "7", "r", 0), True)))
     assert lines[-1].strip() == f"{server}/#/experiments/7/runs/r?workflowType=machine_learning"
     assert [line.strip() for line in lines[1:-1]] == ([command] if command else [])
@@ -135,15 +135,15 @@ class AfterASignal(StopSignals):
 def test_how_a_run_that_was_asked_to_stop_ended(
     tiny: Config, tmp_path: Path, end: int | BaseException, ended_early: bool, status: str
 ) -> None:
-    run = runs.open_run("one", str(tmp_path))
-    runs.write_status(run.location, runs.Status("RUNNING", 64, 0, 1.0))
+    run = run_folder.open_run("one", str(tmp_path))
+    run_folder.write_status(run.location, run_folder.Status("RUNNING", 64, 0, 1.0))
     monitor: Any = AfterASignal(end, ended_early)
     with (
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
     ):
         fit._drive(tiny, run, monitor, Pusher(run), lock)
-    written = runs.read_status(run.location)
+    written = run_folder.read_status(run.location)
     assert written is not None and written.ended_ms is not None and written.ended_ms > 10**12
     assert (written.status, written.images_seen) == (status, end if isinstance(end, int) else 64)
 
@@ -152,14 +152,14 @@ def test_a_finished_run_whose_driver_was_killed_is_reported(
     tiny: Config, train_set: DataSet, tmp_path: Path, without_cluster: None
 ) -> None:
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path)})
-    run = runs.open_run("one", str(tmp_path))
+    run = run_folder.open_run("one", str(tmp_path))
     with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
         loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
-    assert runs.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
+    assert run_folder.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
     for _ in range(2):
         result = fit.fit(config, train_set)
         assert result.was_finished and result.delivery.is_complete
-        status = runs.read_status(run.location)
+        status = run_folder.read_status(run.location)
         found = tracked.run_with_key(tracking_uri(), run.key).info
         assert status is not None and (status.status, found.status) == ("FINISHED",) * 2
         assert found.end_time == status.ended_ms
@@ -170,8 +170,8 @@ def test_a_folder_of_another_run_is_refused_unless_it_was_named(
 ) -> None:
     """It depends on the settings with which the run began, not on the name, or on whether it has a checkpoint."""
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path)})
-    began = runs.Facts(preset="digits", changed={"optim.lr": 0.5}, versions={"version.ddpm": "0.9"})
-    run = runs.open_run("one", str(tmp_path), began)
+    began = run_folder.Facts(preset="digits", changed={"optim.lr": 0.5}, versions={"version.ddpm": "0.9"})
+    run = run_folder.open_run("one", str(tmp_path), began)
     with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
         loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
     for changed, is_named, refused in (

@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import load_file
 from support.local import assert_same, fit, tensors
 
-from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
-from ddpm.storage import locations
+from ddpm.runs import checkpoint, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import checkpoint_manager
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -36,7 +35,7 @@ def source(tiny: Config, tmp_path: Path) -> Path:
 
 def begin(config: Config, folder: Path) -> list[str]:
     warnings: list[str] = []
-    run = RunFolder("run", locations.resolve(str(folder)), "")
+    run = RunFolder("run", storage.resolve(str(folder)), "")
     checkpoint_manager.begin(run, config, "f", warnings.append)
     return warnings
 

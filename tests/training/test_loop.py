@@ -17,18 +17,19 @@ from support.local import Logged, assert_same, fit, tensors
 from torch import Tensor, nn
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS, PRESETS
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
 from ddpm.evaluation import bits_per_dim
 from ddpm.evaluation.bits_per_dim import bound_scores
 from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
-from ddpm.presets import DIGITS, PRESETS
+from ddpm.runs import checkpoint
+from ddpm.runs import run_folder as runs
+from ddpm.runs.storage import resolve
 from ddpm.sampling import generate
-from ddpm.storage.locations import resolve
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State

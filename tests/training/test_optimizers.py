@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ddpm.build import build_net
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.training.optimizers import Muon, build, matrices, orthogonal
 
 

@@ -10,11 +10,10 @@ import torch
 from support.local import finished
 from support.power import Disk
 
-from ddpm.checkpoints import checkpoint, curves, runs
-from ddpm.checkpoints.runs import RunFolder
-from ddpm.config import Config
-from ddpm.config_io import override
-from ddpm.storage import locations
+from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, curves, run_folder, storage
+from ddpm.runs.run_folder import RunFolder
 from ddpm.training import run_state
 from ddpm.training.state import State
 from ddpm.training.store import RunStore
@@ -31,7 +30,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
         if subject == run_state.COMMITTED:
             committed.append(value)
 
-    run = RunFolder("one", locations.resolve(str(root)).child("runs").child("one"), "a")
+    run = RunFolder("one", storage.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
     changes = {"train.keep_checkpoints": 1, "train.total_images": 64, "run.storage_timeout_s": 300.0}
     config = override(config, changes)
@@ -44,9 +43,9 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
 
 def checkpoints(root: Path) -> list[int]:
     """Positions of the checkpoints; checks that each is valid, and has its part of the curves."""
-    location, found = locations.resolve(str(root)).child("runs").child("one"), []
+    location, found = storage.resolve(str(root)).child("runs").child("one"), []
     names = [
-        *(folder.path for folder in runs.checkpoints(location)),
+        *(folder.path for folder in run_folder.checkpoints(location)),
         *map(str, Path(location.path).glob("best-*")),
     ]
     for folder in map(Path, names):

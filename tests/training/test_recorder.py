@@ -11,8 +11,8 @@ import torch
 from support.local import Logged, fit
 from torch import Tensor
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Loss
 from ddpm.training.recorder import Recorder

@@ -3,8 +3,8 @@
 import torch
 
 from ddpm.build import build_net
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.training.state import lr_at
 
 

@@ -18,9 +18,8 @@ from support.processes import Job
 from support.proxy import FaultyProxy
 from support.servers import S3Server
 
-from ddpm.checkpoints import checkpoint
-from ddpm.hub import resolve
-from ddpm.storage import locations
+from ddpm.runs import checkpoint, storage
+from ddpm.tracking import names
 
 WORKER = "ray::RayTrainWorker"
 READER = "ray::MapBatches(_ReadTask)"
@@ -37,8 +36,8 @@ def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def run_on_s3(s3_bucket: str, digits_uri: str, tmp_path: Path) -> Run:
     """Data set and run in a bucket."""
-    data = locations.resolve(f"{s3_bucket}/data")
-    locations.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
+    data = storage.resolve(f"{s3_bucket}/data")
+    storage.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
     return Run("harmed", f"{s3_bucket}/runs", data.uri, tmp_path / "job.log")
 
 
@@ -122,7 +121,7 @@ def test_s3_down_for_good_is_one_error(run_on_s3: Run, proxy: FaultyProxy) -> No
     error = only_error(job)
     assert run_on_s3.location.path.partition("/")[0] in error  # the bucket's name
     assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
-    with resolve.local_checkpoint(run_on_s3.location.uri) as folder:
+    with names.local_checkpoint(run_on_s3.location.uri) as folder:
         checkpoint.verify(folder)
 
 

@@ -9,8 +9,8 @@ import torch
 from support import local
 from torch.overrides import TorchFunctionMode
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 from ddpm.training.transfers import DeviceToHost
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.processes import REPO
 
-from ddpm.storage.locations import resolve
+from ddpm.runs.storage import resolve
 from ddpm.utils import files, process
 
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm.config import SmallCount
+from ddpm.config.tree import SmallCount
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
 from ddpm.data.sources.sources import Seed, Square, UnreadableImages, divide

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from ddpm.config import SmallCount
+from ddpm.config.tree import SmallCount
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.sources.image_folder import digest_of_files, read_file, store

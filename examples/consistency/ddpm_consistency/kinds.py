@@ -1,6 +1,6 @@
 """What the entry points return: names, and what builds them, without PyTorch."""
 
-from ddpm.kinds import ObjectiveKind, SamplerKind
+from ddpm.config.kinds import ObjectiveKind, SamplerKind
 
 OBJECTIVE = ObjectiveKind(
     "ddpm_consistency.objective:consistency",

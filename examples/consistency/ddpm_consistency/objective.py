@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.config import ObjectiveConfig
+from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process
 from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import Denoised, Gaussian, Labels, Loss, Model, per_image

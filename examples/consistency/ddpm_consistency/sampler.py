@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.denoisers import Denoise, Threshold, clip, predict
+from ddpm.diffusion.guidance import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import q_sample, same_t
 from ddpm.diffusion.samplers import Noise, OnStep
 from ddpm.diffusion.schedules import Schedule

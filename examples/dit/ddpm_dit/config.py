@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ddpm.config import Count, ModelConfig
-from ddpm.kinds import Choice, Kind
+from ddpm.config.kinds import Choice, Kind
+from ddpm.config.tree import Count, ModelConfig
 
 KIND = Kind("ddpm_dit.config:DiTConfig")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.models.compile import Region
 from ddpm.models.dropout import Dropout
 from ddpm.models.layers import (
     EMBEDDED_TIMESTEPS,
@@ -27,7 +28,6 @@ from ddpm.models.layers import (
     zero,
 )
 from ddpm.models.precision import supported_dtype
-from ddpm.models.regions import Region
 from ddpm_dit.config import DiTConfig
 
 SINUSOID_WIDTH = 256

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.data import builtin
 from ddpm.data.manifest import read_manifest
 from ddpm.data.shards import read_row_group
 from ddpm.data.sources.items import Items
-from ddpm.presets import DIGITS
-from ddpm.storage import locations
+from ddpm.runs import storage
 from ddpm.utils.errors import UserError
 
 GREY, LABEL = np.random.RandomState(0).randint(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 3
@@ -30,8 +30,8 @@ FORMS: dict[str, Any] = {
 def test_all_forms_are_the_same_data_set(form: str, tmp_path: Path) -> None:
     config = override(DIGITS, {"run.storage": str(tmp_path)})
     shards = str(builtin.prepared(config, items=FORMS[form]).data.shards)
-    manifest = read_manifest(locations.resolve(shards))
-    parts = [read_row_group(locations.resolve(shards), manifest, part, 0) for part in ("train", "test")]
+    manifest = read_manifest(storage.resolve(shards))
+    parts = [read_row_group(storage.resolve(shards), manifest, part, 0) for part in ("train", "test")]
     images, label = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = [int(np.flatnonzero((image[..., 0] == GREY).all((1, 2)))[0]) for image in images]
     assert [len(part) for part, _ in parts] == [38, 2] and manifest.class_names == ("0", "1", "2")

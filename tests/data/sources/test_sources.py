@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from support import processes
 
-from ddpm.config import Config
-from ddpm.config_io import override
+from ddpm.config.json import override
+from ddpm.config.tree import Config
 from ddpm.data import builtin
 from ddpm.data.sources.sources import Digits, MissingFiles, Source, divide, held_out
 from ddpm.data.sources.torchvision import FashionMnist, Torchvision

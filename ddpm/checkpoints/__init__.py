@@ -1,1 +1,0 @@
-"""The format of a checkpoint, and the folder of a run."""

@@ -1,0 +1,1 @@
+"""The program `ddpm`: a command parses its arguments, makes one call of the library, and prints where the result is."""

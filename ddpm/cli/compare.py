@@ -1,0 +1,48 @@
+"""Compare runs on one page: python jobs/compare.py RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
+
+RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or the
+command that would settle it; samples of equal seeds side by side, settings that differ, ranks with ties, and curves
+over images seen and over hours of training. All of it comes from the runs' folders, where training and jobs/evaluate.py
+leave it; a run without samples is sampled now.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ddpm.cli import parsing
+from ddpm.config.tree import Text
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Runs, and where the page goes."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders or URIs of runs."""
+    out: Text = "report.html"
+    """File or s3:// URI for the page."""
+    evaluations: tuple[str, ...] = ()
+    """Files or s3:// URIs that jobs/evaluate.py --out wrote, in addition to the evaluations in the runs' folders."""
+    sample: bool = True
+    """Sample 64 images of the newest checkpoint of a run that has no samples."""
+
+
+def main() -> None:
+    arguments: Arguments = parsing.parse(Arguments, __doc__)
+    if not arguments.runs:
+        raise UserError("no RUN is given; expected folders or URIs of runs")
+    from ddpm.cluster import job_folder
+    from ddpm.evaluation import compared_run, comparison_page, save_results
+    from ddpm.utils.progress import printable
+
+    job_folder.set_home()
+    location = save_results.output_location(arguments.out, "report.html")
+    runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
+    save_results.write(location, comparison_page.render(runs))
+    for run in runs:
+        for remark in run.remarks:
+            print(printable(f"{run.name}: {remark}"))
+    print(printable(f"comparison  {location.uri}"))

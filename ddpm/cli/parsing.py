@@ -1,0 +1,260 @@
+"""What every job shares around its one library call: the command line, and user errors in one line."""
+
+import argparse
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+from ddpm.config import kinds, presets
+from ddpm.config.json import check_values, from_json, override
+from ddpm.config.kinds import Choice
+from ddpm.config.presets import PresetArguments
+from ddpm.config.tree import Config
+from ddpm.utils.command_line import installed
+from ddpm.utils.errors import UserError
+from ddpm.utils.files import read_whole
+from ddpm.utils.openmp import bound_spinning
+from ddpm.utils.progress import printable, shortened
+from ddpm.utils.streams import lossy
+
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+SHORT = {
+    "run.name": "--name",
+    "run.storage": "--storage",
+    "data.shards": "--data",
+    "schedule.kind": "--schedule",
+    "optim.lr": "--lr",
+    "train.total_images": "--total-images",
+    "train.batch_size": "--batch-size",
+    "train.seed": "--seed",
+    "sample.sampler": "--sampler",
+    "cluster.num_workers": "--workers",
+}
+"""The flags of a config that people change first, and their short names."""
+SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_size", "model.num_classes"}
+"""The flags of a config that --help shows."""
+MAX_LINE = 500
+"""Characters of an error's line; what is in the middle of a longer one is left out."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user error, 130 for Ctrl-C.
+
+    Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
+    """
+    bound_spinning()
+    # Ray, when it is imported: hide its warning that a node has many processes, most of which are idle in a search.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
+    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(shortened(installed(printable(f"error: {error}")), MAX_LINE), file=sys.stderr)
+        code = error.exit_code
+    except PermissionError as error:
+        what = f"{error.filename}: {error.strerror}; make it accessible" if error.filename else str(error)
+        print(printable(f"error: {what}"), file=sys.stderr)
+        code = UserError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def chosen(
+    first: str,
+    names: Mapping[str, str],
+    description: str | None,
+    field: str | None = None,
+    retired: Mapping[str, str] | None = None,
+) -> str:
+    """The first word of the command line; a request for help there prints what it may be, and exits the process.
+
+    Args:
+        first: what it is, for messages: "PRESET".
+        names: its valid values, and a line about each.
+        field: the field of ddpm.config.kinds.TABLES, if they are names of kinds.
+        retired: values of earlier versions, and what to use instead.
+    """
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in (*HELP, HELP_ALL):
+        print(f"usage: {sys.argv[0]} {first} [flags]\n\n{installed(description or '')}\n{first}:")
+        for name, about in names.items():
+            print(f"    {name:<15} {about}".rstrip())
+        sys.exit(0)
+    listed = ", ".join(names)
+    if not word or word.startswith("-"):
+        raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
+    if retired and word in retired:
+        raise UserError(f"there is no {first} {word}; {retired[word]}")
+    if word not in names and field is not None:
+        raise UserError(f"there is no {first} {word}; it must {kinds.expected(field, word)}")
+    if word not in names:
+        raise UserError(f"there is no {first} {word}; it must be one of {listed}")
+    return word
+
+
+def parse_preset(
+    kind: type[PresetArguments], description: str | None, of_folder: Callable[[str], Config]
+) -> Any:
+    """Parse the command line PRESET [flags] as `kind`.
+
+    `folder PATH` is the config `of_folder` of that path.
+    """
+    name = chosen("PRESET", presets.ABOUT, description, retired=presets.RETIRED)
+    words = sys.argv[2:]
+    preset = presets.PRESETS[name]
+    if name == "folder" and words and not words[0].startswith("-"):
+        preset = of_folder(words.pop(0))
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
+    default = kind(name, starting_point(preset))
+    arguments = parse(kind, presets.ABOUT[name], words, default, own, SHOWN_FIRST)
+    return replace(arguments, base=preset)
+
+
+def parse(
+    kind: Any,
+    description: str | None,
+    words: Sequence[str] | None = None,
+    default: Any = tyro.MISSING_NONPROP,
+    taken: Collection[str] = (),
+    shown: Collection[str] | None = None,
+) -> Any:
+    """Parse `words` (None: the command line) as `kind` with tyro; a request for help prints it and exits the process.
+
+    Args:
+        default: a `kind` of the values that are not given.
+        taken: flags of `kind` itself, which a config's fields do not get as short names.
+        shown: the keys of a config that --help shows; None: all.
+    """
+    words = sys.argv[1:] if words is None else words
+    asks_for_help = bool({*HELP, HELP_ALL} & {*words})
+    only = shown if asks_for_help and HELP_ALL not in words else None
+    words = ["--help" if word == HELP_ALL else word for word in words]
+    prog = " ".join(sys.argv[: len(sys.argv) - len(words)])
+    registry = _registry(taken, only, asks_for_help)
+    stderr = io.StringIO()
+    text = installed(description or "")
+    try:
+        with redirect_stderr(stderr):
+            arguments = tyro.cli(
+                kind, prog=prog, description=text, args=words, default=default, registry=registry
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UserError(_in_a_line(stderr.getvalue())) from None
+        if only:
+            print(f"{HELP_ALL} lists every flag.")
+        raise
+    check_values(arguments)
+    return arguments
+
+
+def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bool) -> ConstructorRegistry:
+    """A registry with which tyro gives the fields of configs short names, and all fields help that fits the install.
+
+    They are no aliases of the fields themselves: an alias that is also a flag of the job is an error of tyro's.
+
+    Args:
+        taken: short names that no field gets.
+        only: the keys of a config that help shows, in one list; None: all, group by group.
+        for_help: whether help is shown, which lists the names of kinds, also of installed packages.
+    """
+    registry = ConstructorRegistry()
+    groups = {Config: ""} | {kind: f"{name}." for name, kind in typing.get_type_hints(Config).items()}
+
+    @registry.struct_rule
+    def rule_of_group(info: StructTypeInfo) -> StructConstructorSpec | None:
+        group = next((groups[kind] for kind in getattr(info.type, "__mro__", ()) if kind in groups), None)
+        if not is_dataclass(info.type) or info.type in info.markers:
+            return None
+        # The marker is for this rule, which tyro asks again: then tyro's own rule answers.
+        spec = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, info.type)))
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        changed = []
+        for field in spec.fields:
+            field = replace(field, helptext=partial(_help, field.helptext))
+            metavar = _metavar(field.type) if for_help else None
+            if metavar is not None:
+                shown: Any = Annotated[field.type, tyro.conf.arg(metavar=metavar)]
+                field = replace(field, type=shown)
+            if group is None:
+                changed.append(field)
+                continue
+            key, flag = f"{group}{field.name}", None
+            short = SHORT[key] if SHORT.get(key) not in (None, *taken) else ""
+            if only is None:
+                flag = tyro.conf.arg(aliases=[short] if short else None)
+            elif not group:
+                flag = tyro.conf.arg(name="")
+            elif key in only:
+                flag = tyro.conf.arg(name=short.removeprefix("--") or key)
+            kind: Any = Annotated[field.type, tyro.conf.Suppress if flag is None else flag]
+            changed.append(replace(field, type=kind))
+        return replace(spec, fields=tuple(changed))
+
+    return registry
+
+
+def _metavar(kind: Any) -> str | None:
+    """The names that help lists for a field of this type; None: it holds no name of a kind."""
+    for mark in getattr(kind, "__metadata__", ()):
+        if isinstance(mark, Choice):
+            return "{" + ",".join(mark.names) + "}"
+    inner = typing.get_args(kind)
+    found = next(filter(None, map(_metavar, inner)), None)
+    if found is not None and typing.get_origin(kind) is tuple:
+        return f"[{found} [...]]"
+    if found is not None and type(None) in inner:
+        return found.replace("{", "{None,", 1)
+    return found
+
+
+def _help(text: str | Callable[[], str | None] | None) -> str | None:
+    """A flag's help, which tyro reads from the source only if it is shown."""
+    text = text() if callable(text) else text
+    return None if text is None else installed(text)
+
+
+def _in_a_line(box: str) -> str:
+    """tyro's error message as one line, with the flags that it suggests. tyro has no errors but frames of text."""
+    rows = [row.strip("│| ") for row in box.splitlines()[1:-1]]
+    parts = re.split(r"^[─-]+$", "\n".join(rows), flags=re.MULTILINE)
+    message, *more = filter(str.strip, parts)
+    line = " ".join(message.split()).removeprefix("Error parsing ").removesuffix(".")
+    if not line.startswith("Unrecognized"):
+        return line
+    flags = dict.fromkeys(re.findall(r"^--[\w.-]+", more[0], re.MULTILINE))
+    close = f" (did you mean {' or '.join([*flags][:2])}?)" if flags else ""
+    return f"{line}{close}; {HELP_ALL} lists every flag"
+
+
+def starting_point(config: Config) -> Config:
+    """The preset `config` with the changes of the --config file, and with the net of --model.net.
+
+    Other flags are applied later; which flags exist depends on the net.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--model.net", nargs="?", dest="net")
+    typed = parser.parse_known_args()[0]
+    if typed.config is not None:
+        try:
+            text = read_whole(Path(typed.config)).decode()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config {typed.config} cannot be read: {error}") from None
+        config = from_json(text, typed.config, config)
+    return config if typed.net is None else override(config, {"model.net": typed.net})

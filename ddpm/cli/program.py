@@ -1,0 +1,46 @@
+"""The commands, one module each: a command line, and one call of the library.
+
+`ddpm train` is the installed program; `python jobs/train.py` is the same in a checkout.
+"""
+
+import importlib
+import sys
+from importlib.metadata import version
+from typing import NoReturn
+
+from ddpm.cli import parsing
+
+COMMANDS = {
+    "train": "train a preset, or resume a run",
+    "sample": "sample images from a run",
+    "evaluate": "bits/dim, KID, FID and more, with standard errors",
+    "compare": "runs side by side on one page",
+    "search": "search noise schedule and learning rate",
+    "prepare": "make a data set of shards",
+    "export": "export a net for diffusers",
+    "card": "write a net's model card",
+    "sync": "send a run to MLflow",
+    "ui": "show the runs in MLflow",
+}
+RETIRED = {
+    "completion": "use `ddpm train digits --tyro-print-completion bash`",
+    "demo": "it is an example now: python examples/demo/demo.py RUN",
+}
+"""Commands of earlier versions, and what to use instead."""
+
+
+def main() -> NoReturn:
+    """The program `ddpm`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"ddpm-on-ray {version('ddpm-on-ray')}")
+        sys.exit(0)
+    parsing.run(_command)
+
+
+def _command() -> int | None:
+    sys.argv[0] = "ddpm"
+    description = "Train, sample and compare denoising diffusion models on Ray.\n"
+    name = parsing.chosen("COMMAND", COMMANDS, description, retired=RETIRED)
+    sys.argv[:2] = [f"ddpm {name}"]
+    code: int | None = importlib.import_module(f"ddpm.cli.{name}").main()
+    return code

@@ -1,0 +1,28 @@
+"""Search noise schedule and learning rate: python tune/search.py PRESET [--num-trials 16] [--max-concurrent 2] ...
+
+Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the full variational bound of
+held-out images in bits/dim, with the same images and noise for all, never by a loss; the best few also by KID of
+generated images. Run the same command again, with the same --name, to continue the search. `python tune/search.py
+PRESET --help` lists the flags that people change first, `--help-all` every flag; the preset's apply to every trial.
+"""
+
+from dataclasses import replace
+
+from ddpm.cli import parsing
+from ddpm.data.sources import folder_preset
+from ddpm.search.config import Arguments
+
+
+def main() -> int:
+    chosen: Arguments = parsing.parse_preset(Arguments, __doc__, folder_preset.preset)
+
+    from ddpm.data import plan  # after parsing, so that --help and errors come at once
+
+    plan.check_batches(chosen.config)
+
+    from ddpm.cluster import job_folder  # seconds: PyTorch, Ray
+    from ddpm.search.default_space import DEFAULT
+    from ddpm.search.search import search
+
+    job_folder.set_home(chosen.verbose)
+    return search(replace(chosen, space=chosen.space or DEFAULT))

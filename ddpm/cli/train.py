@@ -1,0 +1,70 @@
+"""Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
+
+The same command resumes its run. Without --name a run is named by its preset, and by what differs from it.
+`python jobs/train.py PRESET --help` lists common flags, `--help-all` every flag.
+"""
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ddpm.cli import parsing
+from ddpm.config.presets import PresetArguments
+from ddpm.data.sources import folder_preset
+from ddpm.utils import command_line
+
+
+def main() -> int:
+    result = launch(parsing.parse_preset(PresetArguments, __doc__, folder_preset.preset))
+    return 128 + result.signal if result.signal else 0
+
+
+def launch(arguments: PresetArguments, items: Any = None) -> Any:
+    """Train, with `items`, a data set in Python, in place of the config's; returns a `fit.Result`."""
+    from ddpm.data import plan  # after parsing, so that --help and errors come at once
+
+    began = time.monotonic()
+    plan.check_batches(arguments.config)
+
+    from ddpm.training import loop  # seconds: PyTorch
+
+    loop.check(arguments.config)
+
+    from ddpm.cluster import job_folder, ray_init
+    from ddpm.data import builtin, ray_stream
+    from ddpm.runs import checkpoint, run_folder, settings  # seconds: Ray
+
+    job_folder.set_home(arguments.verbose)
+    config, preset = run_folder.with_storage(arguments.config), arguments.base or arguments.config
+    has_own_data = items is None and settings.has_own_data(config, preset)
+    connect = partial(ray_init.connect, arguments.verbose)
+    config = builtin.prepared(config, command_line.typed(), connect, items)
+    data_set = ray_stream.open_configured(config)
+    print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
+    changed = settings.differences(config, preset, "" if has_own_data else data_set.rows.fingerprint)
+    is_named = config.run.name is not None
+    if not is_named:
+        name = settings.run_name(arguments.preset, preset.data.images, changed)
+        config = replace(config, run=replace(config.run, name=name))
+    print(f"run         {config.run.storage}/{config.run.name}")
+    connect()
+    from ddpm.training.fit import Origin, fit, summary  # imported while Ray starts
+
+    origin = Origin(arguments.preset, changed, is_named)
+    result = fit(config, data_set, origin, verbose=arguments.verbose)
+    took = f"done after {time.monotonic() - began:.0f} s"
+    if result.was_finished:
+        print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
+        assert result.checkpoint is not None, "a finished run has one"
+        trained = checkpoint.config_at(result.checkpoint)
+        if in_vain := settings.typed_in_vain(config, preset, trained):
+            print(f"no effect   {', '.join(in_vain)}")
+    elif result.signal:
+        effect = "resumes it" if result.checkpoint else "starts it again"
+        print(f"stopped     at {result.images_seen:,} images; the same command {effect}")
+    else:
+        print(f"trained     {result.images_seen:,} images, {took}")
+    for line in summary(result):
+        print(command_line.installed(line))
+    return result

@@ -1,0 +1,1 @@
+"""The configuration: a tree of frozen dataclasses, its JSON, the kinds that its names select, and presets."""

@@ -1,0 +1,146 @@
+"""Reading, writing, checking and changing config trees (config.py). Unknown keys are errors; nothing is executed."""
+
+import dataclasses
+import functools
+import json
+import re
+import reprlib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddpm.config import kinds
+from ddpm.config.tree import Affects, Config, ModelConfig, UNetConfig
+from ddpm.utils import strict_json
+from ddpm.utils.errors import UserError
+
+_dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
+"""JSON of values in Python, also of NumPy's numbers and of paths."""
+
+RETIRED_KEYS: dict[str, tuple[Any, str]] = {
+    "sample.dynamic_threshold": (
+        None,
+        "dynamic thresholding was removed; delete the key, and x_0_hat is clipped to [-1, 1]",
+    ),
+}
+"""Keys that earlier versions wrote: their default, and what to do about another value."""
+
+RETIRED_VALUES: dict[str, tuple[Any, str]] = {
+    "sample.variance": ("measured", "sampling with the measured variance was removed; use 'beta_tilde'"),
+}
+"""Values of keys that earlier versions wrote, and what to do about them."""
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
+    """(dotted key, value, annotation, group) of each field, in the order of the tree."""
+    kinds = typing.get_type_hints(type(config), include_extras=True)
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, kinds[f.name], config
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A config tree as {"model.base_width": 128, ...}, in the order of the tree."""
+    return {key: value for key, value, _, _ in _leaves(config)}
+
+
+def keys_that_affect(config: Config, what: Affects) -> set[str]:
+    """The dotted keys that affect any of `what`."""
+    keys = set()
+    for key, _, kind, group in _leaves(config):
+        own = [mark for mark in typing.get_args(kind) if isinstance(mark, Affects)]
+        if (own[0] if own else group.affects) & what:
+            keys.add(key)
+    return keys
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `config` with dotted keys replaced: override(config, {"optim.lr": 1e-4})."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return _parsed(tree, "config", config)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first differences between flat configs, such as "optim.lr 0.1 (now 0.2), ..."; empty: there are none."""
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    listed = [f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:4]]
+    return ", ".join(listed + ["..."] * (len(changed) > 4))
+
+
+def check_values(config: Any) -> None:
+    """Raise UserError for the first value outside its field's range, with its dotted key.
+
+    The fields of a command line's `config`, `source` and `settings` are flags without that prefix.
+    """
+    for key, value, kind, _ in _leaves(config):
+        strict_json.check(kind, value, re.sub(r"^(config|source|settings)\.", "", key))
+
+
+def to_json(config: Any) -> str:
+    """`config` as indented JSON, the format of config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str | bytes, where: str = "config.json", base: Config | None = None) -> Config:
+    """The config that `to_json` wrote to the file `where`; keys that it lacks are those of `base`, or have defaults."""
+    values = strict_json.parse(dict[str, Any], text, where)
+    return _parsed(without_retired(values, where), where, base)
+
+
+def without_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested `values` of the file `where` without RETIRED_KEYS; UserError if that would change what they mean."""
+    kept = dict(values)
+    for key, (gone, remedy) in RETIRED_VALUES.items():
+        group, name = key.split(".")
+        if isinstance(kept.get(group), dict) and kept[group].get(name) == gone:
+            raise UserError(f"{where}: {key} is {gone!r}; {remedy}")
+    for key, (default, remedy) in RETIRED_KEYS.items():
+        group, name = key.split(".")
+        if not isinstance(kept.get(group), dict) or name not in kept[group]:
+            continue
+        kept[group] = dict(kept[group])
+        value = kept[group].pop(name)
+        if value != default:
+            raise UserError(f"{where}: {key} is {reprlib.repr(value)}; {remedy}")
+    return kept
+
+
+def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Config:
+    """The config of nested values; keys that they lack are those of `base`, or have defaults."""
+    tree = {} if base is None else dataclasses.asdict(base)
+    for group, value in values.items():
+        both = isinstance(tree.get(group), dict) and isinstance(value, Mapping)
+        tree[group] = tree[group] | value if both else value
+    model, given = tree.pop("model", {}), values.get("model", {})
+    config = strict_json.parse(Config, _dumps(tree), where)
+    kind: type[ModelConfig] = UNetConfig
+    if isinstance(model, dict):
+        kind = net_named(model.get("net", "unet"), where)
+        if base is not None and type(base.model) is not kind:  # keeps what all nets have
+            common = {f.name for f in dataclasses.fields(ModelConfig)}
+            model = {key: value for key, value in model.items() if key in common or key in given}
+    net = strict_json.parse(kind, _dumps(model), where, within="model")
+    return dataclasses.replace(config, model=net)
+
+
+def net_named(name: Any, where: str) -> type[ModelConfig]:
+    """The config class of a net, ours or an installed package's; `where` is the file or flag with its name."""
+    field = "model.net"
+    if not isinstance(name, str) or not kinds.is_known(field, name):
+        must = kinds.expected(field, name)
+        raise UserError(f"{where}: {field} is {reprlib.repr(name)}; it must {must}")
+    cls = kinds.find(field, name).load()
+    if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
+        raise UserError(
+            f"the target of the net {name!r} must be a subclass of ddpm.config.tree.ModelConfig with net = {name!r}"
+        )
+    return cls

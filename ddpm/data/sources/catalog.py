@@ -1,0 +1,38 @@
+"""The sources by name (ddpm/config/kinds.py)."""
+
+import inspect
+from typing import Any
+
+from ddpm.config import kinds
+from ddpm.data.sources.sources import Source
+from ddpm.utils.errors import UserError
+
+FIELD = "data.source"
+
+
+def names() -> list[str]:
+    """The names of all sources."""
+    return kinds.names(FIELD)
+
+
+def kind_of(name: str) -> Any:
+    """The class of the source called `name`."""
+    return kinds.find(FIELD, name).load()
+
+
+def named(name: str | None) -> Source:
+    """The source for data.source: NAME with default options, or torchvision:DATASET."""
+    if name is None:
+        raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
+    key, _, dataset = name.partition(":")
+    options = {"dataset": dataset} if dataset else {}
+    kind = kind_of(key)
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError:
+        raise UserError(
+            f"data.source is {name!r}, and {key} needs other options; make a data set with `python jobs/prepare.py "
+            f"{key} URI`, and give it as --data.shards URI"
+        ) from None
+    source: Source = kind(**options)
+    return source

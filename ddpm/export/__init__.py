@@ -1,0 +1,1 @@
+"""Export of nets: the formats of diffusers, both ways, and model cards."""

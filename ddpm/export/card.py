@@ -1,0 +1,33 @@
+"""A run's model card in Markdown, with the head of Hugging Face's cards: a folder with it can be uploaded there."""
+
+from collections.abc import Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ddpm.evaluation import compared_run, results_table
+from ddpm.evaluation.results import Report
+from ddpm.runs import builtin_nets
+from ddpm.utils.command_line import installed
+from ddpm.utils.progress import printable
+
+
+def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> str:
+    """The card of the run at `uri`, with code that uses it, and its evaluations (None: those in the run's folder)."""
+    if uri.startswith(builtin_nets.SCHEME):
+        return (builtin_nets.folder_of(uri) / "README.md").read_text()
+    (run,) = compared_run.read([uri])
+    if reports is None:
+        at = {(run.key, run.images_seen)}
+        reports = [v for v in run.evaluations if at & {(r.run_key, r.images_seen) for r in v.results}]
+    environment = Environment(
+        loader=PackageLoader("ddpm.export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+    )
+    return environment.get_template("card.md").render(
+        run=run,
+        use=use or installed(f"python jobs/sample.py {uri}"),
+        reports=[(Markup(results_table.table(v).markdown()), results_table.remarks(v, uri)) for v in reports],
+    )

@@ -1,1 +1,0 @@
-"""Export of nets (diffusers, torch.export), MLflow's registry, and resolution of names to checkpoints."""

@@ -1,0 +1,258 @@
+"""A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
+
+    net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, the optimizer's state
+    state.json       step, images_seen, the run's key, and the name of the random generator
+    config.json      the whole config: enough to rebuild the net
+    checksums.json   SHA-256 of every other file, written last
+
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint. Reading a damaged
+file raises UserError.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm.build import TrainedNet, build_net
+from ddpm.runs.run_folder import CHECKSUMS, PREFIX
+from ddpm.config.tree import Affects, Config
+from ddpm.config.json import differences, flatten, from_json, keys_that_affect, to_json
+from ddpm.runs import storage
+from ddpm.utils import files, strict_json
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
+
+_TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
+"""Files of a checkpoint."""
+BEST_PREFIX = "best-"
+NAME_DIGITS = 12
+
+
+def name_at(images_seen: int, prefix: str = PREFIX) -> str:
+    """Folder name of the checkpoint after `images_seen` images; names sort by age."""
+    return f"{prefix}{images_seen:0{NAME_DIGITS}d}"
+
+
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class StateFile(BaseModel):
+    """Content of state.json: how far training is, and the identity of the run; unknown keys are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    step: NonNegative
+    images_seen: NonNegative
+    skipped_steps: NonNegative = 0
+    best_held_out_loss: float | None
+    interval: Annotated[list[float], Field(min_length=10, max_length=10)] | None = None
+    generator: str = ""
+    run_key: str
+    """Empty for an imported checkpoint, which has no run."""
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copy of the training state at one moment, in main memory, so that training can continue."""
+
+    images_seen: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file: net, ema and optimizer."""
+    state: dict[str, Any]
+    """Content of state.json."""
+    config: str
+    """Content of config.json."""
+    wait: Callable[[], object] = lambda: None
+    """Returns when the tensors are complete; called before they are read."""
+
+
+def write(snapshot: Snapshot, folder: Path) -> None:
+    """Write `snapshot` as a checkpoint into the empty or new `folder`; checksums.json last, with all else on disk."""
+    files.make_folder(folder)
+    snapshot.wait()
+    for name, tensors in snapshot.tensors.items():
+        try:
+            save_file(tensors, folder / f"{name}.safetensors")
+        except SafetensorError as error:  # raised for a full disk, too
+            raise OSError(f"{folder}/{name}.safetensors: {error}") from None
+    (folder / "state.json").write_text(json.dumps(snapshot.state, indent=2) + "\n")
+    (folder / "config.json").write_text(snapshot.config)
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    files.sync_tree(folder)
+    files.write_whole(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
+    sums = read_checksums(folder)
+    needed = set(FILES) - {CHECKSUMS}
+    if missing := sorted(needed - set(sums)):
+        raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
+    for name in needed:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} is damaged: {name} is missing")
+        at = path.stat()
+        if _known_sha256(path, at.st_ino, at.st_size, at.st_mtime_ns) != sums[name]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, from checksums.json."""
+    file = folder / CHECKSUMS
+    if not file.exists():
+        raise UserError(f"{folder} is not a checkpoint: it has no {CHECKSUMS}")
+    return strict_json.parse(dict[str, str], read_bytes(file), f"{file} is damaged")
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a checkpoint's file."""
+    with as_user_error(f"{file} cannot be read"):
+        return files.read_whole(file)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read state.json of a checkpoint."""
+    return _read_state_file(folder / "state.json").model_dump(exclude_unset=True)
+
+
+def _read_state_file(file: Path) -> StateFile:
+    return strict_json.parse(StateFile, read_bytes(file), f"{file} is damaged", extra="allow")
+
+
+def check_belongs(folder: Path, run_key: str) -> None:
+    """Raise UserError unless the checkpoint in `folder` is the one of this name, and of the run with this key."""
+    file = folder / "state.json"
+    state = _read_state_file(file)
+    if folder.name != name_at(state.images_seen):
+        raise UserError(
+            f"{file} is damaged: images_seen is {state.images_seen}, in a folder named {folder.name}"
+        )
+    if state.run_key != run_key:
+        raise UserError(f"{file} is of another run: run_key is {state.run_key!r}; run.json has {run_key!r}")
+
+
+def images_seen_at(folder: Path | None) -> int:
+    """images_seen of a checkpoint; 0 for None. The tensors need not be intact."""
+    return read_state(folder)["images_seen"] if folder else 0
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a checkpoint."""
+    file = folder / "config.json"
+    return from_json(read_bytes(file), where=str(file))
+
+
+def config_at(uri: str) -> Config:
+    """config.json of the checkpoint in a folder or bucket."""
+    file = storage.resolve(uri).child("config.json")
+    with as_user_error(f"{file.uri} cannot be read"):
+        return from_json(file.read(), file.uri)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder; None: there is none."""
+    return max(
+        (file.parent for file in run.glob(f"{PREFIX}{'[0-9]' * NAME_DIGITS}/{CHECKSUMS}")), default=None
+    )
+
+
+def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
+    """The averaged (or the raw) net of a checkpoint, or of a run's newest, ready for sampling."""
+    folder = newest(Path(folder)) or Path(folder)
+    verify(folder)
+    config = read_config(folder)
+    net = build_net(config)
+    load_weights(net, folder / ("ema.safetensors" if ema else "net.safetensors"))
+    return TrainedNet(net.to(device).eval().requires_grad_(False), config)
+
+
+def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint of a net alone: the averaged net is the same, and the optimizer has no state."""
+    weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
+    tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
+    snapshot = Snapshot(
+        images_seen=state["images_seen"], tensors=tensors, state=state, config=to_json(trained.config)
+    )
+    write(snapshot, folder)
+
+
+def check_same_run(saved: Config, now: Config, where: str) -> None:
+    """Raise UserError if `saved` and `now` are configurations of different runs."""
+    if changed := _differences(saved, now, Affects.WEIGHTS):
+        raise UserError(
+            f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
+        )
+
+
+def check_same_net(saved: Config, now: Config, folder: Path) -> None:
+    """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
+    if changed := _differences(saved, now, Affects.NET):
+        raise UserError(f"train.init_from: {folder} has another net: {changed}; use those values")
+
+
+def _differences(saved: Config, now: Config, what: Affects) -> str:
+    """The first differences in keys that affect `what`, of those that both have: different nets have different keys."""
+    before = flatten(saved)
+    keys = keys_that_affect(now, what)
+    after = {key: value for key, value in flatten(now).items() if key in keys and key in before}
+    return differences({key: before[key] for key in after}, after)
+
+
+def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def load_weights(net: nn.Module, path: Path, optional: str = "") -> None:
+    """Put the weights in the file at `path` into `net`; the weight `optional` may be in one of the two alone."""
+    tensors = read_tensors(path, next(net.parameters()).device)
+    own = net.state_dict()
+    if optional in own:
+        tensors.setdefault(optional, own[optional])
+    else:
+        tensors.pop(optional, None)
+    check_fit(shapes(tensors), shapes(own), path)
+    net.load_state_dict(tensors)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise UserError unless the file has exactly the tensors that the net needs, in their shapes."""
+    for name in sorted(set(want) ^ set(there)):
+        has = "lacks" if name in want else "has the unknown"
+        raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
+    for name, shape in there.items():
+        if shape != want[name]:
+            differs = f"{name} is {shape}, the net has {want[name]}"
+            raise UserError(f"{path} is damaged or of another architecture: {differs}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _known_sha256(path: Path, *version: int) -> str:
+    """The hash of this version of a file, computed once in a process."""
+    return _sha256(path)

@@ -1,0 +1,217 @@
+"""A run's folder, the record of the run: everything after training reads it, and nothing else.
+
+run.json       what the run was when it began: key, configuration, data, command
+status.json    the run's status
+checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
+samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
+pictures/      pictures of the finished run
+evaluations/   results of jobs/evaluate.py, with the points that MLflow shows
+"""
+
+import contextlib
+import json
+import re
+import time
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from ddpm.config.tree import Config
+from ddpm.runs import storage
+from ddpm.runs.storage import Location
+from ddpm.utils import strict_json
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
+
+PREFIX = "checkpoint-"
+"""What the name of a checkpoint's folder begins with; images_seen follows."""
+CHECKSUMS = "checksums.json"
+"""File of a checkpoint that is written last: a folder without it is not one."""
+EVALUATIONS = "evaluations"
+"""Folder of a run with the results of jobs/evaluate.py."""
+SAMPLES = "samples"
+DENOISING = "denoising"
+PICTURES = "pictures"
+PICTURE = re.compile(r"(?P<images_seen>\d{12,19})\.png")
+"""File name of a picture in `samples` and `denoising`."""
+CARD = "run.json"
+STATUS = "status.json"
+"""File of a run with its status."""
+StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
+"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
+MAX_NAME_BYTES = 240
+"""A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
+RESERVED = "data"
+"""Folder beside the runs that holds prepared sources."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, however often the run is restarted."""
+
+    name: str
+    location: Location
+    key: str
+    """Random, created once; identifies the run in MLflow."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images that a run was begun with."""
+
+    source: str
+    fingerprint: str
+    uri: str
+    split: str
+    num_images: int
+    shape: tuple[int, ...]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search that a run is a trial of."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run was when it began."""
+
+    preset: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
+    """`settings.differences` from the preset."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The content of a checkpoint's config.json."""
+    data: Data | None = None
+    command: str = ""
+    """Resumes the run; empty for the trial of a search."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the packages, and the git commit."""
+    search: Search | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(Facts):
+    """Content of run.json. Version 0.1 wrote the name and the key alone."""
+
+    name: str = ""
+    run_key: str
+    created_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """Content of status.json. Rank 0 writes it while training, and the driver at the end."""
+
+    status: StatusName
+    """RUNNING also after the driver was killed."""
+    images_seen: Annotated[int, Ge(0)]
+    """Where training was; the newest checkpoint may be earlier."""
+    images_lost: Annotated[int, Ge(0)]
+    """Images lost to crashes: trained on again from an older checkpoint."""
+    minutes: Annotated[float, Ge(0)]
+    """Time of training, of all starts together."""
+    hardware: str = ""
+    ended_ms: int | None = None
+    """When training ended, in milliseconds since 1970; None: it has not."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Preset, changes, versions, command and hardware, in version 0.1."""
+
+
+def with_storage(config: Config) -> Config:
+    """`config` with an absolute storage URI; UserError if its run's name cannot be a folder's."""
+    if config.run.name is not None:
+        _check_name(config.run.name)
+    uri = storage.resolve(config.run.storage).uri
+    return replace(config, run=replace(config.run, storage=uri))
+
+
+def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
+    """The run `name` in the folder or bucket `uri`; a new run gets a key, and a run.json with `facts`."""
+    _check_name(name)
+    location = storage.resolve(uri).child(name)
+    with as_user_error(f"cannot write to run.storage {uri}"):
+        if location.child(CARD).exists():
+            return RunFolder(name, location, read_card(location).run_key)
+        key = uuid.uuid4().hex
+        now_ms = int(time.time() * 1000)
+        given = {} if facts is None else vars(facts)
+        card = Card(**given, name=name, run_key=key, created_ms=now_ms)
+        location.child(CARD).write((json.dumps(asdict(card), indent=2) + "\n").encode(), durable=True)
+    return RunFolder(name, location, key)
+
+
+def existing_run(uri: str) -> RunFolder:
+    """The run in the folder or bucket `uri`."""
+    location = storage.resolve(uri)
+    with as_user_error(f"cannot read {location.child(CARD).uri}"):
+        key = read_card(location).run_key if location.child(CARD).exists() else None
+    if key is None:
+        raise UserError(
+            f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
+        )
+    return RunFolder(Path(location.path).name, location, key)
+
+
+def folder_of(checkpoint_uri: str, run_key: str) -> Location | None:
+    """The folder of the run with this key, if the checkpoint lies in it."""
+    with contextlib.suppress(UserError):  # not a run's folder
+        run = existing_run(checkpoint_uri.rstrip("/").rpartition("/")[0])
+        return run.location if run.key == run_key else None
+    return None
+
+
+def read_card(run: Location) -> Card:
+    """Read run.json of the run in this folder."""
+    file = run.child(CARD)
+    return strict_json.parse(Card, file.read(), f"{file.uri} is damaged", extra="ignore")
+
+
+def status_json(status: Status) -> bytes:
+    """The content of status.json."""
+    return (json.dumps(asdict(status), indent=2) + "\n").encode()
+
+
+def read_status(run: Location) -> Status | None:
+    """Read status.json of the run in this folder; None: training has not begun."""
+    file = run.child(STATUS)
+    return strict_json.parse(Status, file.read(), f"{file.uri} is damaged") if file.exists() else None
+
+
+def write_status(run: Location, status: Status) -> None:
+    """Write status.json of the run in this folder."""
+    run.child(STATUS).write(status_json(status))
+
+
+def pictures(run: Location, series: str) -> dict[int, Location]:
+    """The pictures of the series SAMPLES or DENOISING by images_seen, ascending."""
+    folder = run.child(series)
+    named = [(match, folder.child(name)) for name in folder.files() if (match := PICTURE.fullmatch(name))]
+    return {int(match["images_seen"]): file for match, file in named}
+
+
+def checkpoints(location: Location) -> list[Location]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    children = [location.child(name) for name in checkpoint_names(location)]
+    return [child for child in children if child.child(CHECKSUMS).exists()]
+
+
+def checkpoint_names(location: Location, prefix: str = PREFIX) -> list[str]:
+    """Names of the checkpoints in a run's folder, complete or not, oldest first; a user's copies have other names."""
+    return [name for name in location.folders() if re.fullmatch(rf"{prefix}\d+", name)]
+
+
+def _check_name(name: str) -> None:
+    is_plain = name.isprintable() and name == name.strip() and "/" not in name and "\\" not in name
+    if not is_plain or name in ("", ".", "..", RESERVED):
+        raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"run.name has {len(name.encode())} bytes; at most {MAX_NAME_BYTES} are allowed: {name}"
+        )

@@ -1,1 +1,0 @@
-"""Folders and buckets, and locks in them."""

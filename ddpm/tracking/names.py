@@ -1,0 +1,96 @@
+"""Resolution of a name to a checkpoint: a folder of one or of a run, a model in MLflow's registry, or builtin:NAME."""
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from ddpm.runs import builtin_nets, checkpoint, storage
+from ddpm.runs.run_folder import checkpoints
+from ddpm.runs.storage import Location
+from ddpm.tracking import registry
+from ddpm.utils.errors import UserError
+from ddpm.utils.files import MAX_BYTES
+from ddpm.utils.retry import retry_io
+
+SCHEMES = (registry.SCHEME, builtin_nets.SCHEME)
+"""Beginnings of the URIs of checkpoints that are not in a folder or bucket."""
+
+
+def checkpoints_of(uri: str) -> list[str]:
+    """`uri` itself, if it is a checkpoint or has a scheme of SCHEMES; else the checkpoints of the run, oldest first."""
+    if uri.startswith(SCHEMES):
+        return [uri]
+    return [location.uri for location in _checkpoints_at(storage.resolve(uri), uri)]
+
+
+def name_of(uri: str) -> str:
+    """The name of a run or a registered or built-in net, as a folder's name; for a checkpoint, that of its run."""
+    if uri.startswith(SCHEMES):
+        return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-").replace(":", "-")
+    path = Path(storage.resolve(uri).path)
+    is_checkpoint = path.name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
+    return path.parent.name if is_checkpoint else path.name
+
+
+@contextmanager
+def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
+    """A context with the checkpoint at `uri` as a local folder; for a run its newest.
+
+    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder. Calls for its files are
+    retried for `timeout_s`.
+    """
+    if uri.startswith(SCHEMES):
+        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+            if uri.startswith(registry.SCHEME):
+                yield registry.download(uri, Path(folder))
+            else:
+                yield builtin_nets.unpack(uri, Path(folder))
+        return
+    location = storage.resolve(uri)
+    newest = retry_io(lambda: _checkpoints_at(location, uri)[-1], where=uri, timeout_s=timeout_s)
+    with as_folder(newest, timeout_s) as local:
+        yield local
+
+
+@contextmanager
+def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
+    """A context with the checkpoint at `location` as a local folder of the same name, downloaded if need be."""
+    if location.is_local:
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        local = Path(folder, Path(location.path).name)
+        local.mkdir()
+
+        def fetch(name: str) -> None:
+            copy = partial(
+                pafs.copy_files,
+                location.child(name).path,
+                str(local / name),
+                source_filesystem=location.filesystem,
+                destination_filesystem=pafs.LocalFileSystem(),
+                chunk_size=MAX_BYTES,  # in few requests
+            )
+            retry_io(copy, where=location.uri, timeout_s=timeout_s)
+
+        names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
+        with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # in parallel: a request may take seconds
+            list(pool.map(fetch, names))
+        yield local
+
+
+def _checkpoints_at(location: Location, uri: str) -> list[Location]:
+    """The checkpoint at `location`, which was given as `uri`, or the checkpoints of the run there, oldest first."""
+    if not location.exists():
+        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
+    if location.child(checkpoint.CHECKSUMS).exists():
+        return [location]
+    of_run = checkpoints(location)
+    if of_run:
+        return of_run
+    raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder")

@@ -1,0 +1,138 @@
+"""Command lines: short flags, short help, and one-line error messages."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.build import build_net
+from ddpm.cli import parsing
+from ddpm.config import presets
+from ddpm.config.json import flatten, override
+from ddpm.data.sources import folder_preset
+from ddpm.search import config as search_config
+
+MISTAKES = {
+    "train": "PRESET is missing",
+    "train --lr 1 digits": "PRESET is missing",
+    "train mnist": "there is no PRESET mnist",
+    "train digits --lrr 1": "--lrr, 1 (did you mean --lr?)",
+    "train digits --num-timestep 8": "--num-timestep, 8 (did you mean --schedule.num-timesteps?)",
+    "train digits --xyz": "--xyz; --help-all",
+    "train digits more": "more; --help-all",
+    "train digits --lr fast": "--lr/--optim.lr: ",
+    "train digits --lr": "'--lr/--optim.lr'",
+    "train digits --sampler dpm": "sample.sampler is 'dpm'; it must be one of auto, ddim, ddpm, ",
+    "train digits --schedule lineer": "(did you mean linear?)",
+    "train digits --model.net unett": "(did you mean unet?)",
+    "evaluate runs/a --features inceptoin": "(did you mean inception?)",
+    "evaluate runs/a --sampler ddim heum": "sampler.1 is 'heum'",
+    "train folder nowhere": "nowhere is not a folder",
+    "train folder": "--data.images FOLDER",
+    "search digit": "there is no PRESET digit",
+    "search digits --num-trails 4": "(did you mean --num-trials?)",
+    "prepare digitss data": "there is no SOURCE digitss",
+    "train digits --data.source digitss": "data.source is 'digitss'",
+    "sample runs/a --seeds 1": "(did you mean --seed?)",
+}
+
+
+@pytest.mark.parametrize("command_line", MISTAKES)
+def test_user_errors_are_one_line(user_error: Callable[..., str], command_line: str) -> None:
+    assert MISTAKES[command_line] in user_error(*command_line.split())
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["job.py", *words])
+    if issubclass(kind, presets.PresetArguments):
+        return parsing.parse_preset(kind, None, folder_preset.preset)
+    return parsing.parse(kind, None)
+
+
+def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "run.name": "a",
+        "run.storage": "s3://b/c",
+        "data.shards": "d",
+        "schedule.kind": "linear",
+        "optim.lr": 0.5,
+        "train.total_images": 100,
+        "train.batch_size": 64,
+        "train.seed": 7,
+        "sample.sampler": "heun",
+        "cluster.num_workers": "1:4",
+    }
+    assert values.keys() == parsing.SHORT.keys()
+    words = [word for key, value in values.items() for word in (parsing.SHORT[key], str(value))]
+    short = parsed(monkeypatch, presets.PresetArguments, "digits", *words)
+    words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    assert short == parsed(monkeypatch, presets.PresetArguments, "digits", *words)
+    assert short.config == override(presets.DIGITS, values)
+
+
+def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "digits --name n --storage s --seed 3 --lr 0.5 --workers 2".split()
+    chosen = parsed(monkeypatch, search_config.Arguments, *words)
+    assert (chosen.name, chosen.storage, chosen.seed) == ("n", "s", 3)
+    changed = override(presets.DIGITS, {"optim.lr": 0.5, "cluster.num_workers": 2})
+    assert chosen.config == changed
+
+
+def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., Any]) -> None:
+    keys = flatten(presets.DIGITS)
+    assert keys.keys() >= parsing.SHOWN_FIRST
+    brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
+    assert (brief.returncode, whole.returncode) == (0, 0)
+    for names in ("--model.net {unet}", "--schedule.kind {linear,", "--sample.sampler {auto,ddim,"):
+        assert names in " ".join(whole.stdout.replace("│", " ").split())
+    for key in keys:
+        flag = f"--{key.replace('_', '-')}"
+        assert f" {flag} " in whole.stdout or f" {flag}, " in whole.stdout, flag
+        named = parsing.SHORT.get(key, flag)
+        assert (f"│ {named} " in brief.stdout) == (key in parsing.SHOWN_FIRST), flag
+    assert brief.stdout.endswith("--help-all lists every flag.\n")
+    assert len(brief.stdout.splitlines()) < 55
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "channels"),
+    [
+        ([("L", 28)], 32, 1),
+        ([("L", 8), ("I;16", 8)], 8, 1),
+        ([("L", 12)] * 3 + [("RGB", 300)], 16, 3),
+        ([("RGB", 300), ("P", 200)], 32, 3),
+    ],
+    ids=str,
+)
+def test_the_preset_folder_has_the_size_and_colours_of_the_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[tuple[str, int]], size: int, channels: int
+) -> None:
+    for i, (mode, side) in enumerate(files):
+        Image.new(mode, (side + 5, side)).save(tmp_path / f"{i}.png")
+    (tmp_path / "torn.png").write_bytes(b"nothing")
+    config = parsed(monkeypatch, presets.PresetArguments, "folder", str(tmp_path), "--name", "a").config
+    changes = {"data.images": str(tmp_path), "model.image_size": size, "model.channels": channels}
+    changes["data.augment"] = 0.12
+    assert config == override(presets.FOLDER, changes | {"run.name": "a"})
+    flags = ("folder", str(tmp_path), "--model.image-size", "64", "--model.channels", "1")
+    config = parsed(monkeypatch, presets.PresetArguments, *flags).config
+    assert (config.model.image_size, config.model.channels) == (64, 1)
+    assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
+    assert parsed(monkeypatch, presets.PresetArguments, "folder", "--data", "x").config.data.shards == "x"
+
+
+def test_the_preset_folder_augments_few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(folder_preset, "FEW", 4)
+    for i in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    assert parsed(monkeypatch, presets.PresetArguments, "folder", str(tmp_path)).config.data.augment == 0.0
+    (tmp_path / "4.png").unlink()
+    words = "folder", str(tmp_path)
+    assert parsed(monkeypatch, presets.PresetArguments, *words).config.data.augment == folder_preset.AUGMENT
+    assert (
+        parsed(monkeypatch, presets.PresetArguments, *words, "--data.augment", "0").config.data.augment == 0.0
+    )
