@@ -157,7 +157,7 @@ class HuggingFace(ImageFiles):
 
         known = ", ".join(data.column_names)
         columns = [self.image_column]
-        if self.label_column in data.column_names:
+        if self.label_column is not None and self.label_column in data.column_names:
             columns.append(self.label_column)
             kind = data.features.arrow_schema.field(self.label_column).type
             if not pa.types.is_integer(kind):
