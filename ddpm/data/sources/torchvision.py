@@ -233,6 +233,7 @@ def _read_mnist(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
         for split in MNIST_PREFIXES:
             for name in _mnist_files(split):
                 (raw / name).write_bytes(_unpacked(folder / name))
+        for split in MNIST_PREFIXES:
             try:
                 data = MNIST(root, train=split == "train")
             except Exception:  # torchvision asserts, and raises many types
