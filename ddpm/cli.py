@@ -192,7 +192,8 @@ def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bo
             field = replace(field, helptext=partial(_help, field.helptext))
             metavar = _metavar(field.type) if for_help else None
             if metavar is not None:
-                field = replace(field, type=Annotated[field.type, tyro.conf.arg(metavar=metavar)])
+                shown: Any = Annotated[field.type, tyro.conf.arg(metavar=metavar)]
+                field = replace(field, type=shown)
             if group is None:
                 changed.append(field)
                 continue

@@ -357,10 +357,10 @@ class Choice:
 
 def _installed(field: str) -> EntryPoints:
     """The entry points of installed packages for a field."""
-    return _entry_points(tuple(sys.path)).select(group=GROUPS.get(field, ""))
+    return _entry_points(GROUPS.get(field, ""), tuple(sys.path))
 
 
-@functools.lru_cache(maxsize=1)
-def _entry_points(path: tuple[str, ...]) -> EntryPoints:
-    """All entry points on `path`, which is sys.path; reading them takes as long as importing a module."""
-    return entry_points()
+@functools.lru_cache
+def _entry_points(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of a group on `path`, which is sys.path; to read them takes 10 ms."""
+    return entry_points(group=group)

@@ -56,8 +56,8 @@ def env(package: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{package}:{processes.REPO}"}
 
 
-def test_the_package_adds_a_name_to_each_table(env: dict[str, str]) -> None:
-    done = processes.run([sys.executable, "-c", LOADED], env=env)
+def test_the_package_adds_a_name_to_each_table(tmp_path: Path, env: dict[str, str]) -> None:
+    done = processes.run([sys.executable, "-c", LOADED], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -70,7 +70,7 @@ def test_the_package_can_be_installed(tmp_path: Path) -> None:
     done = processes.run(command, cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     env = {"PYTHONPATH": f"{tmp_path}/site:{processes.REPO}"}
-    done = processes.run([sys.executable, "-c", LOADED], env=env)
+    done = processes.run([sys.executable, "-c", LOADED], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -113,7 +113,7 @@ assert "schedule.beta_end" in found and "schedule.beta_start" not in found
 assert "sample.clip_x_0" in found and "sample.eta" not in found
 assert "objective.weight" not in found
 """
-    done = processes.run([sys.executable, "-c", script], env=env)
+    done = processes.run([sys.executable, "-c", script], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     words = ["train", "digits", "--model.net", "mlp", "--model.num-classes", "2"]
     refused = run_job(*words, cwd=tmp_path, env=env)
