@@ -85,8 +85,8 @@ def test_the_classifier_is_deterministic_and_cached(
 def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> None:
     assert nets.build("pixels", train_digits, cache).size == 64
     assert nets.build("lite0", train_digits, cache).size == 1280
-    with pytest.raises(UserError, match="'vgg' is unknown"):
-        nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="features is 'vgg'"):
+        nets.build("vgg", train_digits, cache)
 
 
 class CountingPixels(Pixels):

@@ -216,8 +216,8 @@ def _without_files(self: FashionMnist) -> None:
     ("name", "message"),
     [
         ("torchvision:svhn", "dataset is 'svhn'"),
-        ("torchvision", "data.source is 'torchvision', which is not built in"),
-        ("nothing", "data.source is 'nothing', which is not built in"),
+        ("torchvision", "data.source is 'torchvision'"),
+        ("nothing", "data.source is 'nothing'"),
         (None, "no images are given: --data.images FOLDER, or a data set"),
     ],
 )
