@@ -51,7 +51,7 @@ def test_the_link_of_a_run_opens_its_description(
     page.get_by_role("heading", name="a-run").first.wait_for()
     page.get_by_text("predicts eps, cosine schedule of 500 steps").first.wait_for()
     page.get_by_text("Finished at 2,560 of 2,560 images").first.wait_for()
-    grid = page.get_by_role("img", name="samples").first
+    grid = page.locator("img[src^='get-artifact']").first  # as the description names it
     grid.wait_for()
     size = "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
     assert grid.evaluate(size) == [12, 8]
