@@ -90,4 +90,4 @@ def test_no_module_uses_private_parts_of_ray() -> None:
 def test_process_names_are_compared_in_one_place_only() -> None:
     quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in OBJECTIVES))
     found = {path.name for path in MODULES if quoted.search(path.read_text())}
-    assert found == {"config.py", "kinds.py"}
+    assert found == {"tree.py", "kinds.py"}

@@ -1,6 +1,6 @@
 """The configuration of a run, as one tree of frozen dataclasses.
 
-The tree is the command line (tyro), the MLflow parameters and the `config.json` of a checkpoint (config_io.py).
+The tree is the command line (tyro), the MLflow parameters and the `config.json` of a checkpoint (json.py).
 Sampling and evaluation rebuild the net from that file alone.
 """
 

@@ -9,7 +9,7 @@ and the device. All take, as far as they need it, and return [B, C, H, W], in [-
     noise      standard normal; drawn once, and once a step by a sampler that is random
     timesteps  falling
     eta        in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde
-    threshold  keeps x_0_hat in the range of images (`denoisers.clip`); None leaves it unchanged
+    threshold  keeps x_0_hat in the range of images (`guidance.clip`); None leaves it unchanged
     on_step    `on_step(step, x_t, x_0_hat)`, called in every step with its input and its prediction; the last x_0_hat
                is the image
 

@@ -98,7 +98,7 @@ def test_jobs_check_their_own_flags(
 
 
 UNBOUNDED = {"sigmoid_start", "sigmoid_end", "guidance_interval", "num_workers"}
-"""Any number, or checked with another: schedules.sigmoid, denoisers.check_interval, ClusterConfig.world_sizes."""
+"""Any number, or checked with another: schedules.sigmoid, guidance.check_interval, ClusterConfig.world_sizes."""
 
 
 def unbounded(kind: Any) -> bool:
