@@ -25,7 +25,7 @@ from ddpm.utils.images import Pixels
 
 @dataclass(frozen=True)
 class Run:
-    """A run, or what else jobs/sample.py takes: a checkpoint, models:/NAME@ALIAS, builtin:NAME."""
+    """A run, or what else ddpm sample takes: a checkpoint, models:/NAME@ALIAS, builtin:NAME."""
 
     uri: str
 
@@ -43,7 +43,7 @@ class Run:
         sampler: str | Sampler | None = None,
         **settings: Any,
     ) -> Pixels:
-        """The images of jobs/sample.py, uint8 [N, H, W, C].
+        """The images of ddpm sample, uint8 [N, H, W, C].
 
         `sampler` is the name of one, or a function: examples/inpainting has one. Other settings are those of
         config.sample: num_sample_steps=20. A function reads only those of guidance.
@@ -65,7 +65,7 @@ class Run:
 
 
 def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
-    """Train or resume a run, as jobs/train.py does.
+    """Train or resume a run, as ddpm train does.
 
     `data` is the URI of shards or a data set in Python (ddpm/data/sources/items.py), by default the preset's. Settings
     have the short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}). The run of a

@@ -1,7 +1,6 @@
 """Compare runs on one page: `ddpm compare` in a checkout (ddpm/cli/compare.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.compare import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("compare")

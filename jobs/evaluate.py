@@ -1,7 +1,6 @@
 """Evaluate checkpoints: `ddpm evaluate` in a checkout (ddpm/cli/evaluate.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.evaluate import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("evaluate")

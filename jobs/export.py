@@ -1,7 +1,6 @@
 """Export a net: `ddpm export` in a checkout (ddpm/cli/export.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.export import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("export")

@@ -1,7 +1,6 @@
 """Make a data set: `ddpm prepare` in a checkout (ddpm/cli/prepare.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.prepare import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("prepare")

@@ -1,7 +1,6 @@
 """Sample images from a checkpoint: `ddpm sample` in a checkout (ddpm/cli/sample.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.sample import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("sample")

@@ -1,7 +1,6 @@
 """Send a run to MLflow: `ddpm sync` in a checkout (ddpm/cli/sync.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.sync import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("sync")

@@ -1,7 +1,6 @@
 """Train a preset: `ddpm train` in a checkout (ddpm/cli/train.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.train import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("train")

@@ -1,7 +1,6 @@
 """Show the runs in MLflow: `ddpm ui` in a checkout (ddpm/cli/ui.py)."""
 
-from ddpm.cli import parsing
-from ddpm.cli.ui import main
+from ddpm.cli.program import script
 
 if __name__ == "__main__":
-    parsing.run(main)
+    script("ui")

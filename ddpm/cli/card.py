@@ -1,6 +1,6 @@
-"""Print a model card for Hugging Face: python jobs/card.py RUN > README.md
+"""Print a model card for Hugging Face: ddpm card RUN > README.md
 
-It names the data and their licence, the training, and the scores that jobs/evaluate.py left in the run's folder.
+It names the data and their licence, the training, and the scores that ddpm evaluate left in the run's folder.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Compare runs on one page: python jobs/compare.py RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
+"""Compare runs on one page: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
 RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or the
 command that would settle it; samples of equal seeds side by side, settings that differ, ranks with ties, and curves
-over images seen and over hours of training. All of it comes from the runs' folders, where training and jobs/evaluate.py
+over images seen and over hours of training. All of it comes from the runs' folders, where training and ddpm evaluate
 leave it; a run without samples is sampled now.
 """
 
@@ -25,7 +25,7 @@ class Arguments:
     out: Text = "report.html"
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
-    """Files or s3:// URIs that jobs/evaluate.py --out wrote, in addition to the evaluations in the runs' folders."""
+    """Files or s3:// URIs that ddpm evaluate --out wrote, in addition to the evaluations in the runs' folders."""
     sample: bool = True
     """Sample 64 images of the newest checkpoint of a run that has no samples."""
 

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
+"""Evaluate checkpoints: ddpm evaluate CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
 MLflow's registry, or builtin:NAME. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and

@@ -1,11 +1,11 @@
-"""Export a net: python jobs/export.py CHECKPOINT DIR
+"""Export a net: ddpm export CHECKPOINT DIR
 
 CHECKPOINT is a checkpoint, a run (its newest checkpoint), models:/NAME@ALIAS or builtin:NAME. DIR is a new folder: a
 pipeline for DDPMPipeline.from_pretrained, with a run's model card.
 
-    python jobs/export.py PIPELINE DIR --format checkpoint
+    ddpm export PIPELINE DIR --format checkpoint
 
-turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-from DIR trains from its weights.
+turns a diffusers folder into the checkpoint DIR; ddpm train --train.init-from DIR trains from its weights.
 """
 
 import sys

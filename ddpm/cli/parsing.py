@@ -9,7 +9,6 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +20,6 @@ from ddpm.config.json import check_values, from_json, override
 from ddpm.config.kinds import Choice
 from ddpm.config.presets import PresetArguments
 from ddpm.config.tree import Config
-from ddpm.utils.command_line import installed
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import read_whole
 from ddpm.utils.openmp import bound_spinning
@@ -60,7 +58,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(shortened(installed(printable(f"error: {error}")), MAX_LINE), file=sys.stderr)
+        print(shortened(printable(f"error: {error}"), MAX_LINE), file=sys.stderr)
         code = error.exit_code
     except PermissionError as error:
         what = f"{error.filename}: {error.strerror}; make it accessible" if error.filename else str(error)
@@ -90,7 +88,7 @@ def chosen(
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in (*HELP, HELP_ALL):
-        print(f"usage: {sys.argv[0]} {first} [flags]\n\n{installed(description or '')}\n{first}:")
+        print(f"usage: {sys.argv[0]} {first} [flags]\n\n{description or ''}\n{first}:")
         for name, about in names.items():
             print(f"    {name:<15} {about}".rstrip())
         sys.exit(0)
@@ -146,11 +144,10 @@ def parse(
     prog = " ".join(sys.argv[: len(sys.argv) - len(words)])
     registry = _registry(taken, only, asks_for_help)
     stderr = io.StringIO()
-    text = installed(description or "")
     try:
         with redirect_stderr(stderr):
             arguments = tyro.cli(
-                kind, prog=prog, description=text, args=words, default=default, registry=registry
+                kind, prog=prog, description=description or "", args=words, default=default, registry=registry
             )
     except SystemExit as end:
         if end.code:
@@ -163,7 +160,7 @@ def parse(
 
 
 def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bool) -> ConstructorRegistry:
-    """A registry with which tyro gives the fields of configs short names, and all fields help that fits the install.
+    """A registry with which tyro gives the fields of configs short names, and lists the names of kinds.
 
     They are no aliases of the fields themselves: an alias that is also a flag of the job is an error of tyro's.
 
@@ -186,7 +183,6 @@ def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bo
             return None
         changed = []
         for field in spec.fields:
-            field = replace(field, helptext=partial(_help, field.helptext))
             metavar = _metavar(field.type) if for_help else None
             if metavar is not None:
                 shown: Any = Annotated[field.type, tyro.conf.arg(metavar=metavar)]
@@ -221,12 +217,6 @@ def _metavar(kind: Any) -> str | None:
     if found is not None and type(None) in inner:
         return found.replace("{", "{None,", 1)
     return found
-
-
-def _help(text: str | Callable[[], str | None] | None) -> str | None:
-    """A flag's help, which tyro reads from the source only if it is shown."""
-    text = text() if callable(text) else text
-    return None if text is None else installed(text)
 
 
 def _in_a_line(box: str) -> str:

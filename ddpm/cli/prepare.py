@@ -1,7 +1,7 @@
-"""Make a data set: python jobs/prepare.py SOURCE URI [options]
+"""Make a data set: ddpm prepare SOURCE URI [options]
 
 URI is a folder or s3://bucket/prefix. Run the same command again to continue where it stopped; it does nothing if the
-data set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
+data set is complete. `ddpm prepare SOURCE --help` lists a source's options.
 """
 
 import os

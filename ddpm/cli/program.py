@@ -1,7 +1,4 @@
-"""The commands, one module each: a command line, and one call of the library.
-
-`ddpm train` is the installed program; `python jobs/train.py` is the same in a checkout.
-"""
+"""The program `ddpm`, whose commands are one module each. `python jobs/train.py` is `ddpm train` in a checkout."""
 
 import importlib
 import sys
@@ -34,6 +31,12 @@ def main() -> NoReturn:
     if sys.argv[1:] == ["--version"]:
         print(f"ddpm-on-ray {version('ddpm-on-ray')}")
         sys.exit(0)
+    parsing.run(_command)
+
+
+def script(name: str) -> NoReturn:
+    """A command as a script of a checkout, which is what `ray job submit` runs: it is `ddpm NAME`."""
+    sys.argv[1:1] = [name]
     parsing.run(_command)
 
 

@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --seed 0 --out DIR
+"""Sample images from a checkpoint: ddpm sample CHECKPOINT --num-images 64 --seed 0 --out DIR
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
 MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i

@@ -1,8 +1,8 @@
-"""Search noise schedule and learning rate: python tune/search.py PRESET [--num-trials 16] [--max-concurrent 2] ...
+"""Search noise schedule and learning rate: ddpm search PRESET [--num-trials 16] [--max-concurrent 2] ...
 
 Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the full variational bound of
 held-out images in bits/dim, with the same images and noise for all, never by a loss; the best few also by KID of
-generated images. Run the same command again, with the same --name, to continue the search. `python tune/search.py
+generated images. Run the same command again, with the same --name, to continue the search. `ddpm search
 PRESET --help` lists the flags that people change first, `--help-all` every flag; the preset's apply to every trial.
 """
 

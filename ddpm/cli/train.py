@@ -1,7 +1,7 @@
-"""Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
+"""Train a preset: ddpm train PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
 
 The same command resumes its run. Without --name a run is named by its preset, and by what differs from it.
-`python jobs/train.py PRESET --help` lists common flags, `--help-all` every flag.
+`ddpm train PRESET --help` lists common flags, `--help-all` every flag.
 """
 
 import time
@@ -66,5 +66,5 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in summary(result):
-        print(command_line.installed(line))
+        print(line)
     return result

@@ -1,4 +1,4 @@
-"""Show the runs in MLflow: python jobs/ui.py [--port 5000]
+"""Show the runs in MLflow: ddpm ui [--port 5000]
 
 Prints a link to the runs of each experiment. Then starts `mlflow ui` on ./mlflow.db, or on the SQLite file that
 MLFLOW_TRACKING_URI names.

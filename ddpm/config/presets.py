@@ -58,7 +58,7 @@ FASHION_MNIST = Config(
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08),
 )
-"""`python jobs/train.py fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is then 0.02 ± 0.01,
+"""`ddpm train fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is then 0.02 ± 0.01,
 and why sigma_min is not 0: benchmarks/samplers.md. What was tried: benchmarks/quality.md."""
 
 FOLDER = Config(
@@ -77,7 +77,7 @@ FOLDER = Config(
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08),
 )
-"""`python jobs/train.py folder PATH --workers 2`. The learning rate is among the best of those tried on the digits and
+"""`ddpm train folder PATH --workers 2`. The learning rate is among the best of those tried on the digits and
 Fashion-MNIST (benchmarks/optimizers.md); why gamma is 25: benchmarks/samplers.md; beside diffusers: quality.md."""
 
 CIFAR10 = Config(

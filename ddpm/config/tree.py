@@ -75,7 +75,7 @@ class DataConfig:
 
     affects: ClassVar = Affects.ORDER
     shards: Annotated[Text | None, Affects.LOCATION] = None
-    """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `images` or `source` is prepared first."""
+    """Folder or s3:// URI of a data set made by ddpm prepare. Without it, `images` or `source` is prepared first."""
     images: Text | None = None
     """Folder of images of any size; subfolders are classes. The images are first prepared at the net's size and
     channels in {run.storage}/data/."""

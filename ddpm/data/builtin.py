@@ -82,7 +82,7 @@ def _named(config: Config, command: str) -> tuple[str, Source]:
         kind, _, dataset = str(name).partition(":")
         shards = f"shards/{dataset or kind}"
         raise UserError(
-            f"{error}: `python jobs/prepare.py {kind} {shards} {error.flags}`, then `{command} --data.shards {shards}`"
+            f"{error}: `ddpm prepare {kind} {shards} {error.flags}`, then `{command} --data.shards {shards}`"
         ) from None
 
 

@@ -132,7 +132,7 @@ def read_manifest(location: Location, timeout_s: float = 0.0) -> Manifest:
         text = retry_io(lambda: file.read(MAX_MANIFEST_BYTES), where=file.uri, timeout_s=timeout_s)
     except FileNotFoundError:
         raise UserError(
-            f"no data set at {location.uri}: it has no {MANIFEST}; make one with `python jobs/prepare.py SOURCE "
+            f"no data set at {location.uri}: it has no {MANIFEST}; make one with `ddpm prepare SOURCE "
             f"{location.uri}`, or give a folder of images as --data.images"
         ) from None
     return manifest_from_json(text, file.uri)

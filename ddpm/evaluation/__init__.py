@@ -2,7 +2,7 @@
 
 In the order in which to read it:
 
-    settings         what jobs/evaluate.py takes
+    settings         what ddpm evaluate takes
     evaluate         checkpoints -> results, in pieces on any number of workers
     inputs           what that reads: checkpoints, data, features of real images
     bits_per_dim     the bound of held-out images; rung: the same, measured by the loop for a search

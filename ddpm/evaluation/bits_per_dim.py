@@ -1,6 +1,6 @@
 """The bound of held-out images in bits/dim, and their training loss.
 
-Training, the search and jobs/evaluate.py measure with these functions. The bound of image i depends on the seed and i
+Training, the search and ddpm evaluate measure with these functions. The bound of image i depends on the seed and i
 alone, not on worker and batch; the loss depends on the batch, too. `start` is the index of the first image of a batch.
 
 Axes: N images, H W, C channels, T timesteps.

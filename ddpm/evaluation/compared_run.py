@@ -92,7 +92,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
     """The runs at `uris`, folders or URIs, each once.
 
     Args:
-        evaluations: files of jobs/evaluate.py, beside those in the runs' folders.
+        evaluations: files of ddpm evaluate, beside those in the runs' folders.
         sample: sample a grid from the newest checkpoint of a run that has none.
     """
     compared: dict[str, ComparedRun] = {}
@@ -239,6 +239,6 @@ def _evaluations(folder: Location, remarks: list[Remark]) -> list[Report]:
 
 
 def _report_in(file: Location, where: str) -> Report:
-    """The results of jobs/evaluate.py in a file."""
+    """The results of ddpm evaluate in a file."""
     with as_user_error(f"{where} cannot be read"):
         return Report.from_json(file.read(), where)

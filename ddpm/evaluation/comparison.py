@@ -17,7 +17,6 @@ from ddpm.evaluation.compared_run import ERRORS, ComparedRun, Remark
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.results import CheckpointResult, Report, SampledScores, Score
-from ddpm.utils.command_line import installed
 
 NO_EFFECT_ON_SCORES = ("num_train_images",)
 """Settings of an evaluation that do not affect the ranked scores."""
@@ -227,7 +226,7 @@ def next_step(
         names: as in `verdicts`.
     """
     runs = [run for run in runs if run.images_seen]
-    evaluate = installed(shlex.join(["python", "jobs/evaluate.py", *(run.where for run in runs)]))
+    evaluate = shlex.join(["ddpm", "evaluate", *(run.where for run in runs)])
     if len({run.data for run in runs if run.data}) > 1:
         evaluate += f" --data.shards {shlex.quote(runs[0].settings.get('data.shards', 'DATA'))}"
     late = [run for run in runs if max(results.get(run.key, {}), default=-1) < run.images_seen]

@@ -156,7 +156,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
         """The report that `to_json` wrote, without pictures."""
-        wrong = f"{where} is not a result of jobs/evaluate.py"
+        wrong = f"{where} is not a result of ddpm evaluate"
         saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
         for result in strict_json.parse(dict[str, Any], text, wrong)["checkpoints"]:
             for drawn in result["drawn"]:

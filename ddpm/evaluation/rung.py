@@ -1,7 +1,7 @@
 """What ranks the trials of a search, measured by the loop: the bound of held-out images, and two losses.
 
 All trials of a search are measured with the same images, the same noise and the same quantiles of t (common random
-numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py. Every
+numbers): between two trials only the nets and the schedules differ. The numbers are those of ddpm evaluate. Every
 second image ranks the trials and the others report the best one. The bound depends on T for any net
 (diffusion/reverse.py).
 

@@ -116,7 +116,7 @@ def _push(run: RunFolder, timeout_s: float) -> str:
     shown = without_password(tracking_uri())
     try:
         if not is_in_mlflow(run):
-            command = f"python jobs/sync.py {run.location.uri}"
+            command = f"ddpm sync {run.location.uri}"
             return f"MLflow      {shown} does not have run {run.name}; `{command}` sends it"
         pushed = push_patiently(run, timeout_s)
     except MlflowError as error:

@@ -1,4 +1,4 @@
-"""Settings of an evaluation, which are flags of jobs/evaluate.py; light to import, so that --help is fast."""
+"""Settings of an evaluation, which are flags of ddpm evaluate; light to import, so that --help is fast."""
 
 from dataclasses import dataclass
 from typing import Annotated

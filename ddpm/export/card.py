@@ -8,7 +8,6 @@ from markupsafe import Markup
 from ddpm.evaluation import compared_run, results_table
 from ddpm.evaluation.results import Report
 from ddpm.runs import builtin_nets
-from ddpm.utils.command_line import installed
 from ddpm.utils.progress import printable
 
 
@@ -28,6 +27,6 @@ def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> st
     )
     return environment.get_template("card.md").render(
         run=run,
-        use=use or installed(f"python jobs/sample.py {uri}"),
+        use=use or f"ddpm sample {uri}",
         reports=[(Markup(results_table.table(v).markdown()), results_table.remarks(v, uri)) for v in reports],
     )

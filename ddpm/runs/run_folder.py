@@ -5,7 +5,7 @@ status.json    the run's status
 checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
 samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
 pictures/      pictures of the finished run
-evaluations/   results of jobs/evaluate.py, with the points that MLflow shows
+evaluations/   results of ddpm evaluate, with the points that MLflow shows
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PREFIX = "checkpoint-"
 CHECKSUMS = "checksums.json"
 """File of a checkpoint that is written last: a folder without it is not one."""
 EVALUATIONS = "evaluations"
-"""Folder of a run with the results of jobs/evaluate.py."""
+"""Folder of a run with the results of ddpm evaluate."""
 SAMPLES = "samples"
 DENOISING = "denoising"
 PICTURES = "pictures"

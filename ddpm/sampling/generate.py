@@ -1,6 +1,6 @@
 """Sampling with a net and its config: seeds, labels, guidance and sampler together.
 
-Training (for its grids) and jobs/sample.py sample with `draw`: image i is a function of the seed and i only.
+Training (for its grids) and ddpm sample sample with `draw`: image i is a function of the seed and i only.
 
 Axes: N images, C channels, H W.
 """

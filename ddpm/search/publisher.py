@@ -39,7 +39,7 @@ class Parent:
         """Find or create it; raises MlflowError."""
         mlflow = Connection(tracking_uri())
         search = self.search
-        return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="tune/search.py")
+        return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="ddpm search")
 
 
 class Publisher:

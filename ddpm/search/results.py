@@ -170,7 +170,7 @@ def _best_line(what: str, first: Sequence[Row]) -> Iterator[str]:
 
 
 def best_config(rows: Sequence[Row], config: Config) -> str | None:
-    """The best trial's changes to `config`, for `jobs/train.py PRESET --config FILE`; None: there is none.
+    """The best trial's changes to `config`, for `ddpm train PRESET --config FILE`; None: there is none.
 
     What depends on the machine is left out: data.shards, data.images, run and cluster.
     """

@@ -147,7 +147,7 @@ def _connect(uri: str) -> Any:
         if trace is not None:
             raise MlflowError(
                 f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). "
-                "Move this file away; a new one is then created, and `python jobs/sync.py RUN` sends a run to it"
+                "Move this file away; a new one is then created, and `ddpm sync RUN` sends a run to it"
             ) from None
         if isinstance(error, OperationalError) and "unable to open" not in str(error):
             # Such as a locked database: an OSError is temporary, as after the first connection.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.config.tree import Config
-from ddpm.utils.command_line import installed
 
 WORKFLOW = "workflowType=machine_learning"
 """Part of a link that shows MLflow's pages as model training; else they follow a switch that each browser remembers
@@ -80,7 +79,7 @@ def description(facts: Facts) -> str:
     if "command" in tags:
         lines.append(f"Resume: `{tags['command']}`")
     if "checkpoint" in tags:
-        lines.append(installed(f"Sample: `python jobs/sample.py {facts.folder}`"))
+        lines.append(f"Sample: `ddpm sample {facts.folder}`")
     return "\n\n".join(lines) + NOTE_END
 
 

@@ -209,7 +209,7 @@ def open_run(
     run_key: str,
     name: str,
     *,
-    source: str = "jobs/train.py",
+    source: str = "ddpm train",
     began_ms: int | None = None,
     warn: Callable[[str], object] = log.warning,
 ) -> MlflowRun:

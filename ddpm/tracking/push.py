@@ -211,7 +211,7 @@ class _Push:
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
-        """Results of jobs/evaluate.py: points, and the files with everything."""
+        """Results of ddpm evaluate: points, and the files with everything."""
         folder = self._location.child(run_folder.EVALUATIONS)
         names = folder.files()
         points = evaluations.read_points(folder, self._warn)

@@ -74,7 +74,7 @@ class Pusher:
         return self._announced - self._covered
 
     def close(self, patience_s: float = PATIENCE_S) -> Delivery:
-        """Push everything, the run's status included; `jobs/sync.py` sends later what is left.
+        """Push everything, the run's status included; `ddpm sync` sends later what is left.
 
         Args:
             patience_s: give up after so many seconds in which MLflow accepted nothing; if fewer than MIN_BEGIN_S, the

@@ -37,7 +37,7 @@ def check_effect(configs: Iterable[Config], given: Iterable[str], named: Callabl
     effective = {key for config in configs for key in params(config)}
     for name in given:
         if f"sample.{name}" not in effective:
-            raise UserError(f"{named(name)} has no effect here; jobs/sample.py --help says what it is for")
+            raise UserError(f"{named(name)} has no effect here; ddpm sample --help says what it is for")
 
 
 def flag(name: str) -> str:

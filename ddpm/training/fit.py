@@ -256,7 +256,7 @@ def summary(result: Result) -> list[str]:
     pushed = delivery.pushed
     where = without_password(tracking_uri())
     if not delivery.is_complete or pushed is None:
-        lines.append(f"MLflow      {where} lacks a part; `python jobs/sync.py {folder}` sends it")
+        lines.append(f"MLflow      {where} lacks a part; `ddpm sync {folder}` sends it")
         return lines
     lines.append(f"MLflow      run {pushed.run_id} in {where}")
     database = database_file(tracking_uri())

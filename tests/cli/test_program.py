@@ -11,7 +11,6 @@ import pytest
 from support.processes import REPO, run
 
 from ddpm.cli.program import COMMANDS, RETIRED, main
-from ddpm.utils import command_line
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
@@ -33,27 +32,10 @@ def test_a_retired_command_names_what_to_use(
     assert capsys.readouterr().err == f"error: there is no COMMAND {name}; {RETIRED[name]}\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("run `python jobs/sync.py runs/a`", "run `ddpm sync runs/a`"),
-        ("it is no result of jobs/evaluate.py", "it is no result of ddpm evaluate"),
-        ("/home/me/jobs/a.json and /home/me/jobs/a.py", "/home/me/jobs/a.json and /home/me/jobs/a.py"),
-    ],
-)
-def test_without_a_checkout_messages_name_the_program(
-    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert command_line.installed(text) == text
-    monkeypatch.setattr(command_line, "IN_CHECKOUT", False)
-    assert command_line.installed(text) == shown
-
-
 @pytest.mark.parametrize("name", COMMANDS)
-def test_without_a_checkout_help_names_no_script_of_it(
+def test_help_names_the_program_and_no_script(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command_line, "IN_CHECKOUT", False)
     for words in ([], ["folder"] if name == "prepare" else ["digits"]):
         monkeypatch.setattr(sys, "argv", [f"ddpm {name}", *words, "--help-all"])
         with suppress(SystemExit):

@@ -91,7 +91,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_a_user_error(tmp_path: Path) -> None:
     write(tmp_path, pixels(6))
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"s3://b/x.*jobs/prepare\.py"):
+    with pytest.raises(UserError, match=r"s3://b/x.*ddpm prepare"):
         read_manifest(dataclasses.replace(resolve(str(tmp_path)), uri="s3://b/x"))
 
 

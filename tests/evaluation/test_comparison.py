@@ -165,22 +165,22 @@ def test_no_more_images_than_kid_takes_are_advised() -> None:
 
 def test_the_next_step_is_the_exact_command() -> None:
     few = answer(scored(0, 0, held_out=1000))[1]
-    assert few and few.command == "python jobs/evaluate.py runs/a runs/b --num-images 360"
+    assert few and few.command == "ddpm evaluate runs/a runs/b --num-images 360"
     one = scored(0.02, 0)
     its = {"data.shards": "its shards"}
     late = [one[0], dataclasses.replace(one[1], images_seen=3000, data="x", settings=its)]
     step = answer(late)[1]
     assert step and step.text.startswith("Not evaluated alike at the newest checkpoint: b.")
-    assert step.command == "python jobs/evaluate.py runs/a runs/b"
+    assert step.command == "ddpm evaluate runs/a runs/b"
     late[0] = dataclasses.replace(late[0], data="y", settings={"data.shards": "my shards"})
     step = answer(late)[1]
-    assert step and step.command == "python jobs/evaluate.py runs/a runs/b --data.shards 'my shards'"
+    assert step and step.command == "ddpm evaluate runs/a runs/b --data.shards 'my shards'"
     page = shown_text(late)
     assert "The runs were trained on different data" in page and step.command in page
     assert "different data" not in shown_text(one)
     never = answer([run("a", images_seen=7), run("b", images_seen=7), run("without a checkpoint")])
     assert never[0] == [] and never[1] and "the newest checkpoint: a, b." in never[1].text
-    assert never[1].command == "python jobs/evaluate.py runs/a runs/b"
+    assert never[1].command == "ddpm evaluate runs/a runs/b"
     assert answer([run("without a checkpoint")]) == ([], None)
 
 

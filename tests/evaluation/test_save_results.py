@@ -111,15 +111,14 @@ def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server:
     lines = stored(report, "all.json")
     assert [line for line in lines if line.startswith("MLflow ")] == [
         *(f"MLflow      run {run_id} in {mlflow_server}" for run_id in ids),
-        f"MLflow      {mlflow_server} does not have run strange; "
-        f"`python jobs/sync.py {unknown.location.uri}` sends it",
+        f"MLflow      {mlflow_server} does not have run strange; `ddpm sync {unknown.location.uri}` sends it",
         "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
         f"MLflow      nothing is logged for {moved.checkpoint}, which is not in its run's folder",
     ]
     for i, run_id in enumerate(ids, 1):
         assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [1000 * i]
     assert len(unknown.location.child(run_folder.EVALUATIONS).files()) == 2
-    push(unknown)  # jobs/sync.py
+    push(unknown)  # ddpm sync
     run_id = tracked.run_with_key(mlflow_server, unknown.key).info.run_id
     assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [3000]
 

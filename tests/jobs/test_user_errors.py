@@ -16,7 +16,7 @@ MISTAKES = {
     "train digits --sample.sampler mix": "sampler mix",
     "train digits --run.storage gs://b/runs": "unknown scheme",
     "train digits --run.name a/b": "run.name",
-    "train digits --data.shards none": "jobs/prepare.py",
+    "train digits --data.shards none": "ddpm prepare",
     "prepare digits": "URI",
     "prepare fashion-mnist data --path none": "--path",
     "prepare folder data --path none --size 16": "none is not a folder",

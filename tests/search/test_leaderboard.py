@@ -270,7 +270,7 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
     assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
     assert run.data.params["search.metric"] == "bits_per_dim"
     assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.375)
-    assert run.data.tags["mlflow.source.name"] == "tune/search.py"
+    assert run.data.tags["mlflow.source.name"] == "ddpm search"
     assert run.data.tags["mlflow.note.content"] == Path(place.path, "results.md").read_text()
     assert run.info.status == "FINISHED"
     assert any(line.startswith("MLflow      run ") for line in lines)

@@ -116,7 +116,7 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
         "Stopped at 64 of 128 images; bits/dim 4.2500 ± 0.5000.",
         f"![samples](get-artifact?path={mlflow_pages.GRID}&run_uuid={run_id})",
         f"Resume: `{tracked.COMMAND}`",
-        f"Sample: `python jobs/sample.py {run.location.uri}`",
+        f"Sample: `ddpm sample {run.location.uri}`",
         "*Written by the run; another text in its place stays.*",
     ]
 

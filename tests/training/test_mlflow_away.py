@@ -39,7 +39,7 @@ def test_mlflow_is_down_for_the_whole_run_and_synced_later(
         assert job.wait() == 0, job.output
     assert_same(run, undisturbed)
     assert job.output.count("MLflow at ") - job.output.count("waiting for MLflow at ") == 1
-    assert f"`python jobs/sync.py {run.location.uri}`" in job.output
+    assert f"`ddpm sync {run.location.uri}`" in job.output
 
     failed = run_job("sync", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr

@@ -31,7 +31,7 @@ def named(name: str | None) -> Source:
         inspect.signature(kind).bind(**options)
     except TypeError:
         raise UserError(
-            f"data.source is {name!r}, and {key} needs other options; make a data set with `python jobs/prepare.py "
+            f"data.source is {name!r}, and {key} needs other options; make a data set with `ddpm prepare "
             f"{key} URI`, and give it as --data.shards URI"
         ) from None
     source: Source = kind(**options)

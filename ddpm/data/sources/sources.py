@@ -67,7 +67,7 @@ class Source(Protocol):
 
 
 class MissingFiles(UserError):
-    """The files of a source are missing; `flags` tell jobs/prepare.py where they are."""
+    """The files of a source are missing; `flags` tell ddpm prepare where they are."""
 
     def __init__(self, message: str, flags: str) -> None:
         super().__init__(message)

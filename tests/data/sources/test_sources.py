@@ -199,10 +199,10 @@ def test_training_on_missing_files_says_how_to_prepare_them(
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        builtin.prepared(config, "python jobs/train.py preset")
+        builtin.prepared(config, "ddpm train preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
-    assert train == f"python jobs/train.py preset --data.shards {words[3]}"
+    assert train == f"ddpm train preset --data.shards {words[3]}"
     refused = processes.run_job("prepare", *(word.replace("FOLDER", "absent") for word in words[2:]))
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: absent")
