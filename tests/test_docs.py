@@ -105,7 +105,7 @@ def test_jobs_take_their_arguments(
     monkeypatch.setattr(parsing, "parse", parse_only)
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(f"ddpm.cli.{module.rpartition('.')[2]}").main()
     except (Parsed, UserError) as error:  # files of a source, which are not in the repository
         assert isinstance(error, Parsed) or module == "jobs.prepare"
     except SystemExit as error:

@@ -174,5 +174,5 @@ def test_a_broken_plugin_is_an_error_with_its_name(tmp_path: Path, monkeypatch: 
     assert kinds.names("model.net")[-2:] == ["lost", "odd"]
     with pytest.raises(UserError, match=r"'lost' of the package odd .*ModuleNotFoundError"):
         from_json('{"model": {"net": "lost"}}')
-    with pytest.raises(UserError, match=r"'odd' of the package odd must be a ddpm\.kinds\.Kind"):
+    with pytest.raises(UserError, match=r"'odd' of the package odd must be a ddpm\.config\.kinds\.Kind"):
         from_json('{"model": {"net": "odd"}}')

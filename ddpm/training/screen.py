@@ -99,7 +99,6 @@ class Screen:
 
     def _text(self) -> str:
         """The screen of a terminal."""
-        assert isinstance(self._display, LiveText), "lines have no screen"
         lines = [f"{BOLD}{self._name}{PLAIN}"]
         progress = self._values.get(run_state.PROGRESS)
 
@@ -109,6 +108,7 @@ class Screen:
         if progress is None:
             add("starting", f"{_duration(time.monotonic() - self._began)} for Ray's workers")
             return "\n".join(lines)
+        assert isinstance(self._display, LiveText), "lines have no screen"
         if self._display.has_unicode:
             levels = LEVELS
             plus_minus = "±"

@@ -14,7 +14,7 @@ from ddpm.config.tree import Config
 from ddpm.data.ray_stream import open_configured
 from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.data.row_group import CorruptData
-from ddpm.runs import storage
+from ddpm.runs import s3
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
@@ -31,7 +31,7 @@ def faulty(
 ) -> Iterator[proxy.FaultyProxy]:
     """A proxy between locations and the server; requests that get no answer time out after two seconds, not twenty."""
     if "black_hole" in request.node.name:  # elsewhere a busy machine may be slow
-        monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(s3, "REQUEST_TIMEOUT_S", 1.0)
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
         yield faulty

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from support.processes import REPO
 
-from ddpm import commands
+from ddpm.cli import program
 from ddpm.utils.errors import UserError
 
 MOVED = [
@@ -38,5 +38,5 @@ def test_the_error_names_the_example(user_error: Callable[..., str], command_lin
 def test_the_error_of_the_program_names_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ddpm", "demo", "builtin:digits"])
     with pytest.raises(UserError) as raised:
-        commands._command()
+        program._command()
     check(str(raised.value))

@@ -30,7 +30,7 @@ MISTAKES = {
     "compare there --evaluations none": "--evaluations none",
     "compare there --evaluations there/card.json": "card.json",
     "export c there": "there exists",
-    "export c out --format pt2 --label 3": "--label",
+    "export c out --format pt2 --label 3": "--format pt2",
     "export c out --alias champion": "--alias",
     "export c out --register name --no-ema": "averaged weights",
     "export c out": "c does not exist",

@@ -14,7 +14,8 @@ import pytest
 from support import servers
 from support.processes import REPO
 
-from ddpm.runs import lock, storage
+from ddpm.runs import lock as driver_lock
+from ddpm.runs import storage
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.storage import Location
 from ddpm.utils import process
@@ -32,15 +33,15 @@ with DriverLock(storage.resolve(sys.argv[1]), "run", "--run.name", print):
 
 @pytest.fixture
 def location(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> Location:
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
     return storage.resolve(root_uri)
 
 
 @pytest.fixture
 def patience(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a live holder may be late by a second."""
-    monkeypatch.setattr(lock, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(driver_lock, "PATIENCE_S", 5.0)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_second_driver_is_rejected_while_the_first_is_alive(location: Location
             lock(location).__enter__()
         assert not first.is_lost
         first.check()
-    assert not location.child(lock.FILE).exists()  # so that the next driver does not wait
+    assert not location.child(driver_lock.FILE).exists()  # so that the next driver does not wait
     with lock(location, pytest.fail):
         pass
 
@@ -88,7 +89,7 @@ def test_the_lock_of_a_killed_process_on_this_machine_is_taken_at_once(
 
 def test_a_reused_pid_is_not_mistaken_for_the_holder(location: Location) -> None:
     ours = process.token()
-    location.child(lock.FILE).write(foreign_lock_file(pid=os.getpid(), process=ours + "1"))
+    location.child(driver_lock.FILE).write(foreign_lock_file(pid=os.getpid(), process=ours + "1"))
     with lock(location, pytest.fail):
         pass
 
@@ -97,11 +98,11 @@ def test_a_reused_pid_is_not_mistaken_for_the_holder(location: Location) -> None
     "left", [foreign_lock_file(), foreign_lock_file(process="f00-1-1"), b"{", b"[]", b""]
 )
 def test_the_lock_of_a_dead_process_on_another_machine_is_taken(location: Location, left: bytes) -> None:
-    location.child(lock.FILE).write(left)
+    location.child(driver_lock.FILE).write(left)
     lines: list[str] = []
     with lock(location, lines.append):
         assert "waiting" in lines[0] and len(lines) == 1
-        assert b'"beats"' in location.child(lock.FILE).read()
+        assert b'"beats"' in location.child(driver_lock.FILE).read()
 
 
 @pytest.mark.usefixtures("patience")
@@ -115,7 +116,7 @@ def test_different_clocks_do_not_matter(location: Location, monkeypatch: pytest.
 
 
 def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:
-    file = location.child(lock.FILE)
+    file = location.child(driver_lock.FILE)
     file.write(foreign_lock_file())
     with lock(location, lambda line: file.filesystem.delete_file(file.path)):
         pass
@@ -125,7 +126,7 @@ def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:
 @pytest.mark.parametrize("left", [None, foreign_lock_file()])
 def test_only_one_of_many_concurrent_drivers_gets_the_lock(location: Location, left: bytes | None) -> None:
     if left is not None:
-        location.child(lock.FILE).write(left)
+        location.child(driver_lock.FILE).write(left)
     start, won, refused = threading.Barrier(6), list[DriverLock](), list[str]()
 
     def take() -> None:
@@ -147,7 +148,7 @@ def test_only_one_of_many_concurrent_drivers_gets_the_lock(location: Location, l
 
 
 def test_a_suspended_holder_learns_that_it_lost_the_lock(location: Location) -> None:
-    file = location.child(lock.FILE)
+    file = location.child(driver_lock.FILE)
     with lock(location) as first:
         while not first.is_lost:  # it may overwrite the file once, if it had checked just before
             file.write(foreign_lock_file())

@@ -10,7 +10,7 @@ from moto import mock_aws
 from support import proxy, servers
 from support.processes import wait_for
 
-from ddpm.runs import storage
+from ddpm.runs import s3, storage
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 
@@ -141,7 +141,7 @@ def test_a_pickled_location_keeps_its_retries_and_time_outs(
     """Workers get the location pickled."""
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
-        monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 3.0)
+        monkeypatch.setattr(s3, "REQUEST_TIMEOUT_S", 3.0)
         location = storage.resolve(s3_bucket).child("x")
         location.write(b"x")
         for mode, answer in (

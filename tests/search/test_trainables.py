@@ -59,13 +59,13 @@ def write_rung(trials: Trials, images_seen: int) -> None:
     trials.folder.child("one").child(file_name(images_seen)).write(evaluation.to_json())
 
 
-@pytest.mark.parametrize(("outcome", "value"), [("stopped", 2.5), ("failed", None)])
+@pytest.mark.parametrize(("outcome", "value"), [("stopped", 2.0), ("failed", None)])
 def test_an_equal_proposal_reports_the_results_of_the_first(
     trial: GroupTrial, trials: Trials, first: DriverLock, outcome: Outcome, value: float | None
 ) -> None:
     with first, ThreadPoolExecutor(1) as pool:
         write_rung(trials, 64)
-        assert trial.step() == {IMAGES_SEEN: 64, VALUE: 2.5, "done": False}
+        assert trial.step() == {IMAGES_SEEN: 64, VALUE: 2.0, "done": False}
         waiting = pool.submit(trial.step)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=1)

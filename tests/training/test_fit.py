@@ -116,7 +116,7 @@ class AfterASignal(StopSignals):
     def __init__(self, end: int | BaseException, ended_early: bool) -> None:
         self._end, self.ended_early = end, ended_early
 
-    def train(self) -> int:
+    def supervise(self) -> int:
         if isinstance(self._end, BaseException):
             raise self._end
         return self._end
