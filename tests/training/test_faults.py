@@ -292,5 +292,5 @@ def test_memory_that_is_always_full_is_one_error(run: Run) -> None:
     (error,) = re.findall("^error: .*", job.output, re.MULTILINE)
     assert "out of memory: " in error and "--train.forward-images" in error and "4 times" in error
     assert "Traceback" not in job.output and "Refer to" not in job.output
-    found = runs.read_status(run.location)
+    found = run_folder.read_status(run.location)
     assert found is not None and found.status == "FAILED" and found.ended_ms is not None
