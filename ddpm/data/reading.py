@@ -1,6 +1,6 @@
 """Reading shards by the plan: images at given positions of the order, and one rank's micro-batches of them.
 
-Ray's reading processes (ray_dataset.py) and training without Ray use it.
+Ray's reading processes (ray_stream.py) and training without Ray use it.
 """
 
 import itertools
