@@ -122,16 +122,10 @@ def test_an_exported_net_is_registered_and_sampled_from(
 ) -> None:
     uri = mlflow_server if store == "server" else f"sqlite:///{tmp_path}/mlflow.db"
     env = {"MLFLOW_TRACKING_URI": uri}
-    out = tmp_path / "program"
-    words = (folder, out, "--format", "pt2", "--register", name, "--alias", "champion")
+    words = (folder, tmp_path / "exported", "--register", name, "--alias", "champion")
     done = run_job("export", *words, env=env)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert (lines[0], lines[-1]) == (f"program     {out}/net.pt2", f"model       models:/{name}/1 in {uri}")
-    net = checkpoint.load_net(folder).net
-    arguments = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 19]), torch.tensor([0, 2, 3])
-    program = torch.export.load(out / "net.pt2").module()
-    assert (program(*arguments) - net(*arguments)).abs().max() < 1e-5
+    assert done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {uri}"
 
     for source, drawn in ((f"models:/{name}@champion", "registered"), (folder, "ours")):
         words = (source, "--num-images", 4, "--seed", 7, "--out", tmp_path / drawn)
