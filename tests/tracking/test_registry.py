@@ -122,7 +122,7 @@ def test_an_exported_net_is_registered_and_sampled_from(
 ) -> None:
     uri = mlflow_server if store == "server" else f"sqlite:///{tmp_path}/mlflow.db"
     env = {"MLFLOW_TRACKING_URI": uri}
-    words = (folder, tmp_path / "exported", "--register", name, "--alias", "champion")
+    words = (folder, tmp_path / "exported", "--label", 3, "--register", name, "--alias", "champion")
     done = run_job("export", *words, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {uri}"
