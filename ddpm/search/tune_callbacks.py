@@ -96,6 +96,7 @@ class Outcomes(tune.Callback):
         self._began_at[name] = time.monotonic()
         self._trials.begin(name, trial.config, self._repeats(trial.config))
         self._news(f"{name} {'begins' if known is None else 'resumes'}: {changes_text(trial.config)}")
+        self._publisher.notify(name)  # so that MLflow shows the search from its start
 
     def on_trial_result(
         self,
