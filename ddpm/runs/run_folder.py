@@ -40,6 +40,8 @@ PICTURE = re.compile(r"(?P<images_seen>\d{12,19})\.png")
 CARD = "run.json"
 STATUS = "status.json"
 """File of a run with its status."""
+STATUS_TRIES = 3
+"""pyarrow asks S3 for the size of a file before it reads it: a longer file that replaces it meanwhile is cut off."""
 StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
 """STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
 MAX_NAME_BYTES = 240
@@ -181,7 +183,15 @@ def status_json(status: Status) -> bytes:
 def read_status(run: Location) -> Status | None:
     """Read status.json of the run in this folder; None: training has not begun."""
     file = run.child(STATUS)
-    return strict_json.parse(Status, file.read(), f"{file.uri} is damaged") if file.exists() else None
+    if not file.exists():
+        return None
+    for tries_left in reversed(range(STATUS_TRIES)):
+        try:
+            return strict_json.parse(Status, file.read(), f"{file.uri} is damaged")
+        except UserError:
+            if tries_left == 0:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def write_status(run: Location, status: Status) -> None:
