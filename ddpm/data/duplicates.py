@@ -133,7 +133,7 @@ def report(source: Any, location: Location, manifest: Manifest, dropped: bool = 
 def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:
     """Write shards again without the rows `dropped`, and return those that are left.
 
-    After a kill, shards with too few rows are written anew.
+    If the process was killed before, incomplete shards are written again.
     """
     kept = list[Shard]()
     begin = 0

@@ -159,7 +159,7 @@ class _RayTasks:
             # By default Ray ends the process of a GPU task, and with it the net on its GPU, after one call.
             options |= {"num_cpus": 0, "num_gpus": 1, "max_calls": 0}
         self._task: Any = ray.remote(**options)(run_piece)
-        # Ray would load an argument for every piece, but leaves a reference in a list as it is.
+        # Ray loads a reference that is an argument, for every piece. It does not load one inside a list.
         self._make = [ray.put(make)]
 
     def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:

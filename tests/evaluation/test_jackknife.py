@@ -29,7 +29,7 @@ def error_of_difference(generated: np.ndarray, real: np.ndarray, label: np.ndarr
 
 @pytest.mark.parametrize("is_labelled", [True, False])
 def test_the_error_of_groups_is_that_of_redrawing_both_samples(is_labelled: bool) -> None:
-    """Of images with given classes, the spread between the classes is not an error."""
+    """If each image has a given class, the error excludes the spread between classes."""
     noise = np.random.RandomState(0)
     variances = []
     for _ in range(200):

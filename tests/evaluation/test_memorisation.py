@@ -116,7 +116,9 @@ def test_the_plot_of_nearest_images_shows_the_nearest_pairs_first(
 ) -> None:
     image = np.random.RandomState(0).randint(0, 256, (130, 8, 8, channels)).astype(np.uint8)
     image[..., 0, 0, :] = 255
-    train, held_out, drawn = image[:60], image[60:90], image[90 : 90 + num_drawn]
+    train = image[:60]
+    held_out = image[60:90]
+    drawn = image[90 : 90 + num_drawn]
     drawn[4], drawn[3] = train[50], train[20]
     drawn[3, 0, 1] ^= 4
     near, near_held_out = nearest([drawn, held_out], [train])
