@@ -1,8 +1,8 @@
 """Tested: how a net is packed (tests/runs/test_builtin_nets.py). Not tested: the training, which made today's nets.
 
-Retrains the built-in nets: python infra/builtin_nets.py [digits fashion-mnist]. It trains each preset with two workers on
-CPUs, keeps its averaged weights in ddpm/runs/nets, evaluates these, and writes their model card. The same commit and
-versions give the same bits on one kind of CPU; each card names its own.
+Retrains the built-in nets: python infra/builtin_nets.py [digits fashion-mnist]. It trains each preset with two
+workers on CPUs, keeps its averaged weights in ddpm/runs/nets, evaluates these, and writes their model card. The same
+commit and versions give the same bits on one kind of CPU; each card names its own.
 """
 
 import json
