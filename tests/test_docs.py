@@ -78,9 +78,9 @@ def our_commands() -> Iterator[tuple[str, list[str], str]]:
                 name = word
             elif program_name.endswith("python") and (match := SCRIPT.fullmatch(word)):
                 name = match[2]
-            if name and not any("..." in argument for argument in arguments):
-                if arguments or name == "ui":
-                    yield name, arguments, path
+            is_whole = name == "ui" or (arguments and not any("..." in argument for argument in arguments))
+            if name and is_whole:
+                yield name, arguments, path
 
 
 def test_commands_are_found() -> None:
@@ -181,3 +181,18 @@ def test_the_file_tree_is_the_tree() -> None:
     paths = [path for path in (REPO / "ddpm").iterdir() if not path.name.startswith(("__", "py.typed"))]
     there = {f"ddpm/{path.name}{'/' if path.is_dir() else ''}" for path in paths}
     assert there == {name for name in listed if name.startswith("ddpm/") and name != "ddpm/"}
+
+
+def test_the_results_on_the_front_page_are_those_of_the_benchmark() -> None:
+    """README.md quotes benchmarks/quality.md: KID of each trainer, and the least and most times sooner."""
+    front = (REPO / "README.md").read_text()
+    race = (REPO / "benchmarks/quality.md").read_text().partition("<!-- by hand")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in race.splitlines()]
+    for name, shown in (("cifar10", "CIFAR-10"), ("emoji", "emoji"), ("figures", "figures of a game")):
+        of_set = [row for row in rows if row[:1] == [name]]
+        kid = {(row[1], row[2].startswith("ours, ")): row[3] for row in of_set if len(row) == 8}
+        (sooner,) = [row[4] for row in of_set if len(row) == 5 and row[2].startswith("ours, ")]
+        times = sorted(float(value) for value in sooner.split(","))
+        quoted = [kid["ours", False], kid["diffusers", True], kid["diffusers", False]]
+        ends = f"{times[0]:.1f} to {times[-1]:.1f} times sooner"
+        assert f"| {' | '.join([shown, *quoted, ends])} |" in front

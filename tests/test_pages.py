@@ -1,4 +1,4 @@
-"""The pages that a person follows: their commands are run in their order, and their Python as well, as small as they get."""
+"""The pages that a person follows: their commands are run in their order, with small nets and few images."""
 
 import re
 import shlex
