@@ -1,4 +1,4 @@
-"""Computes docs/scale.md: what changes from 1 to 256 GPUs and from 1 GB to 100 TB.
+"""Computes docs/design/scale.md: what changes from 1 to 256 GPUs and from 1 GB to 100 TB.
 
     PYTHONPATH=benchmarks python benchmarks/scale.py
 
@@ -38,7 +38,7 @@ from ddpm.training import mfu
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
 
-OUT = Path(__file__).parent.parent / "docs/scale.md"
+OUT = Path(__file__).parent.parent / "docs/design/scale.md"
 GPUS = (1, 8, 256)
 SIZES = {"1 GB": 1e9, "1 TB": 1e12, "100 TB": 1e14}
 IMAGES_PER_GPU = 128
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def page(measured: Measured, utilisation: float) -> str:
-    """docs/scale.md."""
+    """docs/design/scale.md."""
     plans = {
         (name, gpus): plan(config, gpus, utilisation, measured)
         for name, config in {"cifar10": CIFAR10, "celeba64": CELEBA64}.items()
@@ -251,7 +251,7 @@ def page(measured: Measured, utilisation: float) -> str:
     return f"""\
 # From 1 to 256 GPUs, from 1 GB to 100 TB
 
-Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this page
+Computed by [benchmarks/scale.py](../../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this page
 was run on GPUs: it shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
 
 ## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3

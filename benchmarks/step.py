@@ -270,7 +270,7 @@ def write(
         if known and ours and arguments.case == "cifar10":
             lines += [
                 "",
-                f"MFU of {ours}: {flops_per_s / known:.1%} of the peak in the data sheet. For docs/scale.md:",
+                f"MFU of {ours}: {flops_per_s / known:.1%} of the peak in the data sheet. For docs/design/scale.md:",
             ]
             lines += [f"`python benchmarks/scale.py --utilisation {flops_per_s / known:.3f}`."]
     elif arguments.case != "cifar":

@@ -26,7 +26,7 @@ PAGES = [
 SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
 ENDS = {"&&", ";", "|", ">"}
 PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs|examples)/[\w./-]*")
-RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
+RUN_BY_ITS_OWN_TEST = REPO / "docs/design/extending.md"
 """Its commands and files are those of diffs and a package that tests/test_extending.py applies."""
 
 
