@@ -363,7 +363,10 @@ def configuration() -> str:
                     SAME_IMAGES,
                     "The place may change, the images may not: a run resumes if the fingerprint of its data is the same.",
                 ],
-                [UNUSED, "The field is read at the start of a new run. Without `--name`, it starts another run."],
+                [
+                    UNUSED,
+                    "The field is read at the start of a new run. Without `--name`, it starts another run.",
+                ],
             ],
         ),
         "The number of workers may change, too (`cluster.num_workers`): the global batches, their images and their noise "
@@ -504,7 +507,15 @@ def preset_page() -> str:
         "- A batch has at most as many workers as micro-batches.",
         "## Recipe",
         table(
-            ["preset", "noise schedule", "prediction, weight", "optimizer", "learning rate", "EMA decay", "sampler"],
+            [
+                "preset",
+                "noise schedule",
+                "prediction, weight",
+                "optimizer",
+                "learning rate",
+                "EMA decay",
+                "sampler",
+            ],
             [recipe_row(name, config) for name, config in found.items()],
         ),
         "## Time",

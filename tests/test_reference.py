@@ -40,7 +40,10 @@ def test_the_flags_of_the_help_are_on_the_pages(
 
 def test_the_pages_say_which_settings_a_run_may_change() -> None:
     """A setting may be changed if the check of a run that resumes accepts another value."""
-    rows = {match["key"]: match["resume"].strip() for match in ROW.finditer((FOLDER / "configuration.md").read_text())}
+    rows = {
+        match["key"]: match["resume"].strip()
+        for match in ROW.finditer((FOLDER / "configuration.md").read_text())
+    }
     config = Config()
     keys = list(flatten(config))
     assert list(rows) == [key.replace("_", "-") for key in keys]
