@@ -2,8 +2,8 @@
 
     make reference
 
-The commands and the configuration are read from the dataclasses that tyro turns into flags, so a page has what `--help-all`
-has, and for each field whether a run may change it when it resumes. The presets are computed from the code.
+The commands and the configuration are read from the dataclasses that tyro turns into flags: a page has what
+`--help-all` has, and for each field whether a run may change it when it resumes. The presets are computed.
 """
 
 import ast
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Interval, Le, Len, Lt
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from ddpm.build import build_net
 from ddpm.cli import parsing, program
@@ -29,7 +29,7 @@ from ddpm.config import kinds, presets
 from ddpm.config.json import flatten
 from ddpm.config.kinds import Choice
 from ddpm.config.presets import PresetArguments
-from ddpm.config.tree import Affects, Config, ModelConfig, OptimConfig
+from ddpm.config.tree import Affects, Config, ModelConfig
 from ddpm.runs import settings
 from ddpm.training import optimizers
 
@@ -125,12 +125,10 @@ def bounds(kind: Any) -> str:
 
 def values(kind: Any) -> str:
     """What a flag of this type takes."""
-    for mark in marks(kind):
-        if isinstance(mark, Choice):
-            names = [*mark.also, *kinds.TABLES[mark.field]]
-            return ", ".join(f"`{name}`" for name in names)
-        if isinstance(mark, Len) and plain(kind) is str:
-            return "text"
+    choices = [mark for mark in marks(kind) if isinstance(mark, Choice)]
+    if choices:
+        names = [*choices[0].also, *kinds.TABLES[choices[0].field]]
+        return ", ".join(f"`{name}`" for name in names)
     bare = plain(kind)
     origin, inner = typing.get_origin(bare), typing.get_args(bare)
     if origin is Literal:
@@ -138,10 +136,7 @@ def values(kind: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(values(each) for each in inner if each is not type(None)))
     if origin is tuple and inner[-1] is ...:
-        one = values(inner[0])
-        if one == "text":
-            return "texts"
-        return f"list: {one}"
+        return f"list: {values(inner[0])}"
     if origin is tuple:
         return f"{len(inner)} numbers"
     if bare is bool:
@@ -227,13 +222,14 @@ def commands() -> str:
     parts = [
         "# Commands",
         NOTE,
-        "`ddpm COMMAND --help` shows the flags of a command, `ddpm COMMAND PRESET --help-all` every flag of a preset. "
-        "In a checkout, `python jobs/train.py` is `ddpm train`, `python jobs/sample.py` is `ddpm sample`, and so on; "
-        "`python tune/search.py` is `ddpm search`. These are what `ray job submit` runs.",
-        "`RUN` is the folder or `s3://` URI of a run (its newest checkpoint) or of a checkpoint, `builtin:NAME` for a "
-        "built-in net, or `models:/NAME@ALIAS` for a net in MLflow's registry.",
-        "Exit status: 0 when done, 2 for a mistake in the command (one line says what would be right), 130 after Ctrl-C, "
-        "143 after SIGTERM, 129 after a closed terminal.",
+        "`ddpm COMMAND --help` shows the flags of a command, `ddpm COMMAND PRESET --help-all` every flag "
+        "of a preset. In a checkout, `python jobs/train.py` is `ddpm train`, `python jobs/sample.py` is "
+        "`ddpm sample`, and so on; `python tune/search.py` is `ddpm search`. These are what `ray job "
+        "submit` runs.",
+        "`RUN` is the folder or `s3://` URI of a run (its newest checkpoint) or of a checkpoint, "
+        "`builtin:NAME` for a built-in net, or `models:/NAME@ALIAS` for a net in MLflow's registry.",
+        "Exit status: 0 when done, 2 for a mistake in the command (one line says what would be right), 130 "
+        "after Ctrl-C, 143 after SIGTERM, 129 after a closed terminal.",
         table(
             ["command", "what it does"],
             [[f"[`ddpm {name}`](#ddpm-{name})", about] for name, about in program.COMMANDS.items()],
@@ -260,8 +256,8 @@ def command(name: str) -> Iterator[str]:
         return
     if issubclass(cls, PresetArguments):
         yield (
-            "PRESET is one of those in [Presets](presets.md). Each field of the [configuration](configuration.md) is a "
-            "flag, too: `optim.lr` is `--optim.lr`, or `--lr`."
+            "PRESET is one of those in [Presets](presets.md). Each field of the "
+            "[configuration](configuration.md) is a flag, too: `optim.lr` is `--optim.lr`, or `--lr`."
         )
     yield flag_table(list(flags(cls)))
 
@@ -337,31 +333,34 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         NOTE,
-        "Every field of a run's configuration. A field is a flag of `ddpm train` and `ddpm search`, a key of a checkpoint's "
-        "`config.json`, and a parameter in MLflow. The defaults are those without a preset; [Presets](presets.md) lists "
-        "what each preset sets. A value outside its range is refused before anything starts.",
-        "A field of yes or no is switched on by `--data.horizontal-flip` and off by `--data.no-horizontal-flip`. A list has "
-        "its values after the flag: `--model.width-multipliers 1 2 2`.",
+        "Every field of a run's configuration. A field is a flag of `ddpm train` and `ddpm search`, a key "
+        "of a checkpoint's `config.json`, and a parameter in MLflow. The defaults are those without a "
+        "preset; [Presets](presets.md) lists what each preset sets. A value outside its range is refused "
+        "before anything starts.",
+        "A field of yes or no is switched on by `--data.horizontal-flip` and off by "
+        "`--data.no-horizontal-flip`. A list has its values after the flag: `--model.width-multipliers 1 2 "
+        "2`.",
         "## May a run change it when it resumes?",
-        "The same command resumes a run. The column *resume* says what happens if the command has another value of the "
-        "field:",
+        "The same command resumes a run. The column *resume* says what happens if the command has another "
+        "value of the field:",
         table(
             ["resume", "what happens with another value"],
             [
                 [YES, "The run resumes with the new value. Weights stay those of the same run."],
                 [
                     NO,
-                    "The field determines the weights. With `--name`, the command is refused, and the message names the "
-                    "field; without it, the command starts another run.",
+                    "The field determines the weights. With `--name`, the command is refused, and the "
+                    "message names the field; without it, the command starts another run.",
                 ],
                 [
                     NAMED,
-                    "With `--name`, a larger value extends the run. Without it, the command starts another run, since the "
-                    "learning rate may depend on the length.",
+                    "With `--name`, a larger value extends the run. Without it, the command starts another "
+                    "run, since the learning rate may depend on the length.",
                 ],
                 [
                     SAME_IMAGES,
-                    "The place may change, the images may not: a run resumes if the fingerprint of its data is the same.",
+                    "The place may change, the images may not: a run resumes if the fingerprint of its "
+                    "data is the same.",
                 ],
                 [
                     UNUSED,
@@ -369,8 +368,8 @@ def configuration() -> str:
                 ],
             ],
         ),
-        "The number of workers may change, too (`cluster.num_workers`): the global batches, their images and their noise "
-        "stay the same.",
+        "The number of workers may change, too (`cluster.num_workers`): the global batches, their images "
+        "and their noise stay the same.",
     ]
     groups = typing.get_type_hints(Config)
     for group, cls in groups.items():
@@ -381,8 +380,8 @@ def configuration() -> str:
         parts.append(table(["flag", "default", "values", "resume", "what it does"], rows))
         if cls is ModelConfig:
             parts.append(
-                "The fields up to `dropout` are those of every net, the others those of the U-Net. A net of an installed "
-                "package has its own: `--model.net NAME --help-all` lists them."
+                "The fields up to `dropout` are those of every net, the others those of the U-Net. A net "
+                "of an installed package has its own: `--model.net NAME --help-all` lists them."
             )
     return "\n\n".join(parts) + "\n"
 
@@ -482,8 +481,8 @@ def preset_page() -> str:
     parts = [
         "# Presets",
         NOTE,
-        "A preset is a configuration to start from; every flag changes it. `ddpm train PRESET` is all that a preset needs, "
-        "`ddpm train folder PATH` for your own images.",
+        "A preset is a configuration to start from; every flag changes it. `ddpm train PRESET` is all that "
+        "a preset needs, `ddpm train folder PATH` for your own images.",
         "## Size",
         table(
             [
@@ -499,11 +498,12 @@ def preset_page() -> str:
             ],
             [preset_row(name, config) for name, config in found.items()],
         ),
-        "- `folder` chooses 8x8, 16x16 or 32x32 and grey or colour from the images; the row is 32x32 in colour.\n"
-        "- A checkpoint has the weights, their averages (EMA) and the optimizer's state, in float32. Three are kept, and "
-        "the best one.\n"
-        "- The state in memory is the same and the gradients, for each worker. Activations come on top. They grow with "
-        "`--train.forward-images`, which bounds the images of one forward pass.\n"
+        "- `folder` chooses 8x8, 16x16 or 32x32 and grey or colour from the images; the row is 32x32 in "
+        "colour.\n"
+        "- A checkpoint has the weights, their averages (EMA) and the optimizer's state, in float32. Three "
+        "are kept, and the best one.\n"
+        "- The state in memory is the same and the gradients, for each worker. Activations come on top. "
+        "They grow with `--train.forward-images`, which bounds the images of one forward pass.\n"
         "- A batch has at most as many workers as micro-batches.",
         "## Recipe",
         table(
@@ -520,10 +520,11 @@ def preset_page() -> str:
         ),
         "## Time",
         table(["preset", "hardware", "images/s", "the whole preset", "source"], time_rows()),
-        "The time is that of the steps alone. The start takes 10 to 20 seconds more, with Ray; checkpoints, samples and "
-        "held-out metrics take the rest ([The start of a run](../../benchmarks/start.md), "
-        "[Checkpoints](../../benchmarks/checkpoints.md)). `folder` has not been timed alone: in the race of "
-        "[Time to quality](../../benchmarks/quality.md) it saw about 67,000 images in 5 minutes.",
+        "The time is that of the steps alone. The start takes 10 to 20 seconds more, with Ray; "
+        "checkpoints, samples and held-out metrics take the rest ([The start of a "
+        "run](../../benchmarks/start.md), [Checkpoints](../../benchmarks/checkpoints.md)). `folder` has "
+        "not been timed alone: in the race of [Time to quality](../../benchmarks/quality.md) it saw about "
+        "67,000 images in 5 minutes.",
     ]
     defaults = flatten(Config())
     for name, config in found.items():
