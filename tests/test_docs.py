@@ -6,6 +6,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from support.processes import REPO
 
-from ddpm.cli import parsing
+from ddpm.cli import parsing, program
 from ddpm.utils.errors import UserError
 
 PAGES = [
@@ -63,18 +64,27 @@ COMMANDS = {
 }
 
 
-def scripts() -> Iterator[tuple[str, list[str], str]]:
-    """Module, arguments and PYTHONPATH of every command that is one of our jobs, also behind `ray job submit`."""
+def our_commands() -> Iterator[tuple[str, list[str], str]]:
+    """Name, arguments and PYTHONPATH of every command of ours, also as a script, and behind `ray job submit`.
+
+    A mention without arguments, or with "..." among them, is no command.
+    """
     for words in COMMANDS.values():
         path = words[0].removeprefix("PYTHONPATH=") if words[0].startswith("PYTHONPATH=") else ""
-        for i, word in enumerate(words):
-            if (match := SCRIPT.fullmatch(word)) and i > 0 and words[i - 1].endswith("python"):
-                yield f"{match[1]}.{match[2]}", words[i + 1 :], path
+        for i, (program_name, word) in enumerate(pairwise(words)):
+            name = ""
+            arguments = words[i + 2 :]
+            if program_name == "ddpm" and word in program.COMMANDS:
+                name = word
+            elif program_name.endswith("python") and (match := SCRIPT.fullmatch(word)):
+                name = match[2]
+            is_whole = name == "ui" or (arguments and not any("..." in argument for argument in arguments))
+            if name and is_whole:
+                yield name, arguments, path
 
 
 def test_commands_are_found() -> None:
-    modules = {f"jobs.{path.stem}" for path in (REPO / "jobs").glob("*.py")}
-    assert {module for module, _, _ in scripts()} == modules | {"tune.search"}
+    assert {name for name, _, _ in our_commands()} == program.COMMANDS.keys()
     assert "make train" in COMMANDS and "ray up -y cluster.yaml" in COMMANDS
 
 
@@ -82,9 +92,9 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("module", "arguments", "path"), list(scripts()), ids=str)
-def test_jobs_take_their_arguments(
-    module: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("name", "arguments", "path"), list(our_commands()), ids=str)
+def test_commands_take_their_arguments(
+    name: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     parse = parsing.parse
 
@@ -99,15 +109,15 @@ def test_jobs_take_their_arguments(
         file = Path(arguments[arguments.index("--config") + 1])
         file.parent.mkdir(parents=True)
         file.write_text("{}")
-    (tmp_path / "~/pictures").mkdir(parents=True)
-    for name in ("one", "two"):
-        Image.new("L", (8, 8)).save(tmp_path / f"~/pictures/{name}.png")
+    for kind in ("flower", "temple"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"photos/{kind}/one.png")
     monkeypatch.setattr(parsing, "parse", parse_only)
-    monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"ddpm {name}", *arguments])
     try:
-        importlib.import_module(f"ddpm.cli.{module.rpartition('.')[2]}").main()
+        importlib.import_module(f"ddpm.cli.{name}").main()
     except (Parsed, UserError) as error:  # files of a source, which are not in the repository
-        assert isinstance(error, Parsed) or module == "jobs.prepare"
+        assert isinstance(error, Parsed) or name == "prepare"
     except SystemExit as error:
         assert error.code == 0 and "--help" in arguments
 
@@ -171,3 +181,18 @@ def test_the_file_tree_is_the_tree() -> None:
     paths = [path for path in (REPO / "ddpm").iterdir() if not path.name.startswith(("__", "py.typed"))]
     there = {f"ddpm/{path.name}{'/' if path.is_dir() else ''}" for path in paths}
     assert there == {name for name in listed if name.startswith("ddpm/") and name != "ddpm/"}
+
+
+def test_the_results_on_the_front_page_are_those_of_the_benchmark() -> None:
+    """README.md quotes benchmarks/quality.md: KID of each trainer, and the least and most times sooner."""
+    front = (REPO / "README.md").read_text()
+    race = (REPO / "benchmarks/quality.md").read_text().partition("<!-- by hand")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in race.splitlines()]
+    for name, shown in (("cifar10", "CIFAR-10"), ("emoji", "emoji"), ("figures", "figures of a game")):
+        of_set = [row for row in rows if row[:1] == [name]]
+        kid = {(row[1], row[2].startswith("ours, ")): row[3] for row in of_set if len(row) == 8}
+        (sooner,) = [row[4] for row in of_set if len(row) == 5 and row[2].startswith("ours, ")]
+        times = sorted(float(value) for value in sooner.split(","))
+        quoted = [kid["ours", False], kid["diffusers", True], kid["diffusers", False]]
+        ends = f"{times[0]:.1f} to {times[-1]:.1f} times sooner"
+        assert f"| {' | '.join([shown, *quoted, ends])} |" in front
