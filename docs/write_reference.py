@@ -50,12 +50,12 @@ GROUP_TITLES = {
     "run": "Run",
 }
 RATES = {
-    "digits": ("2 CPU cores (AMD EPYC), 2 workers", 1_873, "runtime.md"),
-    "fashion-mnist": ("2 CPU cores (AMD EPYC), 2 workers", 360, "busy-fashion-mnist.md"),
+    "digits": ("2 CPU cores", "benchmarks/runtime.md", ("2 x 1", "RayRuntime, MLflow on")),
+    "fashion-mnist": ("2 CPU cores", "benchmarks/busy-fashion-mnist.md", ("2 workers of 1 thread",)),
+    "cifar10": ("one H100", "docs/design/scale.md", ("`cifar10`", "1")),
+    "celeba64": ("one H100", "docs/design/scale.md", ("`celeba64`", "1")),
 }
-"""Measured images/s of a preset: hardware, number, page of benchmarks/ that has it."""
-COMPUTED_RATES = {"cifar10": 6_330, "celeba64": 2_479}
-"""Images/s of one H100, computed by benchmarks/scale.py; not run."""
+"""Images/s of a preset: hardware, the page that has them, and the first cells of its row there."""
 
 
 @dataclass(frozen=True)
@@ -447,16 +447,24 @@ def recipe_row(name: str, config: Config) -> list[str]:
     ]
 
 
+def images_per_s(page: str, labels: tuple[str, ...]) -> float:
+    """The number after the first cells `labels` of a row in a page's tables."""
+    for line in (FOLDER.parent.parent / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if tuple(cells[: len(labels)]) == labels:
+            return float(cells[len(labels)].replace(",", ""))
+    raise SystemExit(f"{page} has no row {labels}")
+
+
 def time_rows() -> list[list[str]]:
+    """The table of times; docs/design is computed, and benchmarks/ measured."""
     rows = []
-    for name, (machine, rate, page) in RATES.items():
-        total = presets.PRESETS[name].train.total_images
-        source = f"[{page}](../../benchmarks/{page})"
-        rows.append([f"`{name}`", machine, f"{rate:,}", duration(total / rate), f"measured: {source}"])
-    for name, rate in COMPUTED_RATES.items():
-        total = presets.PRESETS[name].train.total_images
-        source = "computed, not run: [From 1 to 256 GPUs](../design/scale.md)"
-        rows.append([f"`{name}`", "one H100", f"{rate:,}", duration(total / rate), source])
+    for name, (hardware, page, labels) in RATES.items():
+        rate = images_per_s(page, labels)
+        took = duration(presets.PRESETS[name].train.total_images / rate)
+        is_measured = page.startswith("benchmarks/")
+        how = "measured" if is_measured else "computed, not run"
+        rows.append([f"`{name}`", hardware, f"{rate:,.0f}", took, f"[{how}](../../{page})"])
     return rows
 
 

@@ -9,7 +9,7 @@ from harness import tables
 from support.processes import REPO
 
 NOTEBOOKS = sorted((REPO / "benchmarks").glob("*.md"))
-QUOTING = [REPO / "README.md", REPO / "docs/results.md"]
+RESULTS = REPO / "docs/results.md"
 LINK = re.compile(r"\]\((?:\.\./)?(benchmarks/[\w-]+\.md)\)")
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 VALUE = re.compile(rf"(?<![\w.,]){NUMBER}(?: ± {NUMBER})?(?![\w]|[.,]\d)")
@@ -40,13 +40,11 @@ def plain(label: str) -> str:
     return re.sub(r"\W", "", label.lower())
 
 
-def quoted_rows() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Page, row and linked notebooks of each table in a section that links to notebooks."""
-    for page in QUOTING:
-        for section in sections(page.read_text()):
-            links = list(dict.fromkeys(LINK.findall(section)))
-            if links:
-                yield from ((page.name, row, links) for row in rows(section))
+def quoted_rows() -> Iterator[tuple[list[str], list[str]]]:
+    """Row and linked notebooks of each table of docs/results.md."""
+    for section in sections(RESULTS.read_text()):
+        links = list(dict.fromkeys(LINK.findall(section)))
+        yield from ((row, links) for row in rows(section))
 
 
 def values(cells: list[str]) -> set[str]:
@@ -55,18 +53,8 @@ def values(cells: list[str]) -> set[str]:
     return found | {value.partition(" ± ")[0] for value in found}
 
 
-QUOTED = list(quoted_rows())
-
-
-def test_tables_are_quoted() -> None:
-    assert {page for page, _, _ in QUOTED} == {page.name for page in QUOTING}
-    assert len(QUOTED) > 50
-
-
-@pytest.mark.parametrize(
-    ("page", "row", "links"), QUOTED, ids=lambda value: value[0] if isinstance(value, list) else None
-)
-def test_a_quoted_row_is_in_a_table_of_a_notebook(page: str, row: list[str], links: list[str]) -> None:
+@pytest.mark.parametrize(("row", "links"), list(quoted_rows()))
+def test_a_quoted_row_is_in_a_table_of_a_notebook(row: list[str], links: list[str]) -> None:
     """In the rows with its label, if any row of the notebooks has it."""
     there = [found for link in links for found in rows((REPO / link).read_text())]
     alike = [found for found in there if plain(row[0]) in map(plain, found)]
@@ -75,7 +63,7 @@ def test_a_quoted_row_is_in_a_table_of_a_notebook(page: str, row: list[str], lin
 
 
 def test_numbers_in_the_text_of_results_are_in_the_notebooks() -> None:
-    for section in sections((REPO / "docs/results.md").read_text()):
+    for section in sections(RESULTS.read_text()):
         links = LINK.findall(section)
         if section.startswith("Findings"):
             links = [str(notebook.relative_to(REPO)) for notebook in NOTEBOOKS]
@@ -83,6 +71,21 @@ def test_numbers_in_the_text_of_results_are_in_the_notebooks() -> None:
             known = " ".join((REPO / link).read_text() for link in links)
             text = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
             assert [number for number in PRECISE.findall(text) if number not in known] == []
+
+
+def test_the_results_on_the_front_page_are_those_of_the_benchmark() -> None:
+    """README.md quotes benchmarks/quality.md: KID of each trainer, and the least and most times sooner."""
+    front = (REPO / "README.md").read_text()
+    race = (REPO / "benchmarks/quality.md").read_text().partition("<!-- by hand")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in race.splitlines()]
+    for name, shown in (("cifar10", "CIFAR-10"), ("emoji", "emoji"), ("figures", "figures of a game")):
+        of_set = [row for row in rows if row[:1] == [name]]
+        kid = {(row[1], row[2].startswith("ours, ")): row[3] for row in of_set if len(row) == 8}
+        (sooner,) = [row[4] for row in of_set if len(row) == 5 and row[2].startswith("ours, ")]
+        times = sorted(float(value) for value in sooner.split(","))
+        quoted = [kid["ours", False], kid["diffusers", True], kid["diffusers", False]]
+        ends = f"{times[0]:.1f} to {times[-1]:.1f} times sooner"
+        assert f"| {' | '.join([shown, *quoted, ends])} |" in front
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda page: page.stem)
