@@ -17,6 +17,7 @@ help:
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/runs/nets): twenty to fifty minutes on two cores'
 	@echo 'make check            format, lint, types, and which module may import which'
+	@echo 'make reference        write the generated pages of docs/reference again'
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
@@ -68,6 +69,9 @@ check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reference: $(VENV)/installed
+	$(BIN)/python docs/write_reference.py
 
 # Built from a copy: Zensical 0.0.73 looks into all folders of its docs_dir, and waits for ever with .venv among them.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md zensical.toml docs benchmarks
@@ -121,4 +125,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check docs clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check reference docs clean

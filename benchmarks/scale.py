@@ -251,8 +251,8 @@ def page(measured: Measured, utilisation: float) -> str:
     return f"""\
 # From 1 to 256 GPUs, from 1 GB to 100 TB
 
-Computed by [benchmarks/scale.py](../../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this page
-was run on GPUs: it shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
+Computed by [benchmarks/scale.py](../../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this
+page was run on GPUs: it shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
 
 ## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3
 

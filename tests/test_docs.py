@@ -28,6 +28,8 @@ ENDS = {"&&", ";", "|", ">"}
 PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs|examples)/[\w./-]*")
 RUN_BY_ITS_OWN_TEST = REPO / "docs/design/extending.md"
 """Its commands and files are those of diffs and a package that tests/test_extending.py applies."""
+GENERATED = [REPO / f"docs/reference/{name}.md" for name in ("commands", "configuration", "presets")]
+"""Their commands are synopses, which tests/test_reference.py compares with the help."""
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -58,7 +60,7 @@ def commands(text: str) -> Iterator[list[str]]:
 COMMANDS = {
     " ".join(words): words
     for page in PAGES
-    if page != RUN_BY_ITS_OWN_TEST
+    if page not in (RUN_BY_ITS_OWN_TEST, *GENERATED)
     for words in commands(page.read_text())
     if words
 }
@@ -168,7 +170,8 @@ def test_each_page_is_in_the_navigation_once() -> None:
 
 
 def test_the_file_tree_is_the_tree() -> None:
-    (tree,) = (block for block in blocks((REPO / "README.md").read_text()) if block.startswith("ddpm/"))
+    page = REPO / "docs/design/architecture.md"
+    (tree,) = (block for block in blocks(page.read_text()) if block.startswith("ddpm/"))
     listed, folder = set(), ""
     for line in tree.splitlines():
         names = re.match(r" *(?:[\w.]+/? {2,})+", line)
@@ -181,18 +184,3 @@ def test_the_file_tree_is_the_tree() -> None:
     paths = [path for path in (REPO / "ddpm").iterdir() if not path.name.startswith(("__", "py.typed"))]
     there = {f"ddpm/{path.name}{'/' if path.is_dir() else ''}" for path in paths}
     assert there == {name for name in listed if name.startswith("ddpm/") and name != "ddpm/"}
-
-
-def test_the_results_on_the_front_page_are_those_of_the_benchmark() -> None:
-    """README.md quotes benchmarks/quality.md: KID of each trainer, and the least and most times sooner."""
-    front = (REPO / "README.md").read_text()
-    race = (REPO / "benchmarks/quality.md").read_text().partition("<!-- by hand")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in race.splitlines()]
-    for name, shown in (("cifar10", "CIFAR-10"), ("emoji", "emoji"), ("figures", "figures of a game")):
-        of_set = [row for row in rows if row[:1] == [name]]
-        kid = {(row[1], row[2].startswith("ours, ")): row[3] for row in of_set if len(row) == 8}
-        (sooner,) = [row[4] for row in of_set if len(row) == 5 and row[2].startswith("ours, ")]
-        times = sorted(float(value) for value in sooner.split(","))
-        quoted = [kid["ours", False], kid["diffusers", True], kid["diffusers", False]]
-        ends = f"{times[0]:.1f} to {times[-1]:.1f} times sooner"
-        assert f"| {' | '.join([shown, *quoted, ends])} |" in front
