@@ -28,7 +28,7 @@ from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS
 from ddpm.config.tree import Config
-from ddpm.data import builtin, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.data.plan import ReadOrder, rank_shard
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.data.sources import folder_preset as folder_preset
@@ -154,7 +154,7 @@ def measure(arguments: Arguments) -> None:
             "run.name": "bench",
         }
         preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
-        config = builtin.prepared(override(preset, values))
+        config = prepare_for_run.prepared(override(preset, values))
         data_set = ray_stream.open_configured(config)
         cores: dict[str, float] = {}
         location = storage.resolve(folder).child("bench")

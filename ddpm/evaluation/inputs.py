@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample
 from ddpm.config.tree import Config, FeatureNetName, SampleConfig, SampleFlags
-from ddpm.data import builtin
+from ddpm.data import prepare_for_run
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
@@ -180,7 +180,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
         elif config.data.source is None:
             where = f"is no longer at {known}" if known else "is not known"
             raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data.shards")
-    config = builtin.prepared(
+    config = prepare_for_run.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
     location = storage.resolve(str(config.data.shards))

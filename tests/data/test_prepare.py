@@ -12,9 +12,9 @@ from support.processes import wait_for
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.data.builtin import prepared
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
+from ddpm.data.prepare_for_run import prepared
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.sources import Digits
