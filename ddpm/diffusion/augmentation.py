@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import Loss, Model
+from ddpm.diffusion.rng import Generator
 
 LossOf = Callable[[Model, Tensor, Tensor | None, Generator, float], Loss]
 """The method `loss` of an objective."""

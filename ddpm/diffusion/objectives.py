@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import process, reverse
-from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.rng import Generator
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:

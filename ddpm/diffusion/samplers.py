@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.guidance import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.reverse import learned_log_variance
+from ddpm.diffusion.rng import Generator
 from ddpm.diffusion.schedules import Schedule
 
 Noise = Callable[[], Tensor]

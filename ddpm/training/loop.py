@@ -20,7 +20,7 @@ from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.augmentation import LossOf, augmented
-from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.rng import Generator
 from ddpm.models import dropout
 from ddpm.models.compile import compile_blocks
 from ddpm.models.dropout import Dropout

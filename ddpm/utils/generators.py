@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.utils.seeding import key, torch_seed
 
 if TYPE_CHECKING:
-    from ddpm.diffusion.generator import Generator
+    from ddpm.diffusion.rng import Generator
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24

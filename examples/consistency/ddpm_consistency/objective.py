@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import Denoised, Gaussian, Labels, Loss, Model, per_image
+from ddpm.diffusion.rng import Generator
 from ddpm.diffusion.schedules import Schedule
 
 STAGES = 8
