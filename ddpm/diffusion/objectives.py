@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import process, reverse
-from ddpm.diffusion.rng import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """Interface of an objective and its forward process for the training loop, the samplers and the evaluation."""
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         """Corrupt `x_0`, and score the prediction of `model`.
 
@@ -109,7 +109,7 @@ class Labels:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"label_dropout is {self.dropout}; it must be in [0, 1]")
 
-    def for_training(self, label: Tensor | None, generator: Generator) -> Tensor | None:
+    def for_training(self, label: Tensor | None, generator: Rng) -> Tensor | None:
         """`label` with some entries dropped, independently per image."""
         if self.num_classes == 0:
             return None
@@ -159,7 +159,7 @@ class Gaussian:
             raise ValueError("variance is learned from the bound over all t; timesteps must be uniform")
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         T = self.schedule.num_timesteps
         t = self.draw_t(len(x_0), generator)
@@ -185,7 +185,7 @@ class Gaussian:
         t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
 
-    def draw_t(self, n: int, generator: Generator) -> Tensor:
+    def draw_t(self, n: int, generator: Rng) -> Tensor:
         """The timesteps of n training images, [n] int64."""
         if self.log_sigma is None:
             return generator.integers(self.schedule.num_timesteps, [n])
@@ -350,7 +350,7 @@ class UniformMix:
     labels: Labels = Labels()
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         amount = generator.uniform([len(x_0)])
         u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1

@@ -34,7 +34,7 @@ from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.guidance import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.reverse import learned_log_variance
-from ddpm.diffusion.rng import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 Noise = Callable[[], Tensor]
@@ -58,7 +58,7 @@ class PerImageNoise:
 
     def __init__(
         self,
-        generators: Sequence[Generator],
+        generators: Sequence[Rng],
         shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
         uniform: bool = False,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process
 from ddpm.diffusion.objectives import Denoised, Gaussian, Labels, Loss, Model, per_image
-from ddpm.diffusion.rng import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 STAGES = 8
@@ -52,7 +52,7 @@ class Consistency:
     prediction: Gaussian
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         of, schedule = self.prediction, self.prediction.schedule
         t = of.draw_t(len(x_0), generator)
