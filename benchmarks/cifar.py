@@ -219,7 +219,7 @@ def judge(arguments: Arguments, seed: int) -> Judge:
             own = replace(candidate.config.sample, seed=seed, **changes)
             sample = inputs.resolved(candidate.config, own)
             how = f"{by.metric}, {sample.num_sample_steps} steps of {sample.sampler}"
-            key = arguments.name(seed), candidate.position["images_seen"], how, race.num_images
+            key = arguments.name(seed), candidate.state["images_seen"], how, race.num_images
             if key in known:
                 continue
             minutes, of_all, _ = trained(run, key[1], race.workers)

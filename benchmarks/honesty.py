@@ -133,7 +133,7 @@ def search_table(run: str) -> None:
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
         evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        found = [evaluator.evaluate(net, net.position["images_seen"]) for net in candidates]
+        found = [evaluator.evaluate(net, net.state["images_seen"]) for net in candidates]
         bits[variance] = np.array([evaluation.bits for evaluation in found])
     kid = np.array([trial.score.value for trial in trials if trial.score])
     columns: dict[str, np.ndarray] = {

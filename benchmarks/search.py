@@ -126,7 +126,7 @@ def beaten(arguments: Arguments, place: storage.Location, trials: list[Trial]) -
             for seed in arguments.seeds
         ]
         nets = inputs.read_checkpoints(uris)
-        each = [evaluator.evaluate(net, net.position["images_seen"]).bits for net in nets]
+        each = [evaluator.evaluate(net, net.state["images_seen"]).bits for net in nets]
         bits.append(np.array(each)[:, REPORTING])
     mean, error, dof = configuration_difference(*bits)
     t = stats.t.ppf(0.975, dof)

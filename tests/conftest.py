@@ -188,7 +188,7 @@ def undisturbed(digits_uri: str, ray_head: servers.RayHead, common_folder: Path)
 
     run = faulted.Run("undisturbed", str(common_folder), digits_uri, common_folder / "undisturbed.log")
     with filelock.FileLock(common_folder / "undisturbed.lock"):
-        if run.position() < faulted.TOTAL:
+        if run.images_seen() < faulted.TOTAL:
             env = {
                 "MLFLOW_TRACKING_URI": f"sqlite:///{common_folder}/undisturbed.db",
                 "RAY_ADDRESS": ray_head.address,

@@ -169,7 +169,7 @@ class Soak:
     def inject_fault(self) -> None:
         self.todo = self.todo or self.rng.sample(list(self.faults), len(self.faults))
         fault = self.todo.pop()
-        when = f"{self.minutes:5.1f} min  at {self.run.position():7,}  {fault}"
+        when = f"{self.minutes:5.1f} min  at {self.run.images_seen():7,}  {fault}"
         try:
             self.faults[fault]()
         except IndexError:  # still recovering from the last fault: try this one later

@@ -160,8 +160,8 @@ def _of_checkpoint(
     config_file = stored.child("config.json")
     config = from_json(config_file.read().decode(errors="replace"), config_file.uri)
     state_file = stored.child("state.json")
-    position = strict_json.parse(StateFile, state_file.read(), f"{state_file.uri} is damaged", extra="allow")
-    seen = position.images_seen
+    state = strict_json.parse(StateFile, state_file.read(), f"{state_file.uri} is damaged", extra="allow")
+    seen = state.images_seen
     total = config.train.total_images
     tags = status.tags if status else {}  # version 0.1
     command = card.command or tags.get("command", "")
@@ -187,14 +187,14 @@ def _of_checkpoint(
         "seed": str(config.train.seed),
         "hardware": (status.hardware if status else "") or tags.get("hardware", "unknown"),
         "versions": ", ".join(versions) or "unknown",
-        "data": f"{source} ({position.data_fingerprint[:8]})",
+        "data": f"{source} ({state.data_fingerprint[:8]})",
     }
     return {
         "images_seen": seen,
         "settings": {key: str(value) for key, value in run_params.params(config).items()},
         "facts": facts,
         "command": command,
-        "data": position.data_fingerprint,
+        "data": state.data_fingerprint,
     }
 
 

@@ -36,7 +36,7 @@ class Candidate(TrainedNet):
     """A checkpoint to evaluate, in memory."""
 
     uri: str
-    position: Mapping[str, Any]
+    state: Mapping[str, Any]
     """Its state.json."""
     weights_sha256: str
 
@@ -160,7 +160,7 @@ def _read(uri: str) -> Candidate:
             net=trained.net,
             config=trained.config,
             uri=uri,
-            position=checkpoint.read_state(folder),
+            state=checkpoint.read_state(folder),
             weights_sha256=checkpoint.read_checksums(folder)["ema.safetensors"],
         )
 
@@ -170,7 +170,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
     config = candidates[0].config
     known = config.data.shards
     if shards is None:
-        if len({candidate.position.get("data_fingerprint") for candidate in candidates}) > 1:
+        if len({candidate.state.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
                 "the checkpoints were trained on different data; name the data set to evaluate all of them on with "
                 "--data.shards"

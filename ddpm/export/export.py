@@ -83,7 +83,7 @@ def from_diffusers(source: Path, out: Path) -> None:
     config, theirs = _read_pipeline(source)
     net = build_net(config)
     net.load_state_dict(_to_our_names(theirs, config, str(source)))
-    position = {
+    state = {
         "step": 0,
         "images_seen": 0,
         "best_held_out_loss": None,
@@ -93,7 +93,7 @@ def from_diffusers(source: Path, out: Path) -> None:
         "imported_from": str(source.absolute()),
     }
     with _new_folder(out) as folder:
-        checkpoint.write_net(TrainedNet(net, config), position, folder)
+        checkpoint.write_net(TrainedNet(net, config), state, folder)
 
 
 def _diffusers() -> Any:

@@ -172,7 +172,7 @@ def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, o
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
     uris = names.checkpoints_of(run.location.uri)
     found = inputs.read_checkpoints([run.location.uri, uris[-1], uris[0]])
-    assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
+    assert [candidate.state["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
 
 
@@ -218,7 +218,7 @@ def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) ->
     moved = inputs.replace(candidate, config=override(candidate.config, elsewhere))
     chosen = inputs.prepare_reference([moved], Settings(**FEW))  # type: ignore[arg-type]
     assert chosen.train.location.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
-    assert chosen.train.rows.fingerprint == candidate.position["data_fingerprint"]
+    assert chosen.train.rows.fingerprint == candidate.state["data_fingerprint"]
     nameless = inputs.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"/no-more.*--data\.shards"):
         inputs.prepare_reference([nameless], Settings(**FEW))  # type: ignore[arg-type]

@@ -43,17 +43,17 @@ class Run:
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
         return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
-    def position(self) -> int:
-        """Position of the newest checkpoint; 0 if there is none."""
+    def images_seen(self) -> int:
+        """Images seen at the newest checkpoint; 0 if there is none."""
         found = run_folder.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 
-    def past(self, position: int) -> Callable[[], bool]:
-        return lambda: self.position() > position
+    def past(self, images_seen: int) -> Callable[[], bool]:
+        return lambda: self.images_seen() > images_seen
 
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
         """Tensors of the last checkpoint, which must be at `total` images."""
-        assert self.position() == total
+        assert self.images_seen() == total
         with resolve.local_checkpoint(self.location.uri) as folder:
             return local.stored(folder)
 
