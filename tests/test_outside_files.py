@@ -34,7 +34,7 @@ from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
 from ddpm.runs import checkpoint, curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import resolve
 from ddpm.search.trials import Trials, read_trial
 from ddpm.training.state import State
@@ -42,7 +42,7 @@ from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
 SHARD = "train/00000.parquet"
-CURVES, CURVES_BYTES = curves.part(0, [Row("loss", 1, 1.0, 1)])
+CURVES, CURVES_BYTES = curves.part(0, [CurveRow("loss", 1, 1.0, 1)])
 RUNG = Evaluation(64, (2.0, 3.0), 0.5, 0.5)
 IMAGES = np.zeros((6, 8, 8, 1), np.uint8)
 PICKLE = b"cposix\nsystem\n(S'touch executed'\ntR."

@@ -26,7 +26,7 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.config.json import override
 from ddpm.runs import curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import RunFolder, Search, Status
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
@@ -143,7 +143,7 @@ def test_a_push_of_a_bucket(s3_bucket: str, database: Path, tmp_path: Path) -> N
 
 def test_more_than_a_call_can_take(database: Path, tmp_path: Path) -> None:
     run = tracked.begin(tmp_path)
-    rows = [Row(f"m{i}", step, float(step), step) for step in range(50) for i in range(50)]
+    rows = [CurveRow(f"m{i}", step, float(step), step) for step in range(50) for i in range(50)]
     tracked.append(run, rows)
     assert push(run).num_points == 2500
     found = tracked.run_with_key(tracking_uri(), run.key)
@@ -354,7 +354,7 @@ def test_what_mlflow_refuses_is_skipped(
     proxy.fails = lambda method, path, body: (400, refusal) if b'"optim.lr"' in body else None
     run = tracked.write_run(tmp_path)
     expected = reference(run)
-    tracked.append(run, [Row("no such: name?!", 128, 1.0, 1), Row("train/lr", 130, 2.0, 2)])
+    tracked.append(run, [CurveRow("no such: name?!", 128, 1.0, 1), CurveRow("train/lr", 130, 2.0, 2)])
     push(run)
     of_param, of_metric = warnings_of(caplog)
     assert "param optim.lr" in of_param and "metric no such: name?!" in of_metric
@@ -419,7 +419,7 @@ def test_no_password_is_in_any_output(
     where = mlflow_server if server == "works" else f"http://{servers.LOOPBACK}:{port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where.replace("://", "://me:s3cret@"))
     caplog.set_level(logging.DEBUG)
-    tracked.append(run, [Row("no such: name?!", 128, 1.0, 1)])
+    tracked.append(run, [CurveRow("no such: name?!", 128, 1.0, 1)])
     if server == "works":
         said = push(run).uri
         assert "refuses" in caplog.text
