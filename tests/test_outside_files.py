@@ -109,7 +109,8 @@ def test_a_truncated_an_oversized_and_a_pickled_file_are_errors(
     write_all(tmp_path, tiny)
     READERS[name](tmp_path)
     file = tmp_path / name
-    whole, rng = file.read_bytes().rstrip(), random.Random(0)
+    whole = file.read_bytes().rstrip()
+    rng = random.Random(0)
     cuts = [whole[: rng.randrange(len(whole))] for _ in range(4)]
     for damaged in (b"", *cuts, PICKLE):
         file.write_bytes(damaged)
@@ -155,7 +156,8 @@ def png_of(side: int) -> bytes:
 
 @pytest.mark.parametrize("side", [8193, 13_000, 40_000])  # Pillow is silent, warns, or raises
 def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path, side: int) -> None:
-    large, message = png_of(side), "more than 67,108,864 pixels"
+    large = png_of(side)
+    message = "more than 67,108,864 pixels"
     with pytest.raises(ValueError, match=message):
         decode(large, side, side, 1)
     (tmp_path / "cats").mkdir()

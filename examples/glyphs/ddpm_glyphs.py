@@ -33,7 +33,8 @@ FACES = tuple(
 # Rendered at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
 OVERSAMPLING = 2
 # Fractions of the image's side: the font's size, and the maximum shift of the glyph from the image's centre.
-FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
+FONT_SIZES = (0.6, 0.85)
+MAX_SHIFT = 0.06
 MAX_ROTATION_DEGREES = 15.0
 
 

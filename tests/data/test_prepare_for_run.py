@@ -115,7 +115,8 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:
     config = prepare_for_run.prepared(config_of(tmp_path, None))
     shards = Path(str(config.data.shards))
-    data_set, before = ray_stream.open_configured(config), (shards / MANIFEST).read_bytes()
+    data_set = ray_stream.open_configured(config)
+    before = (shards / MANIFEST).read_bytes()
     plan = data_set.plan(0, 8192)
     damaged.damage_row_group(shards, 0, 0)
     with pytest.raises(CorruptData) as caught:

@@ -29,7 +29,8 @@ NASTY = "<script>alert(1)</script>&amp;\"'$x_{"
 def test_only_settings_that_differ_are_shown() -> None:
     one = {"schedule.kind": "cosine", "optim.lr": "0.1", "data.shards": "x", "model.depth": "3"}
     two = {"schedule.kind": "linear", "optim.lr": "0.1", "data.shards": "y"}
-    a, b = run("a", settings=one), run("b", settings=two)
+    a = run("a", settings=one)
+    b = run("b", settings=two)
     differing = comparison_page.differences([a, b, run("c")])
     assert differing == {"schedule.kind": ["cosine", "linear", None], "model.depth": ["3", None, None]}
     assert comparison_page.differences([a, a]) == {}
@@ -134,7 +135,8 @@ def page_file(two_runs: list[str], tmp_path: Path) -> Path:
         for name, uri in zip("ab", two_runs, strict=True)
         for i in (1, 3)
     ]
-    file, long = tmp_path / "results.json", "a-very-long-name-without-any-space-" * 6
+    file = tmp_path / "results.json"
+    long = "a-very-long-name-without-any-space-" * 6
     file.write_text(made(*results).to_json())
     compared = read(two_runs, [str(file)])
     settings = {**compared[0].settings, "x." + long: long}

@@ -112,7 +112,8 @@ def test_all_trials_are_evaluated_on_the_same_random_draws(
     evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another schedule and another T, the images, the noise and the quantiles of t are the same."""
-    estimate, draw_timesteps = likelihood.estimate, likelihood.draw_timesteps
+    estimate = likelihood.estimate
+    draw_timesteps = likelihood.draw_timesteps
     recorded: list[Any] = []
     quantiles: list[Any] = []
 
@@ -191,7 +192,8 @@ def test_a_rung_is_stored_before_its_checkpoint(
     """A trial that resumes from the checkpoint does not measure it again."""
     held_out = train_set.held_out()
     assert held_out is not None
-    commit, there = checkpoint_manager._commit, []
+    commit = checkpoint_manager._commit
+    there = []
 
     def spy(folder: Path, target: Location, retry: Any, *, move: bool) -> None:
         there.append((Path(target.path).name, rung.recorded_at(storage.resolve(str(tmp_path / "run")))))

@@ -46,7 +46,8 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
             resumed_at = checkpoint.images_seen_at(folder)
         for seen in positions:
             state = State.create(config, torch.device("cpu"))
-            state.step, state.images_seen = seen // 32, seen
+            state.step = seen // 32
+            state.images_seen = seen
             store.metrics({"loss": float(seen + resumed_at), "odd": math.nan}, seen)
             store.save(state, best=False)
     return [line for subject, line in told if subject == run_state.WARNINGS]
@@ -252,7 +253,9 @@ def test_a_damaged_part_is_one_line(run: Location, columns: dict[str, Any]) -> N
 
 def test_flipped_bytes_are_noticed_or_change_nothing(run: Location) -> None:
     name, whole = curves.part(0, [*rows(0, 50), CurveRow("odd", 1, math.inf, 1)])
-    file, rng, noticed = run.child(name), random.Random(0), 0
+    file = run.child(name)
+    rng = random.Random(0)
+    noticed = 0
     file.write(whole)
     truth = curves.read(run)
     for _ in range(300):

@@ -37,7 +37,8 @@ class Run:
     """
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
-        self.location, self._log = storage.resolve(uri).child(name), log
+        self.location = storage.resolve(uri).child(name)
+        self._log = log
         self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
@@ -106,7 +107,8 @@ def metric(run: Run, name: str) -> list[tuple[int, float]]:
 def assert_tracked_once(run: Run) -> None:
     """One finished MLflow run has what the run's folder has, each point and each picture once."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
+    found = mlflow_run_of(run)
+    name = run.location.uri.rpartition("/")[2]
     content = tracked.content(
         uri, run_folder.RunFolder(name, run.location, run_folder.read_card(run.location).run_key)
     )

@@ -154,7 +154,8 @@ def artifacts(uri: str, run: entities.Run) -> dict[str, bytes]:
 def content(uri: str, run: RunFolder) -> dict[str, Any]:
     """Everything that MLflow has of a run, except what depends on the server or on where the folder is."""
     found = run_with_key(uri, run.key)
-    client, run_id = MlflowClient(uri), found.info.run_id
+    client = MlflowClient(uri)
+    run_id = found.info.run_id
     histories = {}
     for name in found.data.metrics:
         points = client.get_metric_history(run_id, name)

@@ -48,7 +48,8 @@ def test_params_include_exactly_the_fields_that_affect_the_schedule(kind: str) -
 @pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
 def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, spacing: str) -> None:
     config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})
-    net, found = build_net(config).eval(), run_params.params(config)
+    net = build_net(config).eval()
+    found = run_params.params(config)
 
     def sampled(config: Config) -> torch.Tensor:
         return generate.draw(TrainedNet(net, config), range(4))

@@ -87,7 +87,8 @@ def unmark(uri: str, run: RunFolder) -> None:
 @on_both_kinds
 def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
-    found, sent = tracked.run_with_key(uri, run.key), content(uri, run)
+    found = tracked.run_with_key(uri, run.key)
+    sent = content(uri, run)
     assert (pushed.run_id, pushed.experiment_id) == (found.info.run_id, found.info.experiment_id)
     assert pushed.num_points == curves.num_rows(run.location)
     assert (sent["name"], sent["experiment"], sent["status"]) == ("a-run", tracked.EXPERIMENT, "FINISHED")
@@ -324,7 +325,8 @@ def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one
     uri: str, run: RunFolder
 ) -> None:
     """The other process has created an older run, and finds ours."""
-    mlflow, older = Connection(uri), list[str]()
+    mlflow = Connection(uri)
+    older = list[str]()
 
     def create_older() -> None:
         ours = mlflow_run.find(mlflow, tracked.EXPERIMENT, run.key)
@@ -339,7 +341,8 @@ def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one
         push(run, accepted=create_older)
     assert raised.value.is_temporary
     assert [push(run).run_id] == older
-    found, expected = content(uri, run), reference(run)
+    found = content(uri, run)
+    expected = reference(run)
     for key in ("params", "metrics", "artifacts", "status"):
         assert found[key] == expected[key]
 

@@ -224,7 +224,8 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     at = command.index("--run.storage")
     command = (*command[:at], *command[at + 2 :])
     env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
-    checkout, client = tmp_path / "checkout", JobSubmissionClient(ray_head.dashboard)
+    checkout = tmp_path / "checkout"
+    client = JobSubmissionClient(ray_head.dashboard)
     for folder in ("ddpm", "jobs"):
         shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     no_wait = ("--no-wait", "--submission-id", "stopped")
@@ -268,7 +269,8 @@ def test_processes_killed_by_the_memory_monitor(run: Run, undisturbed: Run) -> N
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + 6 * GIB) / memory.total  # other tests may take 3
     limits = {"RAY_memory_usage_threshold": f"{threshold:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
-    line, ballast = "out of memory: ", []
+    line = "out of memory: "
+    ballast = []
     with run.start(env=limits) as job:
         job.wait_for(run.past(0))
         workers = job.members(WORKER)

@@ -19,7 +19,8 @@ from support.servers import RayHead, RayNode, ray_head_env
 
 pytestmark = pytest.mark.slow
 
-WORKER, WATCHER = "ray::RayTrainWorker", "ray::PreemptionWatcher"
+WORKER = "ray::RayTrainWorker"
+WATCHER = "ray::PreemptionWatcher"
 # On a node of two CPUs a worker leaves no room for a data task, which takes one CPU.
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
 

@@ -54,7 +54,8 @@ class Consistency:
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
-        of, schedule = self.prediction, self.prediction.schedule
+        of = self.prediction
+        schedule = self.prediction.schedule
         t = of.draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
         label = of.labels.for_training(label, generator)

@@ -18,7 +18,8 @@ from ddpm.data.sources.items import Items
 from ddpm.runs import storage
 from ddpm.utils.errors import UserError
 
-GREY, LABEL = np.random.RandomState(0).randint(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 3
+GREY = np.random.RandomState(0).randint(0, 256, (40, 8, 8), np.uint8)
+LABEL = np.arange(40) % 3
 FORMS: dict[str, Any] = {
     "torch": TensorDataset(torch.from_numpy(GREY)[:, None].float() / 255, torch.from_numpy(LABEL)),
     "dicts": {"train": [{"image": Image.fromarray(i), "label": y} for i, y in zip(GREY, LABEL, strict=True)]},

@@ -65,7 +65,8 @@ def test_digits_are_those_of_scikit_learn() -> None:
     known = load_digits()
     source = Digits()
     assert source.splits == {"train": 1500, "test": 297}
-    train, test = everything(source, "train"), everything(source, "test")
+    train = everything(source, "train")
+    test = everything(source, "test")
     ours = sorted(
         (bytes(image), label)
         for images, labels in (train, test)
