@@ -27,8 +27,8 @@ PAGES = [
 ]
 OWN_CLUSTER = "own-net"
 """The recipe whose workers import what is on the path of its commands."""
-NOT_RUN = re.compile(r"make |\. \.venv|ray |ddpm ui|.*shards/cifar10")
-"""Lines that install, need a cluster, serve until they are interrupted, or need a download."""
+NOT_RUN = re.compile(r"make |\. \.venv|ray |ddpm ui")
+"""Lines that install, need a cluster, or serve until they are interrupted."""
 NET = "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 20"
 TRAINING = """--train.total-images 64 --train.batch-size 32 --train.micro-batch-size 8 --train.held-out-images 20
     --sample.num-images 4 --sample.num-sample-steps 2"""
