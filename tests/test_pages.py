@@ -16,10 +16,11 @@ ELSEWHERE = {
     "aws": "tests/infra/test_aws_cluster.py launches the cluster file, and submits jobs",
     "existing-cluster": "tests/jobs/test_cluster_jobs.py submits jobs",
     "kubernetes": "tests/infra/test_kubernetes.py validates the manifests",
+    "notebooks": "it has Python alone, which is run below",
     "operate": "tests/infra starts MLflow, Prometheus and clusters with tokens",
     "own-machines": "tests/infra/test_onprem.py launches the cluster file, and submits jobs",
 }
-"""Recipes whose commands need machines, and what runs them instead."""
+"""Recipes whose commands need machines, or that have none, and what runs them instead."""
 PAGES = [
     REPO / "README.md",
     REPO / "docs/quickstart.md",
