@@ -79,6 +79,7 @@ docs: $(VENV)/installed-docs
 	rm -rf build/pages build/pages-source
 	mkdir -p build/pages-source
 	cp -R $(PAGES) build/pages-source
+	cp --parents examples/*.md examples/*/*.md build/pages-source
 	ln -s ../../ddpm build/pages-source/ddpm
 	cd build/pages-source && PYTHONPATH=docs ../../$(BIN)/zensical build --strict
 	mv build/pages-source/build/pages build/pages

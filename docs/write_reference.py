@@ -510,9 +510,9 @@ def preset_page() -> str:
         "colour.\n"
         "- A checkpoint has the weights, their averages (EMA) and the optimizer's state, in float32. Three "
         "are kept, and the best one.\n"
-        "- The state in memory is the same and the gradients, for each worker. Activations come on top. "
+        "- Training holds that state and the gradients in memory, on each worker. Activations come on top. "
         "They grow with `--train.forward-images`, which bounds the images of one forward pass.\n"
-        "- A batch has at most as many workers as micro-batches.",
+        "- A run has at most as many workers as a batch has micro-batches.",
         "## Recipe",
         table(
             [

@@ -1,9 +1,8 @@
 """Compare runs on one page: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
-RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or the
-command that would settle it; samples of equal seeds side by side, settings that differ, ranks with ties, and curves
-over images seen and over hours of training. All of it comes from the runs' folders, where training and ddpm evaluate
-leave it; a run without samples is sampled now.
+RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network. It says which run is better,
+or which command would settle it. It shows samples of equal seeds side by side, settings that differ, ranks with ties,
+and curves over images seen and over hours. It reads the runs' folders; a run without samples is sampled.
 """
 
 from dataclasses import dataclass
