@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save
 from support.trained import alter_json, replace, write_trained
 from torch import Tensor
 
-from ddpm.runs import checkpoint
-from ddpm.config.tree import Config
 from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
