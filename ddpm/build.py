@@ -30,7 +30,7 @@ from ddpm.utils.seeding import Purpose, torch_seed
 
 @dataclass(frozen=True)
 class TrainedNet:
-    """A net and the config it is trained under, which tells what its output means."""
+    """A net and the config it is trained under, which defines what its output means."""
 
     net: nn.Module
     config: Config

@@ -48,7 +48,7 @@ class ObjectiveKind(Kind):
     """An objective: a forward process and a loss."""
 
     process: str = "gaussian"
-    """The forward process, which tells the samplers that reverse it."""
+    """The forward process. Samplers that reverse it can be used."""
     has_bound: bool = False
     """Whether there is a variational bound, so bits/dim."""
     has_uniform_noise: bool = False
@@ -315,7 +315,7 @@ def accepted(target: Callable[..., Any], available: Mapping[str, Any]) -> dict[s
 
 @dataclass(frozen=True)
 class Choice:
-    """Annotates a field that holds the name of a kind: pydantic checks it, and cli.py shows the names in --help."""
+    """Annotates a field that holds the name of a kind: pydantic checks it, and `--help` lists the names."""
 
     field: str
     also: tuple[str, ...] = ()

@@ -279,7 +279,7 @@ class Edm(Gaussian):
 
     With z = c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), cos = c_in sigma_data and sin = c_in sigma:
     z = cos x_0 / sigma_data + sin eps and F = sin x_0 / sigma_data - cos eps, which is -v of images of unit variance.
-    (In these numbers c_skip is cos^2, and c_out sin sigma_data.) The weight of F's error is 1. The net is told t in
+    (In these numbers c_skip is cos^2, and c_out sin sigma_data.) The weight of F's error is 1. The net is given t in
     place of c_noise; the schedule `geometric` makes the one linear in the other.
 
     Source: Karras et al. 2022, Eqs. 7 and 8, Table 1 and App. B.6.
