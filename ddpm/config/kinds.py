@@ -161,7 +161,7 @@ FEATURE_NETS = {
     "classifier": Kind("ddpm.evaluation.classifier:build"),
     "inception": Kind("ddpm.evaluation.inception:Inception"),
     "lite0": Kind("ddpm.evaluation.nets:Lite0"),
-    "pixels": Kind("ddpm.evaluation.nets:Pixels"),
+    "pixels": Kind("ddpm.evaluation.nets:PixelFeatures"),
 }
 
 TABLES: dict[str, Mapping[str, Kind]] = {

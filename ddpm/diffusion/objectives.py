@@ -95,7 +95,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelConditioning:
     """Labels for the net: the null label, num_classes, stands for "no label". Ho & Salimans 2022, Algorithm 1."""
 
     num_classes: int = 0
@@ -144,7 +144,7 @@ class Gaussian:
     """
 
     schedule: Schedule
-    labels: Labels = Labels()
+    labels: LabelConditioning = LabelConditioning()
     weighting: str = "simple"
     min_snr_gamma: float = 5.0
     learns_variance: bool = False
@@ -351,7 +351,7 @@ def flow_weight(snr: Tensor) -> Tensor:
 class UniformMix:
     """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
 
-    labels: Labels = Labels()
+    labels: LabelConditioning = LabelConditioning()
 
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
@@ -382,7 +382,7 @@ u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table
 
 
 def gaussian(
-    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+    config: "ObjectiveConfig", schedule: Schedule, labels: LabelConditioning, prediction: type[Gaussian]
 ) -> Gaussian:
     """The objective of the class `prediction` that `config` describes."""
     log_sigma = None
