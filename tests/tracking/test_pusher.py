@@ -23,7 +23,7 @@ from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking import pusher as pusher_module
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
-from ddpm.tracking.pusher import Delivery, Pusher
+from ddpm.tracking.pusher import MIN_BEGIN_S, Delivery, Pusher
 from ddpm.utils.errors import UserError
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
@@ -33,8 +33,7 @@ LONG_S = 60.0
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A push that failed is repeated soon."""
-    monkeypatch.setattr(pusher_module, "FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(pusher_module, "MIN_BEGIN_S", 1.0)
+    monkeypatch.setattr(pusher_module, "FIRST_WAIT_S", 0.2)
 
 
 @pytest.fixture
@@ -144,8 +143,8 @@ def test_a_server_that_hangs_blocks_nothing(run: RunFolder, hanging_server: str)
 def test_close_with_little_patience_does_not_import_mlflow(run: RunFolder, absent_server: str) -> None:
     hasty = Pusher(run)
     patient = Pusher(run)
-    assert hasty.close(patience_s=pusher_module.MIN_BEGIN_S / 2) == Delivery(None, False)
-    assert patient.close(patience_s=pusher_module.MIN_BEGIN_S) == Delivery(None, False)
+    assert hasty.close(patience_s=MIN_BEGIN_S - 1) == Delivery(None, False)
+    assert patient.close(patience_s=MIN_BEGIN_S) == Delivery(None, False)
     assert (hasty._thread.ident, patient._thread.ident is None) == (None, False)
 
 
@@ -235,6 +234,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_everything(
 # A database as a file.
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_waited_for(
     run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
