@@ -116,6 +116,20 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     return replace(sample, sampler=sampler, variance=variance)
 
 
+def with_sampler(sample: SampleConfig, sampler: str | None, objective: ObjectiveConfig) -> SampleConfig:
+    """`sample` with another sampler; None: with its own.
+
+    The number of steps stays, except where the sampler becomes ddpm: then it is T, as for ddpm by default. A number of
+    steps that was chosen for a sampler of few steps would spoil its images.
+    """
+    if sampler is None:
+        return sample
+    steps = sample.num_sample_steps
+    if sampler != resolve_sample(sample, objective).sampler and kinds.is_known("sample.sampler", sampler):
+        steps = steps if kinds.sampler(sampler).num_sample_steps else None
+    return replace(sample, sampler=sampler, num_sample_steps=steps)
+
+
 def num_sample_steps(sample: SampleConfig, num_timesteps: int) -> int:
     """The number of steps of a resolved `sample`; T is num_timesteps."""
     if sample.num_sample_steps is not None:

@@ -373,6 +373,8 @@ class RunConfig:
     """The run stops after S3 (or a disk) has failed or not answered for this many seconds."""
     shared_storage: bool = False
     """Declare that a local folder given as storage is shared by all nodes (NFS)."""
+    tracking: Literal["mlflow", "none"] = "mlflow"
+    """mlflow: send the run to MLflow while it trains. none: MLflow is not used; ddpm sync can send the run later."""
     experiment: NonEmptyStr = "ddpm"
     """MLflow experiment."""
 

@@ -154,7 +154,8 @@ def _folder(config: Config) -> tuple[str, Source]:
             f"--data.images: images have 1 channel (grey) or 3 (colour), but model.channels is {channels}"
         )
     source = Folder(folder, size, cast(Literal[1, 3], channels))
-    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow's files go to the working folder
+    if config.run.tracking == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+        # MLflow's files go to the working folder.
         prepare.check_outside(source, Path(storage.absolute(".")))
     colours = "grey" if channels == 1 else "colour"
     shown = f"{printable(str(folder))}, as {size}x{size} {colours}"
