@@ -260,6 +260,18 @@ def command(name: str) -> Iterator[str]:
             "[configuration](configuration.md) is a flag, too: `optim.lr` is `--optim.lr`, or `--lr`."
         )
     yield flag_table(list(flags(cls)))
+    if name == "train":
+        yield "Common flags of the configuration:"
+        yield table(["flag", "values", "what it does"], list(common_rows()))
+
+
+def common_rows() -> Iterator[list[str]]:
+    """The fields of the configuration that `--help` shows."""
+    for group in typing.get_type_hints(Config):
+        for key, row in field_rows(group, type(getattr(Config(), group))):
+            if key in parsing.SHOWN_FIRST:
+                flag, _, short = row[0].partition(", ")
+                yield [short or flag, row[2], row[4]]
 
 
 def sources(cls: Any) -> Iterator[str]:

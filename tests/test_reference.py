@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
+import runpy
 import sys
 
 import pytest
-import write_reference
 from support.processes import REPO
 
 from ddpm.cli import program
@@ -15,6 +15,7 @@ from ddpm.runs.checkpoint import check_same_run
 from ddpm.utils.errors import UserError
 
 FOLDER = REPO / "docs/reference"
+WRITER = runpy.run_path(str(REPO / "docs/write_reference.py"), run_name="imported")
 FLAG = re.compile(r"--[a-z][\w.-]+")
 ROW = re.compile(r"^\| `--(?P<key>[\w.-]+)`[^|]*\|[^|]*\|(?:\\\||[^|])*\| (?P<resume>[^|]+) \|", re.MULTILINE)
 ARGUMENTS = {"train": ["digits"], "search": ["digits"], "prepare": ["folder"]}
@@ -22,7 +23,7 @@ ARGUMENTS = {"train": ["digits"], "search": ["digits"], "prepare": ["folder"]}
 
 @pytest.mark.parametrize("name", ["commands.md", "configuration.md", "presets.md"])
 def test_a_generated_page_is_that_of_the_code(name: str) -> None:
-    is_same = write_reference.pages()[name] == (FOLDER / name).read_text()
+    is_same = WRITER["pages"]()[name] == (FOLDER / name).read_text()
     assert is_same, f"docs/reference/{name} is stale: `make reference` renews it"
 
 
