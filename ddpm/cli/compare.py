@@ -1,8 +1,9 @@
 """Compare runs on one page: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
-RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network. It says which run is better,
-or which command would settle it. It shows samples of equal seeds side by side, settings that differ, ranks with ties,
-and curves over images seen and over hours. It reads the runs' folders; a run without samples is sampled.
+RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The page is one HTML
+file that needs no network. It says which run is better, or which command would settle it. It shows samples of equal
+seeds side by side, settings that differ, ranks with ties, and curves over images seen and over hours. It reads the runs'
+folders; a run without samples is sampled.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Arguments:
     """Runs, and where the page goes."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders or URIs of runs."""
+    """Folders or URIs of runs, registered models or built-in nets."""
     out: NonEmptyStr = "report.html"
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ class Arguments:
 def main() -> None:
     arguments: Arguments = parsing.parse(Arguments, __doc__)
     if not arguments.runs:
-        raise UserError("no RUN is given; expected folders or URIs of runs")
+        raise UserError("no RUN is given; expected folders or URIs of runs, or builtin:NAME")
     from ddpm.cluster import job_folder
     from ddpm.evaluation import compared_run, comparison_page, save_results
     from ddpm.utils.progress import printable

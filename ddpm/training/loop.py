@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -73,9 +74,9 @@ def train(config: Config, runtime: Runtime) -> State:
     per_pass = min(share, _micro_batches_per_pass(config))
     _fix_buckets(model, loss_of, config, dropouts, per_pass, runtime)
     recorder = Recorder(config, runtime, state)
-    batches = recorder.timed(batches)
+    batches = _begun(recorder.timed(batches))
     to_device = HostToDevice(runtime.device)
-    stop = 0
+    stop = 0 if runtime.may_begin() else 1
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
@@ -145,6 +146,12 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(
             f"training cannot begin: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+
+
+def _begun(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """`batches`, after the first one has arrived, which may take long."""
+    first = list(islice(batches, 1))
+    return chain(first, batches)
 
 
 def _count_skipped(state: State, config: Config, skipped: int) -> None:
