@@ -36,7 +36,7 @@ TRAINING = """--train.total-images 64 --train.batch-size 32 --train.micro-batch-
 SMALL = {
     "train": TRAINING,
     "search": f"{TRAINING} --num-trials 2 --finalists 2 --drawn-images 20 --num-images 20 --num-rungs 1",
-    "evaluate": "--num-images 20 --num-draws 1",
+    "evaluate": "--num-images 20 --num-draws 1 --features pixels",
 }
 """Flags that follow those of a command, and so replace them."""
 
