@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import Count, CountOrZero, Images, SampleFlags, SamplerName, Seed, Text, Variance
+from ddpm.config.tree import Count, Images, SampleFlags, SamplerName, Seed, Text, Variance
 from ddpm.utils.errors import UserError
 
 
@@ -37,8 +37,8 @@ class Arguments(SampleFlags):
     """Number of sampling steps."""
     variance: Variance | None = None
     """ddpm: variance of the noise that a step adds."""
-    label: CountOrZero | None = None
-    """Class to sample (conditional nets). None: all classes in turn."""
+    label: Text | None = None
+    """Class to sample, its name or number (conditional nets). None: all classes in turn."""
     seed: Seed = 0
     """Image i is a function of this seed and i."""
     trajectory: bool = False
@@ -53,7 +53,7 @@ def main() -> None:
     from ddpm.config.json import flatten
     from ddpm.runs import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.runs.storage import resolve
-    from ddpm.sampling import workers
+    from ddpm.sampling import generate, workers
     from ddpm.tracking import run_params
     from ddpm.tracking.names import local_checkpoint, name_of
     from ddpm.utils.progress import Display
@@ -71,7 +71,8 @@ def main() -> None:
         trained = trained.sampled_with(sample)
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
-    job = workers.SampleJob(trained, arguments.label, batch_size=arguments.batch_size)
+    label = generate.class_of(trained, arguments.label)
+    job = workers.SampleJob(trained, label, batch_size=arguments.batch_size)
     out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import reprlib
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     listed = [f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:4]]
     return ", ".join(listed + ["..."] * (len(changed) > 4))
+
+
+def flags(values: Mapping[str, Any]) -> str:
+    """Dotted keys and their values as flags of a command line: "--model.num-classes 10 --no-train.deterministic"."""
+    words = []
+    for key, value in values.items():
+        group, dot, name = key.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            words.append(f"--{group}{dot}{name}" if value else f"--{group}{dot}no-{name}")
+        else:
+            parts = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{group}{dot}{name}", *(shlex.quote(str(part)) for part in parts)]
+    return " ".join(words)
 
 
 def check_values(config: Any) -> None:

@@ -12,14 +12,17 @@ from ddpm.data import duplicates, prepare
 from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
-from ddpm.data.sources.sources import MissingFiles, Source
+from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source, earlier
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import printable
+from ddpm.utils.progress import printable, shortened
 
 MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
+MAX_LISTED = 60
+"""Characters of a list of classes."""
 
 
 def prepared(
@@ -50,9 +53,7 @@ def prepared(
         name, source = _folder(config)
     else:
         name, source = _named(config, command)
-    # The folder's name has a digest, so data sets of other versions or other images are kept beside this one.
-    folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    location = storage.resolve(config.run.storage).child(RESERVED).child(folder)
+    source, location = _placed(config, name, source)
     if items is not None or "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
         connect = None
     is_new = prepare.find(source, location) is None
@@ -71,6 +72,22 @@ def prepared(
     if items is not None or config.data.images is not None:
         data = replace(data, images=None, source=None)  # the shards are not of the preset's source
     return replace(config, data=data)
+
+
+def _placed(config: Config, name: str, source: Source) -> tuple[Source, Location]:
+    """`source` and the folder of its data set; if that of an earlier version's split is there, that one."""
+    before = earlier(source)
+    if before is not None:
+        location = _location(config, name, before)
+        if prepare.find(before, location) is not None:
+            return before, location
+    return source, _location(config, name, source)
+
+
+def _location(config: Config, name: str, source: Source) -> Location:
+    """The folder of the data set; its name has a digest, so those of other options or other images are kept."""
+    folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
+    return storage.resolve(config.run.storage).child(RESERVED).child(folder)
 
 
 def _named(config: Config, command: str) -> tuple[str, Source]:
@@ -109,5 +126,23 @@ def _folder(config: Config) -> tuple[str, Source]:
         print(f"augmented   with probability {config.data.augment:g} (--data.augment)", flush=True)
     if source.skipped:
         print(f"skipped     {source.skipped}", flush=True)
+    if source.class_names:
+        print(f"labels      {_about_labels(source.class_names, config.model.num_classes)}", flush=True)
+    num_held_out = source.splits["test"]
+    if num_held_out < LEAST_HELD_OUT:
+        print(
+            f"held out    {num_held_out}; ddpm evaluate needs {LEAST_HELD_OUT}, as of 100 images or more",
+            flush=True,
+        )
     name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:MAX_NAME]
     return name or "pictures", source
+
+
+def _about_labels(class_names: tuple[str, ...], num_classes: int) -> str:
+    """What the subfolders mean for a net with so many classes, for the user."""
+    listed = shortened(printable(", ".join(class_names)), MAX_LISTED)
+    if num_classes:
+        return f"{len(class_names)} classes, the subfolders {listed} (--model.num-classes 0 for none)"
+    if len(class_names) == 1:
+        return f"none: all images are in one subfolder, {listed}"
+    return f"none (--model.num-classes {len(class_names)} for those of the subfolders {listed})"

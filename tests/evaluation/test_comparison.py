@@ -53,7 +53,7 @@ def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
     alike, _ = results_alike(compared)
     positions = {key: sorted(of_run) for key, of_run in alike.items()}
     assert positions == {"keya": [1000, 2000], "keyb": [2000], "keyc": [2000]}
-    (ranking,) = comparison.rankings(compared, alike)
+    (ranking,) = comparison.ranked(compared, alike)
     ranked = {key: (cell.value, str(cell.rank)) for key, cell in ranking.cells.items()}
     assert ranked == {"keya": (3.0, "3"), "keyb": (2.0, "1-2"), "keyc": (2.001, "1-2")}
     assert "3.0000 ± 0.0100, rank 3 (2,000 images seen)" in shown_text(compared)
@@ -84,10 +84,10 @@ def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
         return {"held_out/bits_per_dim": [Point(10, 9.0, 0.1), Point(20, value, 0.1)]}
 
     compared = [run("a", curves=curve(3.0)), run("b", curves=curve(2.0)), run("c")]
-    (ranking,) = comparison.rankings(compared, {})
+    (ranking,) = comparison.ranked(compared, {})
     assert {key: str(cell.rank) for key, cell in ranking.cells.items()} == {"keya": "2", "keyb": "1"}
     losses = [run(name, curves={"train/loss": [Point(1, 0.1, 0.1)]}) for name in "ab"]
-    assert comparison.rankings(losses, {}) == []  # losses of different schedules are not comparable
+    assert comparison.ranked(losses, {}) == []  # losses of different schedules are not comparable
 
 
 BITS = 3 + np.random.default_rng(0).normal(size=90)
@@ -114,7 +114,7 @@ def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True)
 def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Remark | None]:
     """Headlines, and what to run next."""
     (results, num_held_out), names = results_alike(compared), {run.key: run.name for run in compared}
-    rankings = comparison.rankings(compared, results)
+    rankings = comparison.ranked(compared, results)
     step = comparison.next_step(compared, results, num_held_out, rankings, names)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step
 
