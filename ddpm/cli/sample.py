@@ -5,6 +5,7 @@ MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png an
 depends on the seed and i alone. Settings that are not given are those of training; the same command resumes it.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,7 +26,7 @@ class Arguments(SampleFlags):
     num_images: Images = 64
     """Total number of images at `out`."""
     out: Text | None = None
-    """Folder or s3:// URI for the images. None: samples/RUN-seedN, with the names of run and seed."""
+    """Folder or s3:// URI for the images. None: samples/RUN-seedN or samples/RUN-LABEL-seedN."""
     num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
@@ -73,7 +74,10 @@ def main() -> None:
     run_params.check_effect([trained.config], given, run_params.flag)
     label = generate.class_of(trained, arguments.label)
     job = workers.SampleJob(trained, label, batch_size=arguments.batch_size)
-    out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
+    name = name_of(arguments.checkpoint)
+    if arguments.label is not None:
+        name += "-" + re.sub(r"[^\w.-]+", "-", arguments.label)
+    out = resolve(arguments.out or f"samples/{name}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(
             job,

@@ -17,12 +17,12 @@ from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import printable, shortened
+from ddpm.utils.progress import printable
 
 MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
-MAX_LISTED = 60
-"""Characters of a list of classes."""
+NUM_LISTED = 4
+"""Classes that a line names."""
 
 
 def prepared(
@@ -140,7 +140,9 @@ def _folder(config: Config) -> tuple[str, Source]:
 
 def _about_labels(class_names: tuple[str, ...], num_classes: int) -> str:
     """What the subfolders mean for a net with so many classes, for the user."""
-    listed = shortened(printable(", ".join(class_names)), MAX_LISTED)
+    listed = printable(", ".join(class_names[:NUM_LISTED]))
+    if len(class_names) > NUM_LISTED:
+        listed += ", ..."
     if num_classes:
         return f"{len(class_names)} classes, the subfolders {listed} (--model.num-classes 0 for none)"
     if len(class_names) == 1:

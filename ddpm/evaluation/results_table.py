@@ -98,19 +98,16 @@ def _remarks_on_bits(report: Report) -> list[str]:
 
 def _on_counts(report: Report) -> Iterator[str]:
     """The numbers of images behind the scores."""
-    groups: dict[str, list[str]] = {}
-    floors: dict[str, list[str]] = {}
-    for name, group in _by_name(report).items():
-        score = group[0].score
-        if name not in BOUND_TERMS:
-            groups.setdefault(_counts(score), []).append(name)
-        if score.floor_n is not None and score.floor_n != score.n:
-            floors.setdefault(f"{score.floor_n:,}", []).append(name)
-    for counts, names in groups.items():
+    metrics: dict[str, dict[str, None]] = {}
+    for score, _, _ in rows(report):
+        metrics.setdefault(_counts(score), {})[score.name.partition("-")[0]] = None
+    for counts, names in metrics.items():
         yield f"{', '.join(names)}: {counts}"
-    for count, names in floors.items():
-        yield f"real against real: {count} training images against the held-out ones, for {', '.join(names)}"
-    fewest = min((row.score.n_real or row.score.n for row in rows(report)), default=FEW)
+    for count in sorted(
+        {score.floor_n for score, _, _ in rows(report) if score.floor_n not in (None, score.n)}
+    ):
+        yield f"real against real: {count:,} training and the held-out images"
+    fewest = min((score.n_real or score.n for score, _, _ in rows(report)), default=FEW)
     if fewest < FEW:
         yield (
             f"{fewest} held-out images are few: the errors (±, one standard error) are large, and a difference within "
