@@ -38,8 +38,10 @@ def table(report: Report) -> Table:
     ]
     lines = [
         ["images seen", *(f"{result.images_seen:,}" for result, _ in columns), ""],
-        ["sampler", *(drawn.name for _, drawn in columns), ""],
+        ["sampler", *(drawn.sampler for _, drawn in columns), ""],
     ]
+    for setting in dict.fromkeys(setting for _, drawn in columns for setting in drawn.settings):
+        lines.append([f"  {setting}", *(drawn.settings.get(setting, "") for _, drawn in columns), ""])
     for name, group in _by_name(report).items():
         cells = []
         for result, drawn in columns:

@@ -10,7 +10,7 @@ import pytest
 from support.compared import run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import comparison, comparison_page
+from ddpm.evaluation import comparison, comparison_page, comparison_text
 from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
@@ -195,3 +195,26 @@ def test_curves_over_images_and_over_time() -> None:
     assert set(charts) == {"bits/dim", "FID-pixels", "KID-pixels"}
     (bits,) = charts["bits/dim"].curves.values()
     assert [point[0] for point in bits] == [1000, 2000] and [point[2] for point in bits] == [0.05, 0.05]
+
+
+def test_the_answer_as_lines_is_that_of_the_page() -> None:
+    compared = scored(0.02, 0)
+    found = comparison.answer(compared)
+    (verdict, about) = comparison_text.lines(found)
+    page = shown_text(compared)
+    headline, _, detail = verdict.partition(": ")[2].partition(". ")
+    assert headline == "B (b) is better than A (a)"
+    assert headline in page and detail in page and "standard error" in about
+    tied = list(comparison_text.lines(comparison.answer(scored(0.02, 0, paired=False))))
+    assert tied[-1].strip() == "train b --run.name b-again --train.seed 5"
+
+
+def test_the_table_of_runs_fits_a_terminal() -> None:
+    facts = {"status": "finished", "images seen": "160,000", "hardware": "2 cores " * 9, "data": "x" * 70}
+    compared = [run(name, facts=facts) for name in ("a", "b" * 90)]
+    text = comparison_text.table(compared, comparison.answer(compared)).text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line.split() for line in text.splitlines()]
+    assert ["status", "finished", "finished"] in lines
+    assert ["images", "seen", "160,000", "160,000"] in lines
+    assert "2 cores" not in text
