@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import Text
+from ddpm.config.tree import NonEmptyStr
 from ddpm.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ class Arguments:
     """diffusers: a DDPMPipeline. checkpoint: converts a diffusers folder."""
     ema: bool = True
     """Export the averaged (EMA) weights instead of the last ones."""
-    label: Text | None = None
+    label: NonEmptyStr | None = None
     """diffusers, conditional nets: the class that the pipeline generates, its name or number; num_classes: all."""
-    register: Text | None = None
+    register: NonEmptyStr | None = None
     """Also store the net in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
-    alias: Text | None = None
+    alias: NonEmptyStr | None = None
     """Point models:/NAME@ALIAS to that version."""
 
 

@@ -20,7 +20,7 @@ from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.augmentation import LossOf, augmented
-from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.models import dropout
 from ddpm.models.compile import compile_blocks
 from ddpm.models.dropout import Dropout
@@ -165,7 +165,7 @@ def _micro_batches_per_pass(config: Config) -> int:
     return (train.forward_images or train.batch_size) // train.micro_batch_size
 
 
-def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
+def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Rng:
     """The generator of flips, other augmentation, t, eps and dropped labels, in this order."""
     seed = config.train.seed
     return PerMicroBatch(
@@ -194,7 +194,7 @@ def _masks(
 
 
 def _to_device(
-    micro_batches: Sequence[MicroBatch], config: Config, to_device: HostToDevice, noise: Generator
+    micro_batches: Sequence[MicroBatch], config: Config, to_device: HostToDevice, noise: Rng
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 [B, C, H, W] in [-1, 1], flipped at random if configured, and the labels if the net takes them."""
     x_0 = images.to_model(to_device(np.concatenate([each.image for each in micro_batches])))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.utils.seeding import key, torch_seed
 
 if TYPE_CHECKING:
-    from ddpm.diffusion.generator import Generator
+    from ddpm.diffusion.rng import Rng
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24
@@ -73,7 +73,7 @@ class PerMicroBatch:
         generators: one per micro-batch, in order; all micro-batches have the same size.
     """
 
-    def __init__(self, generators: "Sequence[Generator]") -> None:
+    def __init__(self, generators: "Sequence[Rng]") -> None:
         self._generators = generators
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,7 +90,7 @@ class PerMicroBatch:
         return [shape[0] // len(self._generators), *shape[1:]]
 
 
-def generator(device: torch.device, *counters: int) -> "Generator":
+def generator(device: torch.device, *counters: int) -> "Rng":
     """A generator for `device`; its stream depends only on the counters and on whether `device` is a CPU."""
     kind = PhiloxGenerator if device.type == "cpu" else TorchGenerator
     return kind(*counters, device=device)

@@ -30,7 +30,7 @@ LEAST_HELD_OUT = 20
 """Images that an evaluation needs; 100 images have so many held out."""
 MAX_EXAMINED = 500_000
 """More images are not searched for duplicates, nor are those of Parquet files counted by size: it takes minutes."""
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
 S = TypeVar("S")
 
@@ -125,7 +125,7 @@ class Digits(Loaded):
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
     class_names: ClassVar = tuple("0123456789")
-    seed: Seed = 0
+    seed: DataSeed = 0
     """Seed that decides which images are held out."""
     held_out_images: Annotated[int, Interval(ge=1, le=1796)] = 297
     """Number of held-out images; more than usual, since scores against few real images are uncertain."""
