@@ -13,13 +13,12 @@ from support import servers
 from support.front_end import Answer, FrontEnd
 from support.proxy import FaultyProxy
 
-from ddpm.runs import checkpoint, run_folder
-from ddpm.runs.run_folder import Data, Facts, Search, Status
-from ddpm.config.tree import Config
 from ddpm.config.json import override
-from ddpm.tracking import names as resolve
-from ddpm.runs import storage
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, run_folder, storage
+from ddpm.runs.run_folder import Data, Facts, Search, Status
 from ddpm.runs.storage import Location
+from ddpm.tracking import names as resolve
 from ddpm.training import checkpoint_manager
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
@@ -136,7 +135,9 @@ def test_the_status_of_version_0_1_is_read(root_uri: str) -> None:
 )
 def test_the_status_is_typed(root_uri: str, change: dict[str, Any]) -> None:
     run = storage.resolve(root_uri)
-    run.child(run_folder.STATUS).write(json.dumps(json.loads(run_folder.status_json(STATUS)) | change).encode())
+    run.child(run_folder.STATUS).write(
+        json.dumps(json.loads(run_folder.status_json(STATUS)) | change).encode()
+    )
     with pytest.raises(UserError, match=rf"status\.json is damaged: .*{next(iter(change))}"):
         run_folder.read_status(run)
 

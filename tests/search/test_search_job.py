@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import tracked
-from support.processes import Job, paused
+from support.processes import Job, members, paused
 from support.servers import RayHead
 
 from ddpm.config.json import from_json
@@ -132,12 +132,13 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
     ray_head: RayHead, tmp_path: Path
 ) -> None:
     place = tmp_path / "runs" / "s"
-    with Job("search", *TWO_TRIALS, log=tmp_path / "first.log") as job:
+    env = {"RAY_ADDRESS": ray_head.address}
+    with Job("search", *TWO_TRIALS, log=tmp_path / "first.log", env=env) as job:
         (stored,) = job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
         killed = stored.parents[1]
         measured = killed / rung.file_name(640)
         measured_ns = measured.stat().st_mtime_ns
-        (process,) = job.members(TRIAL)
+        (process,) = members(ray_head.process.pid, TRIAL)
         process.kill()
         assert job.wait() == 0, job.output
         output = job.output
@@ -150,7 +151,6 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
         assert output.count(f"{trial.name} after 640 images") == 1
     assert measured.stat().st_mtime_ns == measured_ns
 
-    env = {"RAY_ADDRESS": ray_head.address}
     with Job("search", *TWO_TRIALS, log=tmp_path / "second.log", env=env) as job:
         assert job.wait() == 0, job.output
         assert not any(
