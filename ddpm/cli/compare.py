@@ -2,8 +2,8 @@
 
 RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The page is one HTML
 file that needs no network. It says which run is better, or which command would settle it. It shows samples of equal
-seeds side by side, settings that differ, ranks with ties, and curves over images seen and over hours. It reads the runs'
-folders; a run without samples is sampled.
+seeds side by side, settings that differ, ranks with ties, and curves over images seen and over hours. It reads the
+runs' folders; a run without samples is sampled.
 """
 
 from dataclasses import dataclass
