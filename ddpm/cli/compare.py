@@ -1,10 +1,9 @@
 """Compare runs: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
 RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The answer is
-printed: which run is better, or the command that would settle it. The page is one HTML file that needs no network: the
-answer, samples of equal seeds side by side, settings that differ, ranks with ties, and curves over images seen and over
-hours of training. All of it comes from the runs' folders, where training and ddpm evaluate leave it; a run without
-samples is sampled now.
+printed: which run is better, or which command would settle it. The page is one HTML file that needs no network. It
+shows the answer, samples of equal seeds side by side, settings that differ, ranks with ties, and curves over images
+seen and over hours. It reads the runs' folders; a run without samples is sampled.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Sample images from a checkpoint: ddpm sample CHECKPOINT --num-images 64 --seed 0 --out DIR
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
-MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i
-depends on the seed and i alone. Settings that are not given are those of training; the same command resumes it.
+MLflow's registry, or builtin:NAME. Writes grid.png and images/000000.png, ... into DIR, a folder or s3:// URI. Image i
+depends on the seed and i alone. Other settings default to those of training. The same command makes missing images.
 """
 
 import re
