@@ -244,8 +244,8 @@ class TrainConfig:
     micro_batch_size: Annotated[Count, Affects.ORDER | Affects.NOISE] = 64
     """Images per micro-batch. Workers take whole micro-batches, so there are at most batch_size / micro_batch_size."""
     forward_images: Count | None = None
-    """Largest number of images per forward pass on a worker, a multiple of micro_batch_size; fewer need less memory.
-    None: the worker's share of the batch in one pass."""
+    """Largest number of images per forward pass on a worker; fewer need less memory. None: the worker's share of the
+    batch in one pass. On a GPU whose memory that exceeds, passes are halved until they fit."""
     seed: Annotated[Seed, Affects.ORDER | Affects.NOISE | Affects.TASK] = 0
     """Seed of the initial weights, the order of images, and all noise."""
     init_from: Annotated[Text | None, Affects.COURSE | Affects.TASK] = None
@@ -332,9 +332,11 @@ class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
     affects: ClassVar = Affects.NOTHING
-    num_workers: Annotated[int | str, Affects.COURSE] = 1
+    num_workers: Annotated[int | str, Affects.COURSE] = AUTO
     """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
-    batch stays the same."""
+    batch stays the same. auto: the number with which the run began. A new run takes every GPU of the cluster, else
+    every CPU with one thread each, up to the largest number that shares the micro-batches of a step evenly; 1:N where
+    the cluster can grow. Without Ray, and in a search, one worker."""
     gpu: bool | None = None
     """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
     gpus_per_worker: ShareAboveZero = 1.0
@@ -351,12 +353,14 @@ class ClusterConfig:
     """More preempted nodes (spot instances) than this end the run; they do not count as failures."""
 
     def world_sizes(self) -> range:
-        """All allowed numbers of workers."""
+        """All allowed numbers of workers; 1 for auto, which cluster/resources.py replaces."""
+        if self.num_workers == AUTO:
+            return range(1, 2)
         least, _, most = str(self.num_workers).partition(":")
         if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
             return range(int(least), int(most or least) + 1)
         raise UserError(
-            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, or least:most such as 1:4"
+            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, least:most such as 1:4, or auto"
         )
 
 
