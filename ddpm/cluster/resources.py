@@ -32,7 +32,7 @@ def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
     """`config` with the number of workers that cluster.num_workers auto stands for.
 
     A run that resumes has the number with which it began, since equal bits are promised for one number. A new run has
-    the largest number that leaves no GPU (else no CPU) shared and no worker idle, as a range where the cluster can grow.
+    the largest number that leaves each a GPU (else a CPU) and none idle, as a range where the cluster can grow.
     Workers on CPUs have one thread each, unless cluster.threads_per_worker says otherwise.
 
     Args:

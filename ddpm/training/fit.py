@@ -31,6 +31,7 @@ from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_pas
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, Pusher
 from ddpm.training import checkpoint_manager
 from ddpm.training.failures import TrainingFailed, last_line
+from ddpm.training.footprint import footprint
 from ddpm.training.monitor import DriverMonitor, ShouldContinue
 from ddpm.training.worker_group import WorkerGroup
 from ddpm.utils import command_line
@@ -139,13 +140,14 @@ def fit(
 
 
 def _announce(config: Config, per_worker: Mapping[str, float]) -> None:
-    """Print the number of workers, and warnings about it."""
+    """Print the number of workers, warnings about it, and what training takes."""
     cpus = per_worker["CPU"]
     gpus = per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     for warning in (resources.crowding(config, per_worker), uneven_share(config)):
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
+    print(f"net         {footprint(config)}", flush=True)
 
 
 def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:

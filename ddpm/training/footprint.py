@@ -83,7 +83,10 @@ def _saved_bytes(net: nn.Module, config: Config, num_images: int) -> int | None:
     layers = dropout.layers(net)
     keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=META)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), dropout.keyed(layers, keys):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            dropout.keyed(layers, keys),
+        ):
             net(x_t, t if kinds.objective(config.objective.process).uses_time else None, None, **given)
     except (NotImplementedError, RuntimeError):  # a net with operations that need numbers
         return None

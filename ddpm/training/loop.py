@@ -63,8 +63,7 @@ def train(config: Config, runtime: Runtime) -> State:
     weights = list(state.net.parameters())
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
-    most = passes.largest(config, runtime.world_size)
-    most = passes.images_that_fit(most, state, loss_of, config, dropouts, runtime)
+    most = passes.images_that_fit(state, loss_of, config, dropouts, runtime)
     passes.fix_buckets(model, most, loss_of, config, dropouts, runtime.world_size)
     recorder = Recorder(config, runtime, state)
     batches = recorder.timed(batches)

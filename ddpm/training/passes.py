@@ -111,13 +111,14 @@ def forward(model: nn.Module, num_images: int, is_last: bool) -> Iterator[None]:
 
 
 def images_that_fit(
-    most: int, state: State, loss_of: LossOf, config: Config, layers: Sequence[Dropout], runtime: Runtime
+    state: State, loss_of: LossOf, config: Config, layers: Sequence[Dropout], runtime: Runtime
 ) -> int:
-    """The images of a pass that fits into the memory of every worker's GPU: `most`, or that halved several times.
+    """The images of a pass that fits into the memory of every worker's GPU: `largest`, or that halved several times.
 
     Each worker tries a pass of empty images, on the bare net: a pass that fails half-way would leave the other workers
-    waiting for its gradients. On a CPU `most` is returned untried.
+    waiting for its gradients. On a CPU the largest is not tried.
     """
+    most = largest(config, runtime.world_size)
     if runtime.device == devices.CPU:
         return most
     num_images = most
@@ -137,9 +138,7 @@ def images_that_fit(
     return num_images
 
 
-def _fits(
-    num_images: int, state: State, loss_of: LossOf, config: Config, layers: Sequence[Dropout]
-) -> bool:
+def _fits(num_images: int, state: State, loss_of: LossOf, config: Config, layers: Sequence[Dropout]) -> bool:
     """Whether a pass fits beside the optimizers' state, which the first step allocates."""
     net = state.net
     try:

@@ -194,13 +194,16 @@ def test_auto_workers_have_a_gpu_or_a_cpu_each_and_none_is_idle(
 def test_auto_workers_of_a_run_that_resumes_are_those_that_it_began_with(cluster: Cluster) -> None:
     cluster(64)
     began = {"num_workers": 2, "threads_per_worker": 1}
-    assert resources.with_workers(with_workers("auto"), began).cluster == with_workers(2, threads_per_worker=1).cluster
+    assert (
+        resources.with_workers(with_workers("auto"), began).cluster
+        == with_workers(2, threads_per_worker=1).cluster
+    )
     typed = with_workers("auto", threads_per_worker=4)
     assert resources.with_workers(typed, began).cluster.threads_per_worker == 4
     assert resources.with_workers(with_workers(4), began).cluster == with_workers(4).cluster
     cluster(1)
     config = resources.with_workers(with_workers("auto"), {"num_workers": 8})
-    with pytest.raises(UserError, match="--cluster.num-workers"):
+    with pytest.raises(UserError, match=r"--cluster\.num-workers"):
         resources.resources_per_worker(config)
 
 

@@ -182,7 +182,7 @@ def test_tuning_that_was_interrupted_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_a_run_is_tuned_from_the_command_line(run_job: Callable[..., Any], tmp_path: Path) -> None:
-    short = "--objective.predict v --train.total-images 640".split()
+    short = "--objective.predict v --train.total-images 640 --workers 1".split()
     done = run_job("train", "digits", "--name", "denoiser", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     env = examples.env("consistency")

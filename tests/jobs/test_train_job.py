@@ -49,7 +49,7 @@ def test_help_is_fast(
 TINY = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
     --model.norm-groups 4 --train.batch-size 32 --train.micro-batch-size 8 --train.log-every-images 32
     --train.checkpoint-every-images 64 --train.held-out-images 8 --sample.num-images 4 --sample.num-sample-steps 5
-    --train.total-images 128""".split()
+    --train.total-images 128 --cluster.num-workers 1""".split()
 """The command that is typed again and again."""
 
 
