@@ -29,7 +29,8 @@ TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
 FLAGS = """--train.total-images 1000000000 --train.log-every-images 128 --train.checkpoint-every-images 0
     --train.sample-every-images 0 --run.storage . --run.name run --cluster.num-workers 1""".split()
 ONE, TWO = (["--cluster.threads-per-worker", number] for number in "12")
-ONE_THREAD, TWO_THREADS = "1 thread", f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours"
+ONE_THREAD = "1 thread"
+TWO_THREADS = f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours"
 ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
     "2 threads, OMP_WAIT_POLICY=active": ({"OMP_WAIT_POLICY": "active"}, TWO),
     "2 threads, GOMP_SPINCOUNT=300000, libgomp's default": ({"GOMP_SPINCOUNT": "300000"}, TWO),
@@ -43,7 +44,8 @@ ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
 PRESETS = {"digits": ONE_THREAD, "fashion-mnist": TWO_THREADS}
 """The row of each preset's default settings."""
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
-STARTING_S, WARM_UP_S = 2.0, 5.0
+STARTING_S = 2.0
+WARM_UP_S = 5.0
 """Length of the turns until the first step, and of the turn after it, in which MLflow is imported."""
 SETTLING_S = 0.5
 """The beginning of a turn does not count."""
@@ -62,7 +64,8 @@ class Arguments:
 
 def main() -> None:
     arguments = read(Arguments, __doc__, repeats=1, turn_s=2.0, rows=(ONE_THREAD,), neighbours=(0,))
-    rows, neighbours = arguments.rows, arguments.neighbours
+    rows = arguments.rows
+    neighbours = arguments.neighbours
     with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
         folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
         runs = {row: contestant(arguments.preset, row, folders[row]) for row in rows}
@@ -124,7 +127,8 @@ def speed(tracked: list[tuple[float, int]], turn: Turn) -> float:
     inside = [point for point in tracked if turn.began + SETTLING_S <= point[0] <= turn.ended]
     if len(inside) < 2:
         return float("nan")
-    (began, first), (ended, last) = inside[0], inside[-1]
+    began, first = inside[0]
+    ended, last = inside[-1]
     return (last - first) / (ended - began)
 
 
@@ -132,7 +136,8 @@ def write(arguments: Arguments, speeds: dict[tuple[str, int], list[float]]) -> N
     """The table, as Markdown."""
     preset = arguments.preset
     quiet = statistics.median(speeds[PRESETS[preset], 0])
-    names, cells = [""], [[row] for row in arguments.rows]
+    names = [""]
+    cells = [[row] for row in arguments.rows]
     for n in arguments.neighbours:
         names += [f"{n} busy: images/s", "of the preset alone", "all turns"]
         for row, line in zip(arguments.rows, cells, strict=True):

@@ -126,7 +126,8 @@ class Arguments:
 
 def train(arguments: Arguments, seed: int) -> None:
     """Train to the last mark, from wherever the run is."""
-    race, run = arguments.race, arguments.run(seed)
+    race = arguments.race
+    run = arguments.run(seed)
     if checkpoint_at(run, race.marks[-1]) is not None:
         return
     command = train_command(
@@ -152,7 +153,8 @@ def trained(run: Location, until: int, workers: int) -> tuple[float, float, floa
     known = curves.read(run)
     rates = [point for point in known["train/images_per_s"] if point.images_seen <= until]
     numbers = {point.images_seen: point.value for point in known.get("train/workers", [])}
-    seconds, before = list[float](), 0
+    seconds = list[float]()
+    before = 0
     for point in rates:
         seconds.append((point.images_seen - before) / point.value)
         before = point.images_seen
@@ -165,8 +167,10 @@ class Judge:
     """The real images, the training images as in the papers, and the net that compares with them."""
 
     def __init__(self, arguments: Arguments, data: DataSet) -> None:
-        race, cache = arguments.race, Cache(data.location.child(inputs.CACHE))
-        self.data, self.reason = data, ""
+        race = arguments.race
+        cache = Cache(data.location.child(inputs.CACHE))
+        self.data = data
+        self.reason = ""
         try:
             self.net = nets.build(race.features, data, cache, arguments.inception_weights)
         except UserError as error:
@@ -206,7 +210,9 @@ class Judge:
 
 def judge(arguments: Arguments, seed: int) -> Judge:
     """Score the marks of a run that have no score yet."""
-    race, run, by = arguments.race, arguments.run(seed), None
+    race = arguments.race
+    run = arguments.run(seed)
+    by = None
     judged = read_judged(arguments.judged)
     known = {(j.name, j.images_seen, j.how, j.num_images) for j in judged}
     for mark in race.marks:
@@ -219,7 +225,7 @@ def judge(arguments: Arguments, seed: int) -> Judge:
             own = replace(candidate.config.sample, seed=seed, **changes)
             sample = inputs.resolved(candidate.config, own)
             how = f"{by.metric}, {sample.num_sample_steps} steps of {sample.sampler}"
-            key = arguments.name(seed), candidate.position["images_seen"], how, race.num_images
+            key = arguments.name(seed), candidate.state["images_seen"], how, race.num_images
             if key in known:
                 continue
             minutes, of_all, _ = trained(run, key[1], race.workers)
@@ -233,7 +239,8 @@ def judge(arguments: Arguments, seed: int) -> Judge:
 
 def write(arguments: Arguments, by: Judge) -> None:
     """The table, as Markdown, and the plot."""
-    race, is_cifar = arguments.race, arguments.preset == "cifar10"
+    race = arguments.race
+    is_cifar = arguments.preset == "cifar10"
     every = [j for j in read_judged(arguments.judged) if j.num_images == race.num_images]
     judged = [j for j in every if j.how.startswith(f"{by.metric},")]
     by_run = {seed: [j for j in judged if j.name == arguments.name(seed)] for seed in range(arguments.seeds)}

@@ -66,7 +66,9 @@ class Arguments:
 
 def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
     """The time of each batch, the wait for it, and the numbers that its images show."""
-    times, waits, seen = [], [], []
+    times = []
+    waits = []
+    seen = []
     asked = time.monotonic()
     for k, batch in enumerate(batches):
         now = time.monotonic()
@@ -95,7 +97,8 @@ def run_peer(arguments: Arguments, case: Case, name: str, decoder: str, start: i
         if name == "dataloader":
             bucket = f"{arguments.folder}/files"
         if name == "mosaicml_local":
-            name, bucket = "mosaicml_streaming", f"{folder}/copy"
+            name = "mosaicml_streaming"
+            bucket = f"{folder}/copy"
             copied = resolve(f"{BUCKET}/mds/{case.name}")
             Path(bucket).mkdir()
             pafs.copy_files(copied.path, bucket, source_filesystem=copied.filesystem)
@@ -182,7 +185,8 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
     }
     if start:
         return found
-    begin, end = int(SKIPPED * len(times)), len(times) - 1
+    begin = int(SKIPPED * len(times))
+    end = len(times) - 1
     images = (end - begin) * BATCH
     found["per_s"] = images / (times[end] - times[begin])
     found["per_cpu_s"] = images / watch.between(times[begin], times[end])

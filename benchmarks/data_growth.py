@@ -24,7 +24,9 @@ from ddpm.data.reading import DataSet
 from ddpm.data.shards import locate, write_shard
 from ddpm.runs.storage import resolve
 
-WINDOW, ROWS, GROUPS_PER_SHARD = 8192, 1024, 16
+WINDOW = 8192
+ROWS = 1024
+GROUPS_PER_SHARD = 16
 SEEKS = 200
 QUANTITIES = {
     "first": "first position of an epoch, ms",
@@ -50,7 +52,8 @@ def manifest_of(row_groups: int) -> Manifest:
     shards = []
     for k, first in enumerate(range(0, row_groups, GROUPS_PER_SHARD)):
         groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
-        checksum, path = "0" * 64, f"train/{k:05d}.parquet"
+        checksum = "0" * 64
+        path = f"train/{k:05d}.parquet"
         shards.append(Shard(path, sum(groups), groups, 1, checksum, (checksum,) * len(groups)))
     return make_manifest("growth", (32, 32, 3), "raw", [], {"train": shards}, "")
 
@@ -64,8 +67,10 @@ def seconds(call: Callable[[], object]) -> float:
 def planning(row_groups: int) -> dict[str, float]:
     """The QUANTITIES of a data set with this many row groups."""
     data_set = DataSet(resolve("nowhere"), manifest_of(row_groups), "train")
-    packed, random = pickle.dumps(data_set), np.random.default_rng(0)
-    first, window = [], []
+    packed = pickle.dumps(data_set)
+    random = np.random.default_rng(0)
+    first = []
+    window = []
     for epoch in range(3):
         plan = data_set.plan(0, WINDOW)
         start = epoch * plan.num_images
@@ -102,7 +107,8 @@ def _peak_kib() -> int:
 
 def memory(folder: Path, images: int) -> float:
     """MiB at the peak of reading an epoch of `images` images, in a separate process."""
-    location, shards = resolve(str(folder)), []
+    location = resolve(str(folder))
+    shards = []
     random = np.random.default_rng(0)
     for k in range(images // (ROWS * GROUPS_PER_SHARD)):
         pixels = random.integers(0, 256, (ROWS * GROUPS_PER_SHARD, 32, 32, 3), np.uint8)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-STORED, TRAINED = 256, 64
+STORED = 256
+TRAINED = 64
 """Sides of an encoded image: as stored, and as trained on."""
 BITS = 16
 """Bits of the number that an encoded image shows in its top row, as squares of black and white."""
@@ -114,11 +115,14 @@ def write_shards(case: Case, uri: str) -> None:
 class _Source:
     """The case as a source of `prepare`."""
 
-    name, channels, class_names = "benchmark", 3, ()
+    name = "benchmark"
+    channels = 3
+    class_names = ()
 
     def __init__(self, case: Case) -> None:
         self.height = self.width = STORED if case.encoded else case.side
-        self.encoding, self.splits = "encoded" if case.encoded else "raw", {"train": case.num_images}
+        self.encoding = "encoded" if case.encoded else "raw"
+        self.splits = {"train": case.num_images}
         self._images = list(encoded(case)) if case.encoded else raw(case)
 
     def identity(self) -> dict[str, str]:

@@ -53,12 +53,14 @@ class Arguments:
 def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
     """A function that takes one step with a worker's share of the batch."""
     config = case.config()
-    state, objective = State.create(config, torch.device("cpu")), build_objective(config)
+    state = State.create(config, torch.device("cpu"))
+    objective = build_objective(config)
     model: nn.Module = state.net
     if options is not ALONE:
         model = nn.parallel.DistributedDataParallel(state.net, **options)
     share = config.train.batch_size // WORKERS
-    x_0, generator = images.to_model(torch.tensor(pictures(config)[:share])), PhiloxGenerator(0)
+    x_0 = images.to_model(torch.tensor(pictures(config)[:share]))
+    generator = PhiloxGenerator(0)
 
     def step() -> None:
         objective.loss(model, x_0, None, generator).value.backward()
@@ -85,7 +87,8 @@ def contend(arguments: Arguments) -> None:
         dist.barrier()
         return time.perf_counter() - began
 
-    counts, found = {}, {name: list[float]() for name in steps}
+    counts = {}
+    found = {name: list[float]() for name in steps}
     for name, step in steps.items():
         turn(step, 2)
         took = torch.tensor(turn(step, 2) / 2)
@@ -122,7 +125,8 @@ def main() -> None:
         config = Case(case=case).config()
         weights = parameter_count(State.create(config, torch.device("cpu")).net)
         lines += ["", f"## {case}: {weights / 1e6:.2f} M weights, batches of {config.train.batch_size}", ""]
-        found, rows = measure(arguments, case), []
+        found = measure(arguments, case)
+        rows = []
         for name, speeds in found.items():
             ratio = statistics.median(a / b for a, b in zip(speeds, found[OURS], strict=True))
             every = ", ".join(f"{speed:.1f}" for speed in speeds)

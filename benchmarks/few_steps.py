@@ -60,7 +60,8 @@ def compare(arguments: Arguments, name: str, folder: Path) -> Measured:
     preset, flags = preset_of(name, folder)
     minutes = [train_both(preset, seed, arguments, folder, *flags) for seed in range(arguments.seeds)]
     settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
-    rows, nets = [], []
+    rows = []
+    nets = []
     for net, samplers in SAMPLERS.items():
         candidates = inputs.read_checkpoints(
             [str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)]

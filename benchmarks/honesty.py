@@ -74,9 +74,12 @@ def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
 
 def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray]:
     """The bound of the chain of `num_steps` of the net's timesteps: [images, (kl, decoder, all)] a variance."""
-    net, config, objective = candidate.net, candidate.config, build_objective(candidate.config)
+    net = candidate.net
+    config = candidate.config
+    objective = build_objective(candidate.config)
     timesteps = uniform(config.schedule.num_timesteps, num_steps)
-    chain, where = respaced(build_schedule(config.schedule), timesteps), torch.tensor(timesteps[::-1])
+    chain = respaced(build_schedule(config.schedule), timesteps)
+    where = torch.tensor(timesteps[::-1])
 
     def denoise(x_t: torch.Tensor, k: torch.Tensor) -> Denoised:
         return objective.denoise(net, x_t, where[k], None)
@@ -115,7 +118,8 @@ def variance_table(run: str, timesteps: Sequence[int]) -> None:
         cells = []
         for variance in FIXED:
             kl, decoder, total = found[variance].mean(0)
-            more, change = (found[variance] - table[max(table)][variance])[:, 2], ""
+            more = (found[variance] - table[max(table)][variance])[:, 2]
+            change = ""
             if n != max(table):
                 change = f" ({more.mean():+.3f} ± {more.std(ddof=1) / len(more) ** 0.5:.3f})"
             cells.append(f"{kl:.3f}, {decoder:.3f}, **{total:.3f}**{change}")
@@ -133,7 +137,7 @@ def search_table(run: str) -> None:
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
         evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        found = [evaluator.evaluate(net, net.position["images_seen"]) for net in candidates]
+        found = [evaluator.evaluate(net, net.state["images_seen"]) for net in candidates]
         bits[variance] = np.array([evaluation.bits for evaluation in found])
     kid = np.array([trial.score.value for trial in trials if trial.score])
     columns: dict[str, np.ndarray] = {

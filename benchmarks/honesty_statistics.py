@@ -25,12 +25,16 @@ from ddpm.evaluation.ranking import Rank, Z, configuration_ranks, paired_ranks, 
 
 Array = NDArray[np.float64]
 
-NUM_GENERATED, SIZE = 300, 16
+NUM_GENERATED = 300
+SIZE = 16
 MANY_GENERATED = 2000
 """Generated images for KID alone: the default of `jobs/evaluate.py`."""
 TRIALS = 16
-TRIAL_NOISE, KID_GENERATED = 0.3, 200
-CONFIGURATIONS, FINALISTS, HELD_OUT = 8, 3, 256
+TRIAL_NOISE = 0.3
+KID_GENERATED = 200
+CONFIGURATIONS = 8
+FINALISTS = 3
+HELD_OUT = 256
 NET_NOISE = 0.15
 """Spread of bits/dim over images: with it, the difference of two nets over 297 images has the error 0.0121, that of
 two digits nets in a search."""
@@ -62,8 +66,10 @@ def kid_of_shift(shift: float) -> float:
 
 def old_kid_error(x: Array, y: Array) -> float:
     """The jackknife over the generated images, with fixed real ones."""
-    n, m = len(x), len(y)
-    own, to_real = kernel(x, x), kernel(x, y).sum(1)
+    n = len(x)
+    m = len(y)
+    own = kernel(x, x)
+    to_real = kernel(x, y).sum(1)
     np.fill_diagonal(own, 0)
     to_own = own.sum(1)
     without = (to_own.sum() - 2 * to_own) / ((n - 1) * (n - 2))
@@ -73,18 +79,21 @@ def old_kid_error(x: Array, y: Array) -> float:
 def old_errors(generated: Features, real: Features) -> list[float]:
     """[6], in the order of `score`: groups i mod 10 of the generated images, with fixed real ones."""
     rows = np.arange(len(generated))
-    of_real, distances = Moments.of(real), Distances(generated, real)
+    of_real = Moments.of(real)
+    distances = Distances(generated, real)
     kept = [rows[rows % GROUPS != k] for k in range(GROUPS)]
     of_fid = np.array([fid(of_real, Moments.of(generated[left])) for left in kept])
     of_manifold = np.array([distances.manifold(left) for left in kept])
-    x, y = generated.astype(float), real.astype(float)
+    x = generated.astype(float)
+    y = real.astype(float)
     return [jackknife_error(of_fid), old_kid_error(x, y), *(jackknife_error(w) for w in of_manifold.T)]
 
 
 def intervals(repetitions: int) -> Iterator[list[object]]:
     for shift in (0.0, 0.3):
         for n_real in (90, 1000):
-            found, old = [], []
+            found = []
+            old = []
             for i in range(repetitions):
                 sides = normal(NUM_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1)
                 found.append(score_features("pixels", *sides))
@@ -132,7 +141,9 @@ def any_pair(values: Array) -> bool:
 def searches(repetitions: int) -> Iterator[list[object]]:
     tie = [Rank(1, TRIALS)] * TRIALS
     for num_images in (90, 512):
-        rng, old, new = np.random.default_rng(0), 0, 0
+        rng = np.random.default_rng(0)
+        old = 0
+        new = 0
         for _ in range(repetitions):
             image = rng.gamma(9, 1 / 3, num_images)
             bits = image + rng.normal(0, TRIAL_NOISE, (TRIALS, num_images))
@@ -162,10 +173,13 @@ def configurations(repetitions: int) -> Iterator[list[object]]:
         (0.01, 1.0, 0.1),
     ):
         for seeds in (2, 3, 5):
-            rng, of_nets, claims = np.random.default_rng(0), 0, 0
+            rng = np.random.default_rng(0)
+            of_nets = 0
+            claims = 0
             for _ in range(repetitions):
                 image = rng.gamma(9, 1 / 3, HELD_OUT)
-                spreads, means = np.full(CONFIGURATIONS, spread), np.zeros(CONFIGURATIONS)
+                spreads = np.full(CONFIGURATIONS, spread)
+                means = np.zeros(CONFIGURATIONS)
                 spreads[0] *= of_first
                 means[0] -= better
                 luck = means + spreads * rng.standard_normal((seeds, CONFIGURATIONS))

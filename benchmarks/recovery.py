@@ -93,7 +93,8 @@ def recovery_s(folder: str, thread: threading.Thread, kill: Callable[[], None]) 
     while sum(map(len, ticks(folder).values())) < 60 or not _safe(folder):
         _check(thread)
         time.sleep(0.1)
-    old, killed = set(ticks(folder)), time.time()
+    old = set(ticks(folder))
+    killed = time.time()
     kill()
     while not (new := [t for pid, times in ticks(folder).items() if pid not in old for t in times]):
         _check(thread)

@@ -28,7 +28,7 @@ from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS
 from ddpm.config.tree import Config
-from ddpm.data import builtin, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.data.plan import ReadOrder, rank_shard
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.data.sources import folder_preset as folder_preset
@@ -87,7 +87,8 @@ class TorchrunRuntime(Runtime):
     def __init__(self, config: Config, train: DataSet, store: RunStore) -> None:
         super().__init__(config, train, train.held_out(), None)
         torch.distributed.init_process_group("gloo")
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
         if self.rank == 0:
             self.store = store
 
@@ -97,7 +98,8 @@ class TorchrunRuntime(Runtime):
         return cut(self._rank_batches(images_seen, share), share, order.micro_batch_size)
 
     def _rank_batches(self, images_seen: int, share: range) -> Iterator[LabelledImages]:
-        start, size = 0, self._config.train.micro_batch_size
+        start = 0
+        size = self._config.train.micro_batch_size
         for images in self._batches(images_seen):
             yield LabelledImages(
                 rank_shard(images.image, start, share, size), rank_shard(images.label, start, share, size)
@@ -109,7 +111,8 @@ class Meter:
     """A `should_continue` of `fit.fit` that samples the CPU seconds of all processes below this one."""
 
     def __init__(self, first: int) -> None:
-        self._first, self._samples = first, list[tuple[float, dict[int, tuple[str, float]]]]()
+        self._first = first
+        self._samples = list[tuple[float, dict[int, tuple[str, float]]]]()
 
     def __call__(self, notes: Mapping[str, Any]) -> bool:
         progress = notes.get("progress")
@@ -123,7 +126,8 @@ class Meter:
         """Cores by kind of process, without the workers."""
         if len(self._samples) < 3:  # the run was too short
             return {}
-        (began, before), (ended, after) = self._samples[0], self._samples[-2]
+        began, before = self._samples[0]
+        ended, after = self._samples[-2]
         found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
             if not title.startswith("ray::RayTrainWorker"):
@@ -154,7 +158,7 @@ def measure(arguments: Arguments) -> None:
             "run.name": "bench",
         }
         preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
-        config = builtin.prepared(override(preset, values))
+        config = prepare_for_run.prepared(override(preset, values))
         data_set = ray_stream.open_configured(config)
         cores: dict[str, float] = {}
         location = storage.resolve(folder).child("bench")

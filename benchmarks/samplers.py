@@ -133,7 +133,8 @@ def shown(kid: Score) -> str:
 def write(candidate: inputs.Candidate, found: dict[Sampling, list[Score]]) -> None:
     """The table, as Markdown, and the plot."""
     best = found[BEST]
-    seen, n = candidate.position["images_seen"], best[0].n
+    seen = candidate.state["images_seen"]
+    n = best[0].n
     T = candidate.config.schedule.num_timesteps
     floors = ", ".join(f"{kid.floor:.4f} ± {kid.floor_error:.4f}" for kid in best)
     how = (

@@ -35,7 +35,9 @@ from ddpm.sampling.pool import WorkerPool
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DIFFUSERS, ONE, ALL = "diffusers", "ours, one worker", "ours"
+DIFFUSERS = "diffusers"
+ONE = "ours, one worker"
+ALL = "ours"
 NEIGHBOURS = (0, 1)
 """Busy processes beside the contestants."""
 TRAINED = ("digits", "fashion-mnist")
@@ -84,8 +86,10 @@ def measure(
 
     Ours samples as `config` says, diffusers with `sampler` and `num_steps`.
     """
-    net, n = build_net(config).eval().requires_grad_(False), arguments.num_images
-    drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
+    net = build_net(config).eval().requires_grad_(False)
+    n = arguments.num_images
+    drawer = pipeline(config, net, sampler)
+    few = min(num_steps, arguments.num_sample_steps)
 
     def theirs(num_steps: int, n: int, batch_size: int) -> None:
         for i in range(0, n, batch_size):
@@ -135,7 +139,9 @@ def main() -> None:
         f"beside one busy process; medians of {arguments.repeats} that took turns, and ratios of turns "
         f"(`python benchmarks/sampling.py`). {tables.machine('diffusers', device=DEVICE.type)}."
     )
-    equal, good, steps = [], [], arguments.num_sample_steps
+    equal = []
+    good = []
+    steps = arguments.num_sample_steps
     for net in arguments.nets:
         config = CASES[net]
         for sampler in ("ddpm", "ddim"):

@@ -77,7 +77,8 @@ def rankings(trials: list[Trial]) -> list[str]:
     places = {name: v.argsort().argsort() + 1 for name, v in values.items()}
     rows: list[list[object]] = []
     for i in values["bits/dim"].argsort():
-        trial, last = trials[i], lasts[i]
+        trial = trials[i]
+        last = lasts[i]
         cells = {
             "train loss": f"{last.train_loss:.4f}",
             "bits/dim": shown(last.bits_per_dim),
@@ -126,7 +127,7 @@ def beaten(arguments: Arguments, place: storage.Location, trials: list[Trial]) -
             for seed in arguments.seeds
         ]
         nets = inputs.read_checkpoints(uris)
-        each = [evaluator.evaluate(net, net.position["images_seen"]).bits for net in nets]
+        each = [evaluator.evaluate(net, net.state["images_seen"]).bits for net in nets]
         bits.append(np.array(each)[:, REPORTING])
     mean, error, dof = configuration_difference(*bits)
     t = stats.t.ppf(0.975, dof)
@@ -153,7 +154,8 @@ def beaten(arguments: Arguments, place: storage.Location, trials: list[Trial]) -
 
 def overhead(trials: list[Trial], place: storage.Location) -> str:
     """The share of steps in the time of trials, each of which was started once."""
-    steps_s, wall_s = 0.0, sum(trial.wall_s for trial in trials)
+    steps_s = 0.0
+    wall_s = sum(trial.wall_s for trial in trials)
     for trial in trials:
         before = 0
         for point in curves.read(place.child(trial.name)).get("train/images_per_s", []):

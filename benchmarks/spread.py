@@ -67,7 +67,8 @@ def measured(arguments: Arguments) -> Iterator[list[object]]:
 def cells(bits: np.ndarray) -> list[object]:
     """A line's cells for bits/dim [K, M]; the interval of the standard deviation is chi-square's, of 95 %."""
     k, m = bits.shape
-    spread, of_images = bits.mean(1).std(ddof=1), bits.mean(0).std(ddof=1) / m**0.5
+    spread = bits.mean(1).std(ddof=1)
+    of_images = bits.mean(0).std(ddof=1) / m**0.5
     low, high = spread * ((k - 1) / stats.chi2.ppf([0.975, 0.025], k - 1)) ** 0.5
     distinct = sum(a.worst < b.best for a, b in permutations(paired_ranks(bits), 2))
     pairs = f"{distinct} of {k * (k - 1) // 2}"

@@ -28,9 +28,13 @@ HERE = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1
 FLAGS = """--train.total-images 2048 --train.checkpoint-every-images 0 --train.sample-every-images 0
     --sample.num-images 1 --sample.num-sample-steps 1""".split()
-OURS, BARE = "jobs/train.py", "bare TorchTrainer"
-FIRST_STEP, TRAINED, ENDED = "first step", "trained", "ended"
-IDLE, UNKNOWN = "ray::IDLE", "others"
+OURS = "jobs/train.py"
+BARE = "bare TorchTrainer"
+FIRST_STEP = "first step"
+TRAINED = "trained"
+ENDED = "ended"
+IDLE = "ray::IDLE"
+UNKNOWN = "others"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def measure(who: str, workers: int, folder: Path) -> Start:
         "MLFLOW_TRACKING_URI": f"sqlite:///{Path(tempfile.gettempdir(), 'bench-start-mlflow.db')}",
         "RAY_AUTH_MODE": "disabled",
     }
-    start, began, output = Start(), time.time(), list[str]()
+    start = Start()
+    began = time.time()
+    output = list[str]()
     driver = subprocess.Popen(
         command, cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -104,7 +110,8 @@ def _sample(root: int, seen: dict[int, tuple[str, float, float]], began: float) 
     """Update (title, when it began, CPU seconds) of every process of the job."""
     for process in processes.family(root):
         try:
-            cpu_s, title = processes.cpu_s(process), _title(process.cmdline())
+            cpu_s = processes.cpu_s(process)
+            title = _title(process.cmdline())
         except psutil.Error:
             continue
         known = seen.get(process.pid)

@@ -77,7 +77,10 @@ class Contestant:
     def __init__(
         self, case: Case, name: str, folder: Path, log_every_steps: int = 0, before: Path | None = None
     ) -> None:
-        command = [sys.executable, contestants.__file__, name, *case.flags()]
+        script = Path(contestants.__file__)
+        if name.startswith(BEFORE) and before is not None:
+            script = before / "benchmarks" / "peers" / script.name  # it imports what that checkout has
+        command = [sys.executable, str(script), name, *case.flags()]
         command += ["--log-every-steps", str(log_every_steps)]
         cache = str(folder / f"compiled-{abs(hash(name))}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}

@@ -26,7 +26,8 @@ from rich.text import Text
 
 REPO = Path(__file__).resolve().parent.parent
 WORDS = ["jobs/train.py", "digits", "--workers", "2"]
-COLUMNS, ROWS = 96, 19
+COLUMNS = 96
+ROWS = 19
 SEEN = re.compile(r"([\d,]+) of ([\d,]+) ")
 """Images seen, and all, on a screen."""
 PIECE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
@@ -56,7 +57,9 @@ class Terminal:
     """Lines with their colours, after what a program has written: text, colours, cursor up, and line erased."""
 
     def __init__(self, first: str) -> None:
-        self._lines, self._row, self._at_start = [first, ""], 1, True
+        self._lines = [first, ""]
+        self._row = 1
+        self._at_start = True
 
     def feed(self, written: str) -> None:
         for code, command, moved, text in PIECE.findall(written):
@@ -85,7 +88,9 @@ def screens(words: list[str], folder: str, *, kill: bool) -> list[tuple[float, s
     """
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    shown, terminal, typed = [], Terminal(f"$ python {' '.join(words)}"), ""
+    shown = []
+    terminal = Terminal(f"$ python {' '.join(words)}")
+    typed = ""
     process = subprocess.Popen(
         [sys.executable, str(REPO / words[0]), *words[1:]],
         stdin=theirs,
@@ -132,7 +137,8 @@ def _read(terminal: int) -> str:
 def animation(frames: list[str], frame_s: float) -> str:
     """Frames as one SVG that shows them in turn, for ever."""
     wrapped = [Text.from_ansi(frame).wrap(Console(width=COLUMNS), COLUMNS) for frame in frames]
-    drawn, rows = [], max(map(len, wrapped))
+    drawn = []
+    rows = max(map(len, wrapped))
     for i, lines in enumerate(wrapped):
         console = Console(record=True, width=COLUMNS, height=rows, file=io.StringIO())
         console.print(Text("\n").join([*lines, *[Text(" ")] * (rows - len(lines))]), end="")
@@ -140,7 +146,8 @@ def animation(frames: list[str], frame_s: float) -> str:
         drawn.append(f'<g class="frame" style="animation-delay: {i * frame_s:g}s">{svg}</g>')
     size = re.search(r'viewBox="[^"]*"', drawn[0])
     assert size, "rich writes it"
-    whole, share = len(frames) * frame_s, 100 / len(frames)
+    whole = len(frames) * frame_s
+    share = 100 / len(frames)
     style = (
         f".frame {{ visibility: hidden; animation: shown {whole:g}s step-end infinite }} "
         f"@keyframes shown {{ 0% {{ visibility: visible }} {share:.4f}% {{ visibility: hidden }} }}"
@@ -155,7 +162,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shown = screens([*words, "killed"], folder, kill=True)
         screens([*words, "undisturbed"], folder, kill=False)
-        (began, _), (ended, last) = shown[0], shown[-1]
+        began, _ = shown[0]
+        ended, last = shown[-1]
         last += "\n" + digests(Path(folder))
     times = [began + (ended - began) * i / (arguments.num_frames - 1) for i in range(arguments.num_frames)]
     frames = [[screen for at, screen in shown if at <= moment][-1] for moment in times[:-1]]

@@ -34,5 +34,6 @@ class PathsAsCode(Treeprocessor):
                 continue
             tail = link.tail
             link.clear()
-            link.tag, link.tail = "code", tail
+            link.tag = "code"
+            link.tail = tail
             link.text = posixpath.normpath(posixpath.join(folder, url.path))

@@ -21,7 +21,8 @@ from ddpm.export import card
 from ddpm.runs import builtin_nets, checkpoint
 from ddpm.tracking import names
 
-NAMES, STORAGE = ("digits", "fashion-mnist"), Path("runs/builtin")
+NAMES = ("digits", "fashion-mnist")
+STORAGE = Path("runs/builtin")
 
 
 def job(name: str, *words: str) -> None:
@@ -31,8 +32,10 @@ def job(name: str, *words: str) -> None:
 def pack(uri: str, name: str) -> Path:
     """Keep the averaged weights at `uri` as builtin:NAME; returns its folder."""
     with names.local_checkpoint(uri) as folder:
-        trained, position = checkpoint.load_net(folder), checkpoint.read_state(folder) | {"run_key": ""}
-    packed, run = builtin_nets.FOLDER / name, RunConfig(name=name, storage="runs")
+        trained = checkpoint.load_net(folder)
+        position = checkpoint.read_state(folder) | {"run_key": ""}
+    packed = builtin_nets.FOLDER / name
+    run = RunConfig(name=name, storage="runs")
     packed.mkdir(parents=True, exist_ok=True)
     half = {key: tensor.half().contiguous() for key, tensor in trained.net.state_dict().items()}
     save_file(half, packed / "net.safetensors")
@@ -48,7 +51,9 @@ def main() -> None:
     STORAGE.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{STORAGE.absolute()}/mlflow.db"
     for name in sys.argv[1:] or NAMES:
-        run, scores, uri = str(STORAGE / name), STORAGE / f"{name}.json", f"{builtin_nets.SCHEME}{name}"
+        run = str(STORAGE / name)
+        scores = STORAGE / f"{name}.json"
+        uri = f"{builtin_nets.SCHEME}{name}"
         on_cpus = ("--workers", "2", "--cluster.gpu", "False")
         job("train", name, *on_cpus, "--name", name, "--storage", str(STORAGE))
         packed = pack(run, name)

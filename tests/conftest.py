@@ -57,7 +57,8 @@ def pytest_runtest_makereport() -> Any:
     report = yield
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome, report.longrepr = "failed", f"no test may be skipped in CI. {reason}"
+        report.outcome = "failed"
+        report.longrepr = f"no test may be skipped in CI. {reason}"
     return report
 
 
@@ -72,7 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
-    half_slow, half_quick = len(slow) // 2, len(items) // 2 - len(slow) // 2
+    half_slow = len(slow) // 2
+    half_quick = len(items) // 2 - len(slow) // 2
     items[:] = slow[:half_slow] + quick[:half_quick] + slow[half_slow:] + quick[half_quick:]
 
 
@@ -189,7 +191,7 @@ def undisturbed(digits_uri: str, ray_head: servers.RayHead, common_folder: Path)
 
     run = faulted.Run("undisturbed", str(common_folder), digits_uri, common_folder / "undisturbed.log")
     with filelock.FileLock(common_folder / "undisturbed.lock"):
-        if run.position() < faulted.TOTAL:
+        if run.images_seen() < faulted.TOTAL:
             env = {
                 "MLFLOW_TRACKING_URI": f"sqlite:///{common_folder}/undisturbed.db",
                 "RAY_ADDRESS": ray_head.address,

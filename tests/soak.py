@@ -32,7 +32,8 @@ from ddpm.runs import storage
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
 """One node for data tasks, two for a worker each."""
-LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
+LOG_EVERY = 6_400
+SAMPLE_EVERY = 128_000
 WIDTH = 32
 """A larger net than in the tests, which trains too fast for a soak."""
 
@@ -60,7 +61,9 @@ class Soak:
     """All parts that can fail, and the run."""
 
     def __init__(self, arguments: Arguments, folder: Path, stack: ExitStack) -> None:
-        self.arguments, self.folder, self.stack = arguments, folder, stack
+        self.arguments = arguments
+        self.folder = folder
+        self.stack = stack
         self.rng = random.Random(arguments.seed)
         self.s3 = stack.enter_context(S3Server(folder / "s3"))
         self.proxy = stack.enter_context(FaultyProxy(self.s3.endpoint))
@@ -71,7 +74,8 @@ class Soak:
         import boto3
 
         boto3.client("s3").create_bucket(Bucket="soak")
-        self.started, self.todo = time.monotonic(), list[str]()
+        self.started = time.monotonic()
+        self.todo = list[str]()
         self.run: Run
         self.job: Job
 
@@ -169,7 +173,7 @@ class Soak:
     def inject_fault(self) -> None:
         self.todo = self.todo or self.rng.sample(list(self.faults), len(self.faults))
         fault = self.todo.pop()
-        when = f"{self.minutes:5.1f} min  at {self.run.position():7,}  {fault}"
+        when = f"{self.minutes:5.1f} min  at {self.run.images_seen():7,}  {fault}"
         try:
             self.faults[fault]()
         except IndexError:  # still recovering from the last fault: try this one later
@@ -212,7 +216,8 @@ def main() -> int:
 def compare(soak: Soak, undisturbed: Run) -> bool:
     """Compare with the undisturbed run; returns whether nothing differs."""
     total = soak.arguments.images
-    first, second = soak.run.tensors(total), undisturbed.tensors(total)
+    first = soak.run.tensors(total)
+    second = undisturbed.tensors(total)
     differing = sum(not torch.equal(first[name], second[name]) for name in second)
     differing += len(first) != len(second)
     steps = [step for step, _ in metric(soak.run, "train/loss")]

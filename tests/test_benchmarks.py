@@ -19,7 +19,7 @@ from support.processes import REPO, python_path, run
 
 from ddpm.config.presets import CIFAR10
 from ddpm.runs import curves, storage
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 
 # The search whose results some of the programs read; its trials are runs.
 SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num-images 20 --scheduler none
@@ -144,9 +144,9 @@ def test_the_time_to_a_value_is_interpolated_in_log_log() -> None:
 def test_training_time_is_that_of_the_steps_on_however_many_workers(tmp_path: Path) -> None:
     """1,000 images at 10/s by two workers; 1,000 at 5/s, with a checkpoint; 1,000 at 10/s by one; later ones."""
     rates = ((1000, 10, 2), (2000, 5, 2), (3000, 10, 1), (4000, 1, 1))
-    rows = list[Row]()
+    rows = list[CurveRow]()
     for seen, rate, workers in rates:
-        rows += [Row("train/images_per_s", seen, rate, 0), Row("train/workers", seen, workers, 0)]
+        rows += [CurveRow("train/images_per_s", seen, rate, 0), CurveRow("train/workers", seen, workers, 0)]
     name, data = curves.part(0, rows)
     run = storage.resolve(str(tmp_path))
     run.child(name).write(data)

@@ -54,7 +54,8 @@ def config_in(folder: Path, **changes: object) -> Config:
 
 
 def train(config: Config, folder: Path) -> State:
-    run, data_set = run_folder.open_run("run", str(folder)), open_configured(config)
+    run = run_folder.open_run("run", str(folder))
+    data_set = open_configured(config)
     with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         return loop.train(config, Runtime(config, data_set, data_set.held_out(), store))
 

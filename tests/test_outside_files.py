@@ -34,7 +34,7 @@ from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
 from ddpm.runs import checkpoint, curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import resolve
 from ddpm.search.trials import Trials, read_trial
 from ddpm.training.state import State
@@ -42,7 +42,7 @@ from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
 SHARD = "train/00000.parquet"
-CURVES, CURVES_BYTES = curves.part(0, [Row("loss", 1, 1.0, 1)])
+CURVES, CURVES_BYTES = curves.part(0, [CurveRow("loss", 1, 1.0, 1)])
 RUNG = Evaluation(64, (2.0, 3.0), 0.5, 0.5)
 IMAGES = np.zeros((6, 8, 8, 1), np.uint8)
 PICKLE = b"cposix\nsystem\n(S'touch executed'\ntR."
@@ -109,7 +109,8 @@ def test_a_truncated_an_oversized_and_a_pickled_file_are_errors(
     write_all(tmp_path, tiny)
     READERS[name](tmp_path)
     file = tmp_path / name
-    whole, rng = file.read_bytes().rstrip(), random.Random(0)
+    whole = file.read_bytes().rstrip()
+    rng = random.Random(0)
     cuts = [whole[: rng.randrange(len(whole))] for _ in range(4)]
     for damaged in (b"", *cuts, PICKLE):
         file.write_bytes(damaged)
@@ -155,7 +156,8 @@ def png_of(side: int) -> bytes:
 
 @pytest.mark.parametrize("side", [8193, 13_000, 40_000])  # Pillow is silent, warns, or raises
 def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path, side: int) -> None:
-    large, message = png_of(side), "more than 67,108,864 pixels"
+    large = png_of(side)
+    message = "more than 67,108,864 pixels"
     with pytest.raises(ValueError, match=message):
         decode(large, side, side, 1)
     (tmp_path / "cats").mkdir()

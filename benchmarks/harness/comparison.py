@@ -62,7 +62,8 @@ def interval(values: list[float], digits: int) -> str:
 
 def each(parts: Mapping[str, Callable[[Path], Measured]]) -> tuple[list[list[str]], list[str]]:
     """Measure each part in a new folder, sample to benchmarks/PART.png; all rows, and Markdown to show the samples."""
-    lines, shown = list[list[str]](), list[str]()
+    lines = list[list[str]]()
+    shown = list[str]()
     for name, measure in parts.items():
         with tempfile.TemporaryDirectory() as folder:
             rows, nets = measure(Path(folder))

@@ -31,7 +31,8 @@ def photos(num_images: int) -> list[Image.Image]:
     opened = [Image.open(file).convert("RGB") for file in installed(*PHOTOS)]
     for photo in opened:
         photo.thumbnail((640, 640))
-    cut, random = list[Image.Image](), np.random.default_rng(0)
+    cut = list[Image.Image]()
+    random = np.random.default_rng(0)
     for i in range(num_images):
         photo = opened[i % len(opened)]
         side = int(random.integers(min(photo.size) // 3, min(photo.size)))

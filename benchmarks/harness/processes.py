@@ -77,7 +77,8 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._root, self._ended = pid, threading.Event()
+        self._root = pid
+        self._ended = threading.Event()
         self._cpu: dict[int, float] = {}
         self.at: list[float] = []
         self.seconds: list[float] = []

@@ -17,7 +17,8 @@ class Agreement(NamedTuple):
 
 def agreement(a: ArrayLike, b: ArrayLike) -> Agreement:
     """Rank correlations of two numbers of the same competitors, [N] each."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a = np.asarray(a, float)
+    b = np.asarray(b, float)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Agreement(float("nan"), float("nan"))
     return Agreement(float(stats.spearmanr(a, b).statistic), float(stats.kendalltau(a, b).statistic))

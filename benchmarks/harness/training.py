@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.data import builtin, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.training import fit, worker_group
 
 _work = worker_group.work
@@ -62,7 +62,7 @@ def train(
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri or f"sqlite:///{folder}/mlflow.db"
     own = {"run.storage": folder, "run.name": "bench", "cluster.num_workers": 1}
     config = override(config, {**own, **values})
-    config = builtin.prepared(config)
+    config = prepare_for_run.prepared(config)
     worker_group.work = partial(work, folder)
     fit.fit(config, ray_stream.open_configured(config))
     return config

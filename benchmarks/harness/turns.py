@@ -16,7 +16,8 @@ import psutil
 
 from harness.processes import family
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 LOG = "log"
 """A contestant's output, a file in its folder."""
@@ -54,7 +55,8 @@ class Contestant:
     """
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        self._command, self._folder = command, folder
+        self._command = command
+        self._folder = folder
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self.turns: list[Turn] = []
@@ -77,7 +79,8 @@ class Contestant:
                     self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
                 )
         self._signal(signal.SIGCONT)
-        ran, last = 0.0, began
+        ran = 0.0
+        last = began
         while ran < seconds and not self.ended:
             time.sleep(0.1)
             now = time.time()

@@ -45,9 +45,11 @@ EVERY_S = 10.0
 HALF = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
 """accelerate's word for the precision."""
 FOR_EVER = 10**9
-CONFIG, IMAGES = "config.json", "images"
+CONFIG = "config.json"
+IMAGES = "images"
 """Names in FOLDER: our config, which sets the size of the net; the images."""
-AVERAGED, ONLINE = ".safetensors", "online"
+AVERAGED = ".safetensors"
+ONLINE = "online"
 """End of the name of averaged weights, which begins with the images seen; name of the newest online ones."""
 
 
@@ -89,7 +91,10 @@ class Snapshots:
     """Saves the averaged weights as FOLDER/{images seen}.safetensors, and the newest online ones as FOLDER/online."""
 
     def __init__(self, folder: Path, batch_size: int, net: nn.Module) -> None:
-        self._folder, self._batch_size, self._steps, self._due = folder, batch_size, 0, 0.0
+        self._folder = folder
+        self._batch_size = batch_size
+        self._steps = 0
+        self._due = 0.0
         self._net = net
 
     def after_step(self, averaged: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -110,7 +115,8 @@ def lucidrains_net(config: Config) -> nn.Module:
     """lucidrains' Unet, with the width and multipliers whose number of weights is closest to ours."""
     from denoising_diffusion_pytorch import Unet
 
-    wanted, channels = parameter_count(build_net(config)), config.model.channels
+    wanted = parameter_count(build_net(config))
+    channels = config.model.channels
     nets = [
         Unet(width, dim_mults=multipliers, channels=channels)
         for multipliers in ((1, 2, 4, 8), (1, 2, 2, 4))  # its own, and some for small nets
@@ -170,7 +176,8 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
 
     size = config.model.image_size
     accelerator = Accelerator(mixed_precision=HALF)
-    net, averaged = diffusers_net(config), diffusers_net(config)
+    net = diffusers_net(config)
+    averaged = diffusers_net(config)
     noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=settings.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
@@ -252,7 +259,9 @@ LOAD: dict[str, Callable[[Path, Config, bool], tuple[Model, Objective, Schedule]
 
 
 if __name__ == "__main__":
-    name, folder, *equal = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
+    name = sys.argv[1]
+    folder = Path(sys.argv[2])
+    equal = sys.argv[3:]
     config = from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
     ours = config.train.total_images
     settings = Settings.equal(float(equal[0]), int(equal[1]), ours) if equal else Settings()

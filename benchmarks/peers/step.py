@@ -87,7 +87,9 @@ class Case:
 
     def config(self) -> Config:
         """The config of the case; attention is at half the image size, or at 16x16."""
-        batch, size, values = self.batch_size, self.image_size, dict[str, Any]()
+        batch = self.batch_size
+        size = self.image_size
+        values = dict[str, Any]()
         if batch:
             values |= {"train.batch_size": batch, "train.micro_batch_size": batch}
         if size:
@@ -228,8 +230,10 @@ def lucidrains_net(config: Config) -> nn.Module:
 def difference(config: Config) -> float:
     """Largest difference of our net's output from diffusers'; outputs are about 1."""
     config = override(config, {"model.zero_init": False, "model.dropout": 0.0})
-    ours, theirs = build_net(config), diffusers_net(config).cpu()
-    x_t, t = next(float_batches(config, iter([None]), "cpu")), torch.arange(config.train.micro_batch_size)
+    ours = build_net(config)
+    theirs = diffusers_net(config).cpu()
+    x_t = next(float_batches(config, iter([None]), "cpu"))
+    t = torch.arange(config.train.micro_batch_size)
     with torch.no_grad():
         return (ours(x_t, t) - theirs(x_t, t * ours.time_scale).sample).abs().max().item()
 
@@ -267,14 +271,16 @@ def pictures(config: Config) -> np.ndarray:
     """scikit-learn's digits, enlarged: uint8 [N, H, W, C]."""
     from sklearn.datasets import load_digits
 
-    size, channels = config.model.image_size, config.model.channels
+    size = config.model.image_size
+    channels = config.model.channels
     grey = torch.from_numpy(load_digits().images).float()[:, None] * (255 / 16)
     grey = F.interpolate(grey, (size, size), mode="bilinear").round().to(torch.uint8)
     return grey.expand(-1, channels, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def micro_batches(config: Config, turns: Iterator[None]) -> Iterator[MicroBatch]:
-    image, size = pictures(config), config.train.micro_batch_size
+    image = pictures(config)
+    size = config.train.micro_batch_size
     label = np.zeros(size, np.int64)
     for i, _ in enumerate(turns):
         rows = np.arange(i * size, (i + 1) * size) % len(image)
@@ -282,7 +288,8 @@ def micro_batches(config: Config, turns: Iterator[None]) -> Iterator[MicroBatch]
 
 
 def float_batches(config: Config, turns: Iterator[None], device: str) -> Iterator[Tensor]:
-    image, size = torch.tensor(pictures(config)), config.train.micro_batch_size
+    image = torch.tensor(pictures(config))
+    size = config.train.micro_batch_size
     x_0 = (image.permute(0, 3, 1, 2) / 127.5 - 1).contiguous().to(device)
     for i, _ in enumerate(turns):
         yield x_0[torch.arange(i * size, (i + 1) * size, device=device) % len(x_0)]

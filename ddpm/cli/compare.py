@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import Text
+from ddpm.config.tree import NonEmptyStr
 from ddpm.utils.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Arguments:
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders or URIs of runs."""
-    out: Text = "report.html"
+    out: NonEmptyStr = "report.html"
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
     """Files or s3:// URIs that ddpm evaluate --out wrote, in addition to the evaluations in the runs' folders."""

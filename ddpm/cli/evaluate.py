@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import Count, Text
+from ddpm.config.tree import NonEmptyStr, PositiveInt
 from ddpm.evaluation.settings import Settings
 from ddpm.utils.errors import UserError
 
@@ -30,10 +30,10 @@ class Arguments:
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     all_checkpoints: bool = False
     """Evaluate every kept checkpoint of a run, not only the newest."""
-    num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
+    num_workers: Annotated[PositiveInt | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Number of workers. None: all GPUs, or all cores if there are no GPUs, of this machine or of the Ray cluster at
     RAY_ADDRESS. The results do not depend on it."""
-    out: Text = "evaluation.json"
+    out: NonEmptyStr = "evaluation.json"
     """File or s3:// URI for all results with their n and uncertainty; plots are written next to it."""
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import CountOrZero, Text
+from ddpm.config.tree import NonEmptyStr, NonNegativeInt
 from ddpm.utils.errors import UserError
 
 
@@ -34,11 +34,11 @@ class Arguments:
     """diffusers: a DDPMPipeline. checkpoint: converts a diffusers folder."""
     ema: bool = True
     """Export the averaged (EMA) weights instead of the last ones."""
-    label: CountOrZero | None = None
+    label: NonNegativeInt | None = None
     """diffusers, conditional nets: the class that the pipeline generates; num_classes: all classes."""
-    register: Text | None = None
+    register: NonEmptyStr | None = None
     """Also store the net in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
-    alias: Text | None = None
+    alias: NonEmptyStr | None = None
     """Point models:/NAME@ALIAS to that version."""
 
 

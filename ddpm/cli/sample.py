@@ -12,7 +12,16 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import Count, CountOrZero, Images, SampleFlags, SamplerName, Seed, Text, Variance
+from ddpm.config.tree import (
+    NonEmptyStr,
+    NonNegativeInt,
+    NumImages,
+    PositiveInt,
+    SampleFlags,
+    SamplerName,
+    Seed,
+    Variance,
+)
 from ddpm.utils.errors import UserError
 
 
@@ -22,22 +31,22 @@ class Arguments(SampleFlags):
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder or URI of a checkpoint or run, a registered model, or a built-in net."""
-    num_images: Images = 64
+    num_images: NumImages = 64
     """Total number of images at `out`."""
-    out: Text | None = None
+    out: NonEmptyStr | None = None
     """Folder or s3:// URI for the images. None: samples/RUN-seedN, with the names of run and seed."""
-    num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
+    num_workers: Annotated[PositiveInt | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
-    batch_size: Count | None = None
+    batch_size: PositiveInt | None = None
     """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
     sampler: SamplerName | None = None
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
-    num_sample_steps: Count | None = None
+    num_sample_steps: PositiveInt | None = None
     """Number of sampling steps."""
     variance: Variance | None = None
     """ddpm: variance of the noise that a step adds."""
-    label: CountOrZero | None = None
+    label: NonNegativeInt | None = None
     """Class to sample (conditional nets). None: all classes in turn."""
     seed: Seed = 0
     """Image i is a function of this seed and i."""

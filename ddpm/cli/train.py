@@ -66,14 +66,14 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     loop.check(arguments.config)
 
     from ddpm.cluster import job_folder, ray_init
-    from ddpm.data import builtin, ray_stream
+    from ddpm.data import prepare_for_run, ray_stream
     from ddpm.runs import checkpoint, run_folder, settings  # seconds: Ray
 
     job_folder.set_home(arguments.verbose)
     config, preset = run_folder.with_storage(arguments.config), arguments.base or arguments.config
     has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)
-    config = builtin.prepared(config, command_line.typed(), connect, items)
+    config = prepare_for_run.prepared(config, command_line.typed(), connect, items)
     data_set = ray_stream.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     changed = settings.differences(config, preset, "" if has_own_data else data_set.rows.fingerprint)

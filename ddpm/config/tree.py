@@ -26,19 +26,19 @@ BoundVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
 
 # Ranges of fields: `check_values` checks a command line, `from_json` a file. Larger numbers than these are of no use,
 # and would take all memory or time.
-Text = Annotated[str, Len(1)]
+NonEmptyStr = Annotated[str, Len(1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
-Count = Annotated[int, Interval(ge=1, le=10**6)]
-CountOrZero = Annotated[int, Interval(ge=0, le=10**6)]
-SmallCount = Annotated[int, Interval(ge=1, le=4096)]
+PositiveInt = Annotated[int, Interval(ge=1, le=10**6)]
+NonNegativeInt = Annotated[int, Interval(ge=0, le=10**6)]
+UpTo4096 = Annotated[int, Interval(ge=1, le=4096)]
 Port = Annotated[int, Interval(ge=0, le=65535)]
-Images = Annotated[int, Interval(ge=1, le=10**11)]
-ImagesOrZero = Annotated[int, Interval(ge=0, le=10**11)]
-ScoredImages = Annotated[int, Interval(ge=20, le=10**6)]
+NumImages = Annotated[int, Interval(ge=1, le=10**11)]
+NumImagesOrZero = Annotated[int, Interval(ge=0, le=10**11)]
+NumScoredImages = Annotated[int, Interval(ge=20, le=10**6)]
 """At least evaluation.feature_scores.LEAST_IMAGES."""
 Seconds = Annotated[float, Interval(gt=0, le=10**9)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 ShareAboveZero = Annotated[float, Interval(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
@@ -49,8 +49,8 @@ class Affects(enum.Flag):
     """What a key affects: metadata of its field, else `affects` of its class. NOTHING: where a run is."""
 
     NOTHING = 0
-    COURSE = enum.auto()
-    """Length, speed, storing: what a resumed run may change."""
+    EXECUTION = enum.auto()
+    """How a run is carried out: its length, its speed, what it stores. A resumed run may change it."""
     ORDER = enum.auto()
     """The images of each step."""
     NOISE = enum.auto()
@@ -66,7 +66,7 @@ class Affects(enum.Flag):
     LOCATION = enum.auto()
     """Where data lies; its fingerprint tells what it is."""
     WEIGHTS = ORDER | NOISE | NET | LEARNING
-    ANYTHING = COURSE | WEIGHTS | SAMPLING | LOCATION
+    ANYTHING = EXECUTION | WEIGHTS | SAMPLING | LOCATION
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class DataConfig:
     """The images to train on, and their order."""
 
     affects: ClassVar = Affects.ORDER
-    shards: Annotated[Text | None, Affects.LOCATION] = None
+    shards: Annotated[NonEmptyStr | None, Affects.LOCATION] = None
     """Folder or s3:// URI of a data set made by ddpm prepare. Without it, `images` or `source` is prepared first."""
-    images: Text | None = None
+    images: NonEmptyStr | None = None
     """Folder of images of any size; subfolders are classes. The images are first prepared at the net's size and
     channels in {run.storage}/data/."""
-    source: Annotated[Text | None, Affects.COURSE] = None
+    source: Annotated[NonEmptyStr | None, Affects.EXECUTION] = None
     """A source that needs no download. Without `shards` it is prepared in {run.storage}/data/ first."""
-    split: Text = "train"
+    split: NonEmptyStr = "train"
     """The split to train on."""
-    window_rows: Images = 8192
+    window_rows: NumImages = 8192
     """Images are shuffled inside windows of row groups that hold about this many rows."""
     horizontal_flip: Annotated[bool, Affects.NOISE | Affects.TASK] = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
@@ -92,7 +92,7 @@ class DataConfig:
     samples (Karras et al. 2022, Appendix F.2); for few images."""
     stall_timeout_s: Annotated[Seconds, Affects.NOTHING] = 120.0
     """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
-    skip_unreadable: Annotated[bool, Affects.COURSE] = False
+    skip_unreadable: Annotated[bool, Affects.EXECUTION] = False
     """When `images` or `source` is prepared, leave out images that cannot be read (5 % of them at most), and list them
     in unreadable.txt beside the shards."""
 
@@ -104,7 +104,7 @@ class ScheduleConfig:
     affects: ClassVar = Affects.NOISE | Affects.SAMPLING
     kind: Annotated[str, Choice("schedule.kind")] = "linear"
     """Noise schedule: how beta_t grows over the steps. straight: the path of flow matching. geometric: EDM's noise."""
-    num_timesteps: Count = 1000
+    num_timesteps: PositiveInt = 1000
     """T, the number of noise levels."""
     beta_start: Beta = 1e-4
     """linear, scaled_linear: the first beta."""
@@ -118,11 +118,11 @@ class ScheduleConfig:
     """sigmoid: where the logistic curve begins."""
     sigmoid_end: float = 3.0
     """sigmoid: where the logistic curve ends."""
-    sigmoid_tau: Positive = 1.0
+    sigmoid_tau: PositiveFloat = 1.0
     """sigmoid: temperature of the logistic curve."""
-    sigma_min: Positive = 0.002
+    sigma_min: PositiveFloat = 0.002
     """geometric: the first sigma."""
-    sigma_max: Positive = 80.0
+    sigma_max: PositiveFloat = 80.0
     """geometric: the last sigma."""
 
 
@@ -141,18 +141,18 @@ class ObjectiveConfig:
     predict: Annotated[str, Choice("objective.predict"), MEANING] = "eps"
     """What the net's output means (gaussian process). edm: F of EDM (Karras et al. 2022), whose input is scaled, too.
     flow: the velocity eps - x_0 of flow matching; both have their own papers' loss with the weight simple."""
-    sigma_data: Annotated[Positive, MEANING] = 0.5
+    sigma_data: Annotated[PositiveFloat, MEANING] = 0.5
     """edm: the standard deviation of the images, in [-1, 1]."""
     weight: Annotated[str, Choice("objective.weight")] = "simple"
     """Loss weight over t: 1, min-SNR (Hang et al. 2023), or as if edm or flow were predicted."""
-    min_snr_gamma: Positive = 5.0
+    min_snr_gamma: PositiveFloat = 5.0
     """min_snr: gamma, the SNR at which the weight is capped."""
     timesteps: Annotated[str, Choice("objective.timesteps")] = "uniform"
     """How t is drawn in training. log_normal: sigma is log-normal, as in EDM. logit_normal: so is that of the straight
     path (Esser et al. 2024), which is log-normal sigma with another mean and deviation."""
     log_sigma_mean: Annotated[float, Interval(ge=-20, le=20)] | None = None
     """Mean of log sigma. None: -1.2 for log_normal, 0 for logit_normal."""
-    log_sigma_std: Positive | None = None
+    log_sigma_std: PositiveFloat | None = None
     """Standard deviation of log sigma. None: 1.2 for log_normal, 1 for logit_normal."""
     variance: Annotated[Literal["fixed", "learned"], MEANING] = "fixed"
     """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
@@ -169,11 +169,11 @@ class ModelConfig:
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
     """unet, or a net of an installed package; together with --help-all it lists the flags of that net."""
-    image_size: Annotated[SmallCount, Affects.NET | Affects.TASK] = 32
+    image_size: Annotated[UpTo4096, Affects.NET | Affects.TASK] = 32
     """Height and width of the images, in pixels."""
-    channels: Annotated[SmallCount, Affects.NET | Affects.TASK] = 3
+    channels: Annotated[UpTo4096, Affects.NET | Affects.TASK] = 3
     """Image channels."""
-    num_classes: CountOrZero = 0
+    num_classes: NonNegativeInt = 0
     """0: unconditional. Otherwise the net is conditioned on a label in 0..num_classes-1."""
     dropout: Annotated[ShareBelowOne, Affects.LEARNING] = 0.0
     """Dropout probability inside the blocks."""
@@ -190,19 +190,19 @@ class UNetConfig(ModelConfig):
 
     module = "ddpm.models.unet"
     net: Annotated[Literal["unet"], Choice("model.net")] = "unet"
-    base_width: Count = 128
+    base_width: PositiveInt = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
-    width_multipliers: Annotated[tuple[Count, ...], Len(1)] = (1, 2, 2, 2)
+    width_multipliers: Annotated[tuple[PositiveInt, ...], Len(1)] = (1, 2, 2, 2)
     """One entry per resolution, finest first; each but the last halves the image."""
-    blocks_per_resolution: Count = 2
+    blocks_per_resolution: PositiveInt = 2
     """Residual blocks per resolution, on the way down."""
-    attention_resolutions: tuple[SmallCount, ...] = (16,)
+    attention_resolutions: tuple[UpTo4096, ...] = (16,)
     """Image sizes with self-attention."""
-    attention_head_dim: Count | None = None
+    attention_head_dim: PositiveInt | None = None
     """Width of an attention head; None: one head."""
     middle_attention: bool = True
     """Self-attention in the middle block."""
-    norm_groups: Count = 32
+    norm_groups: PositiveInt = 32
     """Groups of group normalisation."""
     zero_init: Annotated[bool, Affects.LEARNING] = True
     """Initialise the output convolution and the second convolution of every residual block to zero."""
@@ -215,18 +215,18 @@ class OptimConfig:
     affects: ClassVar = Affects.LEARNING
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: convolutions and linear layers by Muon (Jordan et al. 2024), all other weights by AdamW."""
-    lr: Positive = 2e-4
+    lr: PositiveFloat = 2e-4
     """Learning rate after the warm-up."""
-    lr_warmup_images: ImagesOrZero = 0
+    lr_warmup_images: NumImagesOrZero = 0
     """Images over which the learning rate rises linearly from 0."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine to 0 at train.total_images."""
     beta_1: ShareBelowOne = 0.9
     beta_2: ShareBelowOne = 0.999
-    weight_decay: NotNegative = 0.0
-    grad_clip: Positive = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    skip_non_finite: Annotated[CountOrZero, Affects.COURSE] = 0
+    skip_non_finite: Annotated[NonNegativeInt, Affects.EXECUTION] = 0
     """Number of steps per run that may be skipped because the loss or the gradient is not finite."""
     ema_decay: ShareBelowOne = 0.9999
     """Decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step))."""
@@ -236,19 +236,19 @@ class OptimConfig:
 class TrainConfig:
     """Length, batches, precision, and the intervals of logs, checkpoints and samples."""
 
-    affects: ClassVar = Affects.COURSE
-    total_images: Images = 100_000_000
+    affects: ClassVar = Affects.EXECUTION
+    total_images: NumImages = 100_000_000
     """Training ends after this many images, rounded up to a global batch."""
-    batch_size: Annotated[Count, Affects.ORDER | Affects.NOISE] = 128
+    batch_size: Annotated[PositiveInt, Affects.ORDER | Affects.NOISE] = 128
     """Global batch: images per optimizer step, over all workers."""
-    micro_batch_size: Annotated[Count, Affects.ORDER | Affects.NOISE] = 64
+    micro_batch_size: Annotated[PositiveInt, Affects.ORDER | Affects.NOISE] = 64
     """Images per micro-batch. Workers take whole micro-batches, so there are at most batch_size / micro_batch_size."""
-    forward_images: Count | None = None
+    forward_images: PositiveInt | None = None
     """Largest number of images per forward pass on a worker; fewer need less memory. None: the worker's share of the
     batch in one pass. On a GPU whose memory that exceeds, passes are halved until they fit."""
     seed: Annotated[Seed, Affects.ORDER | Affects.NOISE | Affects.TASK] = 0
     """Seed of the initial weights, the order of images, and all noise."""
-    init_from: Annotated[Text | None, Affects.COURSE | Affects.TASK] = None
+    init_from: Annotated[NonEmptyStr | None, Affects.EXECUTION | Affects.TASK] = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Annotated[Literal["float32", "bfloat16"], Affects.LEARNING | Affects.SAMPLING] = "float32"
     """Precision inside the net (autocast). Noise, loss and weights are float32. bfloat16: float32 on a device without
@@ -257,16 +257,16 @@ class TrainConfig:
     """On a GPU, use only kernels that are bitwise reproducible; they are slower. On a CPU all kernels are."""
     compile: bool | None = False
     """Compile the net's blocks (torch.compile) in the first step. None: on an accelerator, if there is a C compiler."""
-    log_every_images: ImagesOrZero = 12_800
+    log_every_images: NumImagesOrZero = 12_800
     """Images between two points of the curves; 0: a point at the end."""
-    checkpoint_every_images: ImagesOrZero = 256_000
+    checkpoint_every_images: NumImagesOrZero = 256_000
     """Images between two checkpoints; 0: one at the end. MLflow gets metrics at this interval too: a checkpoint makes
     them final."""
-    sample_every_images: ImagesOrZero = 1_280_000
+    sample_every_images: NumImagesOrZero = 1_280_000
     """Images between two grids of samples; 0: one at the end."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: PositiveInt = 3
     """Number of newest checkpoints kept; the best one (lowest held-out loss) is kept as well."""
-    held_out_images: Annotated[ImagesOrZero, Affects.LEARNING | Affects.TASK] = 512
+    held_out_images: Annotated[NumImagesOrZero, Affects.LEARNING | Affects.TASK] = 512
     """Held-out images whose loss (EMA weights, fixed noise and t) is measured at every checkpoint; 0: none."""
 
 
@@ -278,14 +278,14 @@ class SampleConfig:
     sampler: Annotated[str, Choice("sample.sampler", also=(AUTO,))] = AUTO
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
     mix: for uniform_mix. auto: the first that fits the process, ddim or mix."""
-    num_sample_steps: Count | None = None
+    num_sample_steps: PositiveInt | None = None
     """None: all T for ddpm, else 50."""
     spacing: Spacing = AUTO
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: Annotated[float, Ge(1)] = 7.0
     """karras: a larger rho takes more steps where little noise is left."""
-    sigma_min: NotNegative = 0.0
+    sigma_min: NonNegativeFloat = 0.0
     """karras: sigma of the last step; 0: the schedule's smallest. 0.08 is ten of 256 grey levels."""
     eta: Share = 0.0
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ddpm."""
@@ -295,11 +295,11 @@ class SampleConfig:
     """ddpm: sigma_t^2. auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
     """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
-    guidance_scale: NotNegative = 1.0
+    guidance_scale: NonNegativeFloat = 1.0
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma (with mix, the amount of noise) is in (low, high]. None: everywhere."""
-    num_images: Annotated[SmallCount, Affects.COURSE] = 64
+    num_images: Annotated[UpTo4096, Affects.EXECUTION] = 64
     """Images in a grid."""
     seed: Seed = 0
     """Image i is a function of this seed and i."""
@@ -311,11 +311,11 @@ class SampleFlags:
 
     spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
-    sigma_min: NotNegative | None = None
+    sigma_min: NonNegativeFloat | None = None
     """karras: sigma of the last step; 0: the schedule's smallest."""
     eta: Share | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
-    guidance_scale: NotNegative | None = None
+    guidance_scale: NonNegativeFloat | None = None
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Nets with classes: guidance only where sigma is in (low, high]."""
@@ -332,7 +332,7 @@ class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
     affects: ClassVar = Affects.NOTHING
-    num_workers: Annotated[int | str, Affects.COURSE] = AUTO
+    num_workers: Annotated[int | str, Affects.EXECUTION] = AUTO
     """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
     batch stays the same. auto: the number with which the run began. A new run takes every GPU of the cluster, else
     every CPU with one thread each, up to the largest number that shares the micro-batches of a step evenly; 1:N where
@@ -341,15 +341,15 @@ class ClusterConfig:
     """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
     gpus_per_worker: ShareAboveZero = 1.0
     """Below 1, workers of different runs share a GPU; those of one run cannot when they communicate by NCCL."""
-    cpus_per_worker: Positive | None = None
+    cpus_per_worker: PositiveFloat | None = None
     """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
-    threads_per_worker: SmallCount | None = None
+    threads_per_worker: UpTo4096 | None = None
     """torch threads per worker. None: an equal share of the node's cores."""
     resize_interval_s: Seconds = 30.0
     """least:most workers: seconds between checks whether more workers fit."""
-    max_failures: CountOrZero = 3
+    max_failures: NonNegativeInt = 3
     """More failures than this in a row, without a checkpoint in between, end the run."""
-    max_preemptions: CountOrZero = 1000
+    max_preemptions: NonNegativeInt = 1000
     """More preempted nodes (spot instances) than this end the run; they do not count as failures."""
 
     def world_sizes(self) -> range:
@@ -369,15 +369,15 @@ class RunConfig:
     """Name and storage of the run."""
 
     affects: ClassVar = Affects.NOTHING
-    name: Text | None = None
+    name: NonEmptyStr | None = None
     """Folder under `storage`. None: the preset, and a hash of what differs from it."""
-    storage: Text = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
+    storage: NonEmptyStr = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
     """Folder or s3:// URI that holds runs. Default: DDPM_STORAGE from the environment, as on a cluster, else runs."""
     storage_timeout_s: Seconds = 300.0
     """The run stops after S3 (or a disk) has failed or not answered for this many seconds."""
     shared_storage: bool = False
     """Declare that a local folder given as storage is shared by all nodes (NFS)."""
-    experiment: Text = "ddpm"
+    experiment: NonEmptyStr = "ddpm"
     """MLflow experiment."""
 
 

@@ -32,7 +32,7 @@ SIDE = 8
 THRESHOLD = 2.5
 COMPONENTS = 16
 """Principal components of the thumbnails, in which they are searched."""
-Row = tuple[str, int]
+RowKey = tuple[str, int]
 """An image: its split, and its position there."""
 
 
@@ -41,8 +41,8 @@ class Duplicate(NamedTuple):
 
     in_one_split: bool
     distance: float
-    row: Row
-    like: Row
+    row: RowKey
+    like: RowKey
     is_mirrored: bool
 
 
@@ -96,7 +96,7 @@ def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate
     # If some images could not be read, the source numbers them otherwise.
     has_names = hasattr(source, "name_of") and total == sum(source.splits.values())
 
-    def name(row: Row) -> str:
+    def name(row: RowKey) -> str:
         split, i = row
         return f"{split} {source.name_of(split, i) if has_names else i}"
 
@@ -130,7 +130,7 @@ def report(source: Any, location: Location, manifest: Manifest, dropped: bool = 
             yield f"            {printable(f'{picture.uri}, {listed.uri}')}"
 
 
-def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:
+def drop(location: Location, split: str, shards: list[Shard], dropped: Set[RowKey]) -> list[Shard]:
     """Write shards again without the rows `dropped`, and return those that are left.
 
     If the process was killed before, incomplete shards are written again.
@@ -154,7 +154,7 @@ def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row])
     return kept
 
 
-def images_at(location: Location, manifest: Manifest, rows: Sequence[Row]) -> Pixels:
+def images_at(location: Location, manifest: Manifest, rows: Sequence[RowKey]) -> Pixels:
     """These images of the data set, uint8 [N, H, W, C]."""
     images = []
     for split, index in rows:

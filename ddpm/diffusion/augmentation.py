@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import Loss, Model
+from ddpm.diffusion.rng import Rng
 
-LossOf = Callable[[Model, Tensor, Tensor | None, Generator, float], Loss]
+LossOf = Callable[[Model, Tensor, Tensor | None, Rng, float], Loss]
 """The method `loss` of an objective."""
 CONDITIONS = 7
 """Numbers that describe an image's augmentation: two flips, scale, cosine and sine of the rotation, two shifts."""
@@ -34,7 +34,7 @@ def augmented(loss_of: LossOf, probability: float) -> LossOf:
     if probability == 0:
         return loss_of
 
-    def loss(model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float) -> Loss:
+    def loss(model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float) -> Loss:
         x_0, conditions = augment(x_0, probability, generator)
         conditioned: Model = partial(model, augmented=conditions)  # type: ignore[call-arg]
         return loss_of(conditioned, x_0, label, generator, progress)
@@ -42,7 +42,7 @@ def augmented(loss_of: LossOf, probability: float) -> LossOf:
     return loss
 
 
-def augment(x_0: Tensor, probability: float, generator: Generator) -> tuple[Tensor, Tensor]:
+def augment(x_0: Tensor, probability: float, generator: Rng) -> tuple[Tensor, Tensor]:
     """Flip left-right and top-bottom, scale, rotate and shift, each with `probability`; edges are reflected.
 
     Args:

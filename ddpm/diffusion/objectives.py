@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import process, reverse
-from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """Interface of an objective and its forward process for the training loop, the samplers and the evaluation."""
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         """Corrupt `x_0`, and score the prediction of `model`.
 
@@ -109,7 +109,7 @@ class Labels:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"label_dropout is {self.dropout}; it must be in [0, 1]")
 
-    def for_training(self, label: Tensor | None, generator: Generator) -> Tensor | None:
+    def for_training(self, label: Tensor | None, generator: Rng) -> Tensor | None:
         """`label` with some entries dropped, independently per image."""
         if self.num_classes == 0:
             return None
@@ -159,7 +159,7 @@ class Gaussian:
             raise ValueError("variance is learned from the bound over all t; timesteps must be uniform")
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         T = self.schedule.num_timesteps
         t = self.draw_t(len(x_0), generator)
@@ -185,12 +185,13 @@ class Gaussian:
         t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
 
-    def draw_t(self, n: int, generator: Generator) -> Tensor:
+    def draw_t(self, n: int, generator: Rng) -> Tensor:
         """The timesteps of n training images, [n] int64."""
         if self.log_sigma is None:
             return generator.integers(self.schedule.num_timesteps, [n])
         mean, std = self.log_sigma
-        wanted, of_t = mean + std * generator.normal([n]), self.schedule.sigma.log()
+        wanted = mean + std * generator.normal([n])
+        of_t = self.schedule.sigma.log()
         return torch.bucketize(wanted, ((of_t[:-1] + of_t[1:]) / 2).to(wanted, non_blocking=True))
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -292,7 +293,8 @@ class Edm(Gaussian):
         return process.gather(self._c_in / self.schedule.alpha_bar.sqrt(), t, x_t) * x_t
 
     def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
-        z, (cos, sin) = self._input(x_t, t), self._cos_and_sin(t, x_t)
+        z = self._input(x_t, t)
+        cos, sin = self._cos_and_sin(t, x_t)
         x_0_hat = self.sigma_data * (cos * z + sin * prediction)
         return Denoised(x_0_hat, eps_hat=sin * z - cos * prediction)
 
@@ -304,7 +306,8 @@ class Edm(Gaussian):
         return (self.schedule.sigma**2 + self.sigma_data**2).rsqrt()
 
     def _cos_and_sin(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.sigma_data * self._c_in, self.schedule.sigma * self._c_in
+        cos = self.sigma_data * self._c_in
+        sin = self.schedule.sigma * self._c_in
         return process.gather(cos, t, like), process.gather(sin, t, like)
 
 
@@ -325,7 +328,8 @@ class Flow(Gaussian):
         return x_t / process.gather(alpha_bar.sqrt() + (1 - alpha_bar).sqrt(), t, x_t)
 
     def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
-        z, sigma = self._input(x_t, t), self.schedule.sigma
+        z = self._input(x_t, t)
+        sigma = self.schedule.sigma
         x_0_hat = z - process.gather(sigma / (1 + sigma), t, x_t) * prediction
         return Denoised(x_0_hat, eps_hat=z + process.gather(1 / (1 + sigma), t, x_t) * prediction)
 
@@ -350,7 +354,7 @@ class UniformMix:
     labels: Labels = Labels()
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
         amount = generator.uniform([len(x_0)])
         u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1
@@ -403,6 +407,7 @@ def gaussian(
 def per_image(prediction: Tensor, target: Tensor) -> Tensor:
     """[B], the mean squared error of each image."""
     if prediction.shape != target.shape:  # broadcasting would hide it
-        got, right = tuple(prediction.shape), tuple(target.shape)
+        got = tuple(prediction.shape)
+        right = tuple(target.shape)
         raise ValueError(f"model returned shape {got}; it must return that of x_t, {right}")
     return (prediction - target).square().flatten(1).mean(1)

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.guidance import Denoise, Threshold, clip, predict
 from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.reverse import learned_log_variance
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 Noise = Callable[[], Tensor]
@@ -58,13 +58,15 @@ class PerImageNoise:
 
     def __init__(
         self,
-        generators: Sequence[Generator],
+        generators: Sequence[Rng],
         shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
         uniform: bool = False,
     ) -> None:
         self._generators = generators
-        self._shape, self._device, self._uniform = shape, device, uniform
+        self._shape = shape
+        self._device = device
+        self._uniform = uniform
 
     def __call__(self) -> Tensor:
         """The next draw, [B, C, H, W] float32."""
@@ -192,7 +194,8 @@ def dpmpp_2m(
     """
     check_eta(eta)
     signal, sigma = _signal_and_sigma(schedule, timesteps)
-    x, before = noise(), None
+    x = noise()
+    before = None
     for step, t in enumerate(timesteps):
         x_0_hat = predict(denoise, schedule, x, t, threshold).x_0_hat
         shrink = sigma[step + 1] / sigma[step]  # e^-h
@@ -206,7 +209,8 @@ def dpmpp_2m(
             x_prev = x_prev + signal[step + 1] * sigma[step + 1] * (1 - shrink ** (2 * eta)) ** 0.5 * noise()
         if on_step is not None:
             on_step(step, x, x_0_hat)
-        x, before = x_prev, x_0_hat
+        x = x_prev
+        before = x_0_hat
     return x
 
 
@@ -237,7 +241,8 @@ def heun(
         if step == len(timesteps) - 1:
             x_prev = x_0_hat
         else:
-            y, dsigma = x / signal[step], sigma[step + 1] - sigma[step]
+            y = x / signal[step]
+            dsigma = sigma[step + 1] - sigma[step]
             euler = signal[step + 1] * (y + dsigma * eps_hat)
             there = predict(denoise, schedule, euler, timesteps[step + 1], threshold).eps_hat
             x_prev = signal[step + 1] * (y + dsigma * (eps_hat + there) / 2)
@@ -284,5 +289,6 @@ def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[lis
     """sqrt(alpha_bar) and sigma at the timesteps and, after the last, of a clean image: 1 and 0."""
     spacings.check(timesteps, schedule.num_timesteps)
     chosen = list(timesteps)
-    signal, sigma = schedule.alpha_bar[chosen].sqrt().tolist(), schedule.sigma[chosen].tolist()
+    signal = schedule.alpha_bar[chosen].sqrt().tolist()
+    sigma = schedule.sigma[chosen].tolist()
     return [*signal, 1.0], [*sigma, 0.0]

@@ -40,9 +40,11 @@ class Schedule:
             got = f"{self.beta.dtype} of shape {tuple(self.beta.shape)}"
             raise ValueError(f"beta is {got}; it must be float64 [T] with T >= 1")
         if not bool(((self.beta > 0) & (self.beta < 1)).all()):
-            low, high = self.beta.min().item(), self.beta.max().item()
+            low = self.beta.min().item()
+            high = self.beta.max().item()
             raise ValueError(f"beta spans {low:g} to {high:g}; every beta must be in (0, 1)")
-        first, last = self.alpha_bar[0].item(), self.alpha_bar[-1].item()
+        first = self.alpha_bar[0].item()
+        last = self.alpha_bar[-1].item()
         if not 0 < last <= first < 1:
             raise ValueError(f"beta takes alpha_bar from {first:g} to {last:g}; it must stay inside (0, 1)")
 
@@ -171,7 +173,8 @@ def geometric(num_timesteps: int, sigma_min: float, sigma_max: float) -> Schedul
     """
     _check("num_timesteps", num_timesteps, 1 <= num_timesteps <= MAX_TIMESTEPS, f"1, 2, ... {MAX_TIMESTEPS}")
     _check("sigma_min", sigma_min, 0 < sigma_min < sigma_max, f"(0, sigma_max), sigma_max being {sigma_max}")
-    low, high = 2 * math.log(sigma_min), 2 * math.log(sigma_max)
+    low = 2 * math.log(sigma_min)
+    high = 2 * math.log(sigma_max)
     square = torch.logspace(low, high, num_timesteps, math.e, dtype=torch.float64)
     before = torch.cat([torch.zeros(1, dtype=torch.float64), square[:-1]])
     # 1 - alpha_bar_t / alpha_bar_{t-1}, without cancellation.

@@ -66,7 +66,8 @@ def karras(
     top = min(schedule.sigma[-1].item(), sigma_max)
     if not 0 <= sigma_min < top:
         raise ValueError(f"sigma_min is {sigma_min}; it must be in [0, {top:g}), below the first step's")
-    low, high = max(schedule.sigma[0].item(), sigma_min) ** (1 / rho), top ** (1 / rho)
+    low = max(schedule.sigma[0].item(), sigma_min) ** (1 / rho)
+    high = top ** (1 / rho)
     root = low + (high - low) * torch.tensor(_falling(1, num_sample_steps), dtype=torch.float64)
     nearest = (rho * root.log()[:, None] - schedule.sigma.log()).abs().argmin(1)
     first = int((schedule.sigma < top).sum())

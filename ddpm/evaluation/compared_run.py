@@ -12,7 +12,7 @@ import torch
 
 from ddpm.build import build_net
 from ddpm.config.json import from_json
-from ddpm.evaluation.plots import Point
+from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import Report
 from ddpm.runs import checkpoint, curves, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
@@ -74,7 +74,7 @@ class ComparedRun:
     """It trains and resumes the run."""
     data: str = ""
     """Fingerprint of its data set."""
-    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[ChartPoint]] = field(default_factory=dict)
     """By metric, ascending."""
     grids: Mapping[int, Read] = field(default_factory=dict)
     """PNGs by images seen, ascending."""
@@ -109,7 +109,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
 def _read(run: RunFolder, sample: bool) -> ComparedRun:
     location = run.location
     remarks: list[Remark] = []
-    points: dict[str, list[Point]] = _readable(partial(_curves, location), {}, remarks)
+    points: dict[str, list[ChartPoint]] = _readable(partial(_curves, location), {}, remarks)
     if not points:
         remarks.append(Remark(f"no curves: {location.uri} has no points in {curves.FOLDER}"))
     status = _readable(partial(run_folder.read_status, location), None, remarks)
@@ -154,14 +154,14 @@ def _readable(read: Callable[[], T], otherwise: T, remarks: list[Remark]) -> T:
 
 
 def _of_checkpoint(
-    stored: Location, card: Card, status: Status | None, rates: Sequence[Point], remarks: list[Remark]
+    stored: Location, card: Card, status: Status | None, rates: Sequence[ChartPoint], remarks: list[Remark]
 ) -> dict[str, Any]:
     """What a run's newest checkpoint, run.json and status.json tell, as fields of ComparedRun."""
     config_file = stored.child("config.json")
     config = from_json(config_file.read().decode(errors="replace"), config_file.uri)
     state_file = stored.child("state.json")
-    position = strict_json.parse(StateFile, state_file.read(), f"{state_file.uri} is damaged", extra="allow")
-    seen = position.images_seen
+    state = strict_json.parse(StateFile, state_file.read(), f"{state_file.uri} is damaged", extra="allow")
+    seen = state.images_seen
     total = config.train.total_images
     tags = status.tags if status else {}  # version 0.1
     command = card.command or tags.get("command", "")
@@ -187,18 +187,18 @@ def _of_checkpoint(
         "seed": str(config.train.seed),
         "hardware": (status.hardware if status else "") or tags.get("hardware", "unknown"),
         "versions": ", ".join(versions) or "unknown",
-        "data": f"{source} ({position.data_fingerprint[:8]})",
+        "data": f"{source} ({state.data_fingerprint[:8]})",
     }
     return {
         "images_seen": seen,
         "settings": {key: str(value) for key, value in run_params.params(config).items()},
         "facts": facts,
         "command": command,
-        "data": position.data_fingerprint,
+        "data": state.data_fingerprint,
     }
 
 
-def _hours(rates: Sequence[Point], images_seen: float) -> float | None:
+def _hours(rates: Sequence[ChartPoint], images_seen: float) -> float | None:
     """Hours of training up to a position, by the images/s logged at `rates`."""
     rates = [point for point in rates if point.value > 0]
     if not rates or images_seen > rates[-1].x:
@@ -215,15 +215,15 @@ def _sample(stored: Location) -> bytes:
     return images.png_bytes(images.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 
 
-def _curves(run: Location) -> dict[str, list[Point]]:
+def _curves(run: Location) -> dict[str, list[ChartPoint]]:
     """The shown curves with their errors, without values that are not finite."""
     logged = curves.read(run)
-    shown: dict[str, list[Point]] = {}
+    shown: dict[str, list[ChartPoint]] = {}
     for name in (*CURVES, RATE):
         errors = {point.images_seen: point.value for point in logged.get(ERRORS.get(name, ""), ())}
         finite = [point for point in logged.get(name, ()) if np.isfinite(point.value)]
         if finite:
-            shown[name] = [Point(p.images_seen, p.value, errors.get(p.images_seen, 0.0)) for p in finite]
+            shown[name] = [ChartPoint(p.images_seen, p.value, errors.get(p.images_seen, 0.0)) for p in finite]
     return shown
 
 

@@ -24,7 +24,7 @@ from ddpm.config.tree import Affects, Config
 from ddpm.evaluation import comparison, plots
 from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking, Results
-from ddpm.evaluation.plots import IMAGES_SEEN, Chart, Point, charts_of
+from ddpm.evaluation.plots import IMAGES_SEEN, Chart, ChartPoint, charts_of
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import estimate
@@ -130,7 +130,7 @@ def charts(runs: Sequence[ComparedRun], results: Results) -> Iterator[Chart]:
             yield replace(chart, x_label="hours of training", curves=known)
 
 
-def _over_hours(run: ComparedRun, points: Sequence[Point]) -> list[Point]:
+def _over_hours(run: ComparedRun, points: Sequence[ChartPoint]) -> list[ChartPoint]:
     hours = ((point, run.hours(point.x)) for point in points)
     return [point._replace(x=x) for point, x in hours if x is not None]
 
@@ -165,7 +165,7 @@ def _plot(letters: Mapping[str, str], chart: Chart) -> tuple[str, str]:
         looks[key] = {**_look(letter), "label": f"{letter}: {points[-1].value:#.4g}"}
     figure = Figure((WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    plots.draw(axes, chart, looks)
+    plots.draw_chart(axes, chart, looks)
     axes.legend(fontsize=9, frameon=False, title="last value", title_fontsize=8)
     file = io.BytesIO()
     # Text stored as text is small; a fixed salt makes equal plots byte-identical.

@@ -253,7 +253,7 @@ def _result(
     settings: Settings,
 ) -> CheckpointResult:
     config = candidate.config
-    position = candidate.position
+    state = candidate.state
     variance = ""
     bits: list[Score] = []
     bits_of_image: list[float] = []
@@ -265,10 +265,10 @@ def _result(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
         run=candidate.run,
-        run_key=position.get("run_key", ""),
+        run_key=state.get("run_key", ""),
         experiment=config.run.experiment,
-        images_seen=position["images_seen"],
-        saw_this_data=position.get("data_fingerprint") == train.rows.fingerprint,
+        images_seen=state["images_seen"],
+        saw_this_data=state.get("data_fingerprint") == train.rows.fingerprint,
         variance=variance,
         variance_is_default=settings.variance == "auto",
         bits=tuple(bits),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample
 from ddpm.config.tree import Config, FeatureNetName, SampleConfig, SampleFlags
-from ddpm.data import builtin
+from ddpm.data import prepare_for_run
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
@@ -36,7 +36,7 @@ class Candidate(TrainedNet):
     """A checkpoint to evaluate, in memory."""
 
     uri: str
-    position: Mapping[str, Any]
+    state: Mapping[str, Any]
     """Its state.json."""
     weights_sha256: str
 
@@ -160,7 +160,7 @@ def _read(uri: str) -> Candidate:
             net=trained.net,
             config=trained.config,
             uri=uri,
-            position=checkpoint.read_state(folder),
+            state=checkpoint.read_state(folder),
             weights_sha256=checkpoint.read_checksums(folder)["ema.safetensors"],
         )
 
@@ -170,7 +170,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
     config = candidates[0].config
     known = config.data.shards
     if shards is None:
-        if len({candidate.position.get("data_fingerprint") for candidate in candidates}) > 1:
+        if len({candidate.state.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
                 "the checkpoints were trained on different data; name the data set to evaluate all of them on with "
                 "--data.shards"
@@ -180,7 +180,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
         elif config.data.source is None:
             where = f"is no longer at {known}" if known else "is not known"
             raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data.shards")
-    config = builtin.prepared(
+    config = prepare_for_run.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
     location = storage.resolve(str(config.data.shards))

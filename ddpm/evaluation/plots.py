@@ -28,7 +28,7 @@ LOG_SPAN = 5
 GREY = "0.5"
 
 
-class Point(NamedTuple):
+class ChartPoint(NamedTuple):
     """One point of a curve."""
 
     x: float
@@ -44,7 +44,7 @@ class Chart:
 
     title: str
     x_label: str
-    curves: dict[str, list[Point]]
+    curves: dict[str, list[ChartPoint]]
     is_log_y: bool = False
     floor: float | None = None
     floor_error: float | None = None
@@ -66,11 +66,11 @@ def charts_of(x_label: str, scored: Iterable[Scored]) -> dict[str, Chart]:
         new = Chart(score.name, x_label, {}, floor=score.floor, floor_error=score.floor_error)
         error = score.error if math.isfinite(score.error) else 0.0
         curve = charts.setdefault(score.name, new).curves.setdefault(label, [])
-        curve.append(Point(x, score.value, error))
+        curve.append(ChartPoint(x, score.value, error))
     return charts
 
 
-def draw(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_chart(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the curves of a chart with their 95 % intervals, and, in grey, the value of real images.
 
     Args:
@@ -102,7 +102,7 @@ def picture(report: Report) -> bytes:
         labels = dict.fromkeys(label for chart in line for label in chart.curves)
         looks = {label: {"color": f"C{i % 10}"} for i, label in enumerate(labels)}
         for chart, axes in zip(line, part.subplots(1, len(line), squeeze=False)[0], strict=True):
-            draw(axes, chart, looks)
+            draw_chart(axes, chart, looks)
             axes.set_title(chart.title, fontsize=9)
         handles = [
             Line2D([], [], marker="o", label=label, color=look["color"])

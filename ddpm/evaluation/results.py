@@ -173,7 +173,7 @@ class _Saved:
     checkpoints: tuple[CheckpointResult, ...]
 
 
-class Row(NamedTuple):
+class ScoreRow(NamedTuple):
     """One score, with its checkpoint and its sampling configuration, if it has one."""
 
     score: Score
@@ -181,12 +181,12 @@ class Row(NamedTuple):
     drawn: SampledScores | None
 
 
-def rows(report: Report) -> Iterator[Row]:
+def rows(report: Report) -> Iterator[ScoreRow]:
     """All scores, in the order of checkpoints and sampling configurations."""
     for result in report.results:
-        yield from (Row(score, result, None) for score in result.bits)
+        yield from (ScoreRow(score, result, None) for score in result.bits)
         for drawn in result.drawn:
-            yield from (Row(score, result, drawn) for score in drawn.scores)
+            yield from (ScoreRow(score, result, drawn) for score in drawn.scores)
 
 
 def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, SampledScores]]:

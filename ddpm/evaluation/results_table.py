@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ddpm.evaluation.bits_per_dim import BOUND_TERMS
 from ddpm.evaluation.feature_scores import MAX_FID_FEATURES
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT
-from ddpm.evaluation.results import NearerShare, Report, Row, Score, nearest_pictures, rows
+from ddpm.evaluation.results import NearerShare, Report, Score, ScoreRow, nearest_pictures, rows
 from ddpm.utils.progress import printable
 from ddpm.utils.tables import Table, estimate
 
@@ -122,8 +122,8 @@ def _on_memorisation(report: Report, out: str) -> Iterator[str]:
                 )
 
 
-def _by_name(report: Report) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
+def _by_name(report: Report) -> dict[str, list[ScoreRow]]:
+    groups: dict[str, list[ScoreRow]] = {}
     for row in rows(report):
         groups.setdefault(row.score.name, []).append(row)
     return groups

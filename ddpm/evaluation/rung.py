@@ -71,7 +71,7 @@ def read(run: Location, images_seen: int, timeout_s: float = 0.0) -> Evaluation:
     return strict_json.parse(Evaluation, text, f"{file.uri} is damaged")
 
 
-def positions(run: Location, timeout_s: float = 0.0) -> list[int]:
+def recorded_at(run: Location, timeout_s: float = 0.0) -> list[int]:
     """images_seen of the results in a run's folder, ascending."""
     names = retry_io(run.child(FOLDER).files, where=run.uri, timeout_s=timeout_s)
     return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))

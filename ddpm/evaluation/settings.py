@@ -7,15 +7,15 @@ import tyro
 
 from ddpm.config.tree import (
     BoundVariance,
-    Count,
-    CountOrZero,
     FeatureNetName,
-    ImagesOrZero,
+    NonEmptyStr,
+    NonNegativeInt,
+    NumImagesOrZero,
+    NumScoredImages,
+    PositiveInt,
     SampleFlags,
     SamplerName,
-    ScoredImages,
     Seed,
-    Text,
 )
 
 
@@ -23,7 +23,7 @@ from ddpm.config.tree import (
 class Settings(SampleFlags):
     """Settings of an evaluation; None is the run's own, unless stated otherwise."""
 
-    num_images: ScoredImages = 2000
+    num_images: NumScoredImages = 2000
     """Images generated with each sampler, and the largest number of held-out images."""
     features: FeatureNetName | None = None
     """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
@@ -31,18 +31,18 @@ class Settings(SampleFlags):
     """inception: file of its weights. None: the file of torch-fidelity in torch.hub's folder."""
     sampler: tuple[SamplerName, ...] = ()
     """One or several samplers; each is evaluated with each number of steps."""
-    num_sample_steps: tuple[Count, ...] = ()
+    num_sample_steps: tuple[PositiveInt, ...] = ()
     """One or several numbers of sampling steps."""
     variance: BoundVariance = "auto"
     """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ddpm. auto: for bits/dim, learned if the net
     learned it, else measured on training images; for sampling, as in training. measured: for bits/dim alone."""
-    num_train_images: ImagesOrZero = 50_000
+    num_train_images: NumImagesOrZero = 50_000
     """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""
-    num_draws: CountOrZero = 8
+    num_draws: NonNegativeInt = 8
     """bits/dim: timesteps per image at which KL_t is measured, by importance sampling. 0: all timesteps."""
     seed: Seed = 0
     """Seed of generated images and of the bound's noise."""
-    shards: Annotated[Text | None, tyro.conf.arg(name="data.shards")] = None
+    shards: Annotated[NonEmptyStr | None, tyro.conf.arg(name="data.shards")] = None
     """Folder or s3:// URI of the data set to compare with. None: the training data set."""
-    cache: Text | None = None
+    cache: NonEmptyStr | None = None
     """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ next to the shards."""

@@ -59,7 +59,8 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
     Args:
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
-    diffusers, config = _diffusers(), trained.config
+    diffusers = _diffusers()
+    config = trained.config
     if not kinds.objective(config.objective.process).has_bound:
         name = config.objective.process
         raise UserError(
@@ -83,7 +84,7 @@ def from_diffusers(source: Path, out: Path) -> None:
     config, theirs = _read_pipeline(source)
     net = build_net(config)
     net.load_state_dict(_to_our_names(theirs, config, str(source)))
-    position = {
+    state = {
         "step": 0,
         "images_seen": 0,
         "best_held_out_loss": None,
@@ -93,7 +94,7 @@ def from_diffusers(source: Path, out: Path) -> None:
         "imported_from": str(source.absolute()),
     }
     with _new_folder(out) as folder:
-        checkpoint.write_net(TrainedNet(net, config), position, folder)
+        checkpoint.write_net(TrainedNet(net, config), state, folder)
 
 
 def _diffusers() -> Any:
@@ -142,7 +143,8 @@ def _without_labels(
     weights: Mapping[str, Tensor], config: Config, label: int | None
 ) -> tuple[dict[str, Tensor], Config]:
     """The net for one `label`, whose embedding is added to a bias of the embedding of t."""
-    weights, classes = dict(weights), config.model.num_classes
+    weights = dict(weights)
+    classes = config.model.num_classes
     if not classes:
         if label is not None:
             raise UserError(f"label is {label}; this net was trained without labels")
@@ -180,7 +182,8 @@ def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> d
 
 def _time_table(config: Config) -> Tensor:
     """[T, E] float32: the sinusoids of our net for each t."""
-    T, model = config.schedule.num_timesteps, unet_of(config)
+    T = config.schedule.num_timesteps
+    model = unet_of(config)
     width = model.base_width * model.width_multipliers[0]
     return sinusoids(torch.arange(T) * (EMBEDDED_TIMESTEPS / T), width)
 

@@ -41,7 +41,7 @@ TRIES = 3
 """A part may be merged into another one between listing and reading."""
 
 
-class Row(NamedTuple):
+class CurveRow(NamedTuple):
     """One value of a curve."""
 
     name: str
@@ -94,13 +94,13 @@ def read_rows(run: Location, first: int = 0, damaged: Callable[[str], object] | 
     raise AssertionError("the last try returns or raises")
 
 
-def to_rows(table: pa.Table) -> list[Row]:
+def to_rows(table: pa.Table) -> list[CurveRow]:
     """The rows of a table of `read_rows`."""
     columns = table.to_pydict()
     values = zip(
         columns["name"], columns["images_seen"], columns["value"], columns["timestamp_ms"], strict=True
     )
-    return [Row(name, images_seen, value, time_ms) for name, images_seen, value, time_ms in values]
+    return [CurveRow(name, images_seen, value, time_ms) for name, images_seen, value, time_ms in values]
 
 
 def num_rows(run: Location) -> int:
@@ -108,7 +108,7 @@ def num_rows(run: Location) -> int:
     return max((part.end for part in _parts(run)), default=0)
 
 
-def part(first: int, rows: list[Row]) -> tuple[str, bytes]:
+def part(first: int, rows: list[CurveRow]) -> tuple[str, bytes]:
     """Name in the run's folder and content of a part with `rows`, the first of which has the number `first`."""
     table = pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA)
     return _name(first, first + len(rows)), _to_bytes(table)

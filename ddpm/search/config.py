@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from ddpm.config.presets import PresetArguments
-from ddpm.config.tree import Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
+from ddpm.config.tree import (
+    FeatureNetName,
+    NonEmptyStr,
+    NonNegativeInt,
+    NumScoredImages,
+    PositiveInt,
+    Seed,
+    UpTo4096,
+)
 
 Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
 Searcher = Literal["optuna", "random", "grid"]
@@ -16,21 +24,21 @@ Searcher = Literal["optuna", "random", "grid"]
 class Arguments(PresetArguments):
     """A preset, its changes for all trials, and how to search."""
 
-    num_trials: Count = 16
+    num_trials: PositiveInt = 16
     """Total number of trials."""
-    max_concurrent: Count = 2
+    max_concurrent: PositiveInt = 2
     """Number of concurrent trials, each with cluster.num_workers workers."""
     space: tuple[str, ...] = ()
     """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; default_space.py lists the forms
     and the default."""
     searcher: Searcher = "optuna"
-    grid_points: SmallCount = 3
+    grid_points: UpTo4096 = 3
     """grid: number of values per range."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha: at each rung, the best 1 / reduction_factor of the trials seen there continue."""
     reduction_factor: Annotated[int, Interval(ge=2, le=10**6)] = 3
     """asha: factor between two rungs, in trials that continue and in images seen."""
-    num_rungs: Count = 3
+    num_rungs: PositiveInt = 3
     """asha: evaluations per trial. The last is at the trial's end; each earlier one is at 1 / reduction_factor of the
     next one's images."""
     metric: Metric = "bits_per_dim"
@@ -38,20 +46,20 @@ class Arguments(PresetArguments):
     variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
     """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
     fixed ones favour schedules of many steps most."""
-    num_images: ScoredImages = 512
+    num_images: NumScoredImages = 512
     """Largest number of held-out images for evaluating trials: half rank them, the others report the best one."""
     seed: Seed = 0
     """Seed of the searcher and of the evaluator's noise; train.seed is the seed of every trial."""
-    finalists: CountOrZero = 3
+    finalists: NonNegativeInt = 3
     """Number of best trials that are also compared by KID."""
-    finalist_seeds: SmallCount = 1
+    finalist_seeds: UpTo4096 = 1
     """Trainings of each finalist, with train.seed and the seeds after it. Above 1, the ranks of finalists by bits/dim
     are ranks of their configurations, and not only of nets; 3 is enough for that."""
-    drawn_images: ScoredImages = 1000
+    drawn_images: NumScoredImages = 1000
     """Generated images per finalist."""
     features: FeatureNetName | None = None
     """Feature net of KID. None: classifier if the data has classes, else lite0."""
-    name: Text | None = None
+    name: NonEmptyStr | None = None
     """Name of the search. None: search-PRESET."""
-    storage: Text | None = None
+    storage: NonEmptyStr | None = None
     """Folder or s3:// URI that holds searches. None: run.storage."""

@@ -9,7 +9,7 @@ from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.rung import RANKING
 from ddpm.runs import run_folder
-from ddpm.runs.curves import Row as CurveRow
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row

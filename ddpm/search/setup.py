@@ -6,7 +6,7 @@ from typing import Any
 from ddpm.config import kinds
 from ddpm.config.json import flatten, keys_that_affect, override
 from ddpm.config.tree import Affects, Config
-from ddpm.data import builtin, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.evaluation.rung import Evaluator, Rungs
 from ddpm.runs import run_folder
 from ddpm.runs.storage import Location, resolve
@@ -61,7 +61,7 @@ def prepare(arguments: Arguments) -> Setup:
     space = spaces.parse(arguments.space, config)
     if arguments.metric != "bits_per_dim" and space.has_schedule:
         raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))
-    config = builtin.prepared(config)
+    config = prepare_for_run.prepared(config)
     train = ray_stream.open_configured(config)
     held_out = train.held_out()
     if held_out is None or held_out.rows.num_rows < 4:  # two rank trials, two report the best

@@ -104,7 +104,7 @@ def train_trial(changes: dict[str, Any], spec: Spec) -> None:
         run = open_trial(config, spec)
         # An equal proposal that is being trained is waited for.
         with DriverLock(run.location, "trial", "--name", log.info, waits=True):
-            for at in rung.positions(run.location, config.run.storage_timeout_s):
+            for at in rung.recorded_at(run.location, config.run.storage_timeout_s):
                 tune.report(result(rung.read(run.location, at, config.run.storage_timeout_s), spec.metric))
             trial = read_trial(run.location, config.run.storage_timeout_s)
             if trial is not None and trial.status == "failed":
@@ -163,7 +163,7 @@ class GroupTrial(tune.Trainable):
         while True:
             training = self._training
             is_over = training is not None and not training.is_alive()
-            found = rung.positions(self._run.location, self._timeout_s)
+            found = rung.recorded_at(self._run.location, self._timeout_s)
             if len(found) > len(self._reported):
                 at = found[len(self._reported)]
                 is_last = at >= self._spec.rungs.at[-1]

@@ -160,7 +160,7 @@ class Trials:
 
     def _with_rungs(self, trial: Trial) -> Trial:
         run = self.folder.child(trial.name)
-        found = [rung.read(run, at, self._timeout_s) for at in rung.positions(run, self._timeout_s)]
+        found = [rung.read(run, at, self._timeout_s) for at in rung.recorded_at(run, self._timeout_s)]
         return replace(trial, rungs=tuple(found))
 
     def _open(self, settings: Mapping[str, Any] | None) -> str:

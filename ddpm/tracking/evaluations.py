@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
@@ -46,7 +46,7 @@ def read_points(folder: Location, warn: Callable[[str], object]) -> dict[str, Ev
     return found
 
 
-def rows_of(evaluations: dict[str, EvaluationPoints]) -> list[Row]:
+def rows_of(evaluations: dict[str, EvaluationPoints]) -> list[CurveRow]:
     """The points as rows of curves; a value that several evaluations have found has the time of the first."""
     times = dict[tuple[str, int, float], int]()
     for points in evaluations.values():
@@ -54,4 +54,6 @@ def rows_of(evaluations: dict[str, EvaluationPoints]) -> list[Row]:
             for name, value in values.items():
                 at = (name, int(images_seen), value)
                 times[at] = min(points.time_ms, times.get(at, points.time_ms))
-    return [Row(name, images_seen, value, time_ms) for (name, images_seen, value), time_ms in times.items()]
+    return [
+        CurveRow(name, images_seen, value, time_ms) for (name, images_seen, value), time_ms in times.items()
+    ]

@@ -31,7 +31,7 @@ LOCAL_UI = "http://127.0.0.1:5000"
 
 
 @dataclass(frozen=True)
-class Facts:
+class Described:
     """What the description of a run contains."""
 
     tags: Mapping[str, str]
@@ -62,7 +62,7 @@ def ui_command(database: Path) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
 
 
-def description(facts: Facts) -> str:
+def description(facts: Described) -> str:
     """The description of a run in Markdown."""
     tags = facts.tags
     config = facts.config

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import Data
 from ddpm.tracking.mlflow_client import Connection, MlflowError, Refused, database_file, without_password
 
@@ -79,7 +79,7 @@ class MlflowRun:
             # Another process has deleted it.
         self.tags.pop(name, None)
 
-    def log_metrics(self, rows: Iterable[Row]) -> None:
+    def log_metrics(self, rows: Iterable[CurveRow]) -> None:
         """Log at most METRICS_PER_CALL values. MLflow holds each name, step, time and value once."""
         from mlflow.entities import Metric
 

@@ -238,7 +238,7 @@ class _Push:
         ):
             return
         images_seen = self._status.images_seen if self._status else 0
-        facts = mlflow_pages.Facts(
+        facts = mlflow_pages.Described(
             tags=self._mlflow.tags,
             config=self._now,
             status=self._status.status if self._status else "RUNNING",

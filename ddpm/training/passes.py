@@ -17,7 +17,7 @@ from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.augmentation import LossOf
-from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.rng import Rng
 from ddpm.models import dropout
 from ddpm.models.dropout import Dropout
 from ddpm.training.runtime import Runtime
@@ -58,7 +58,7 @@ def split(micro_batches: Sequence[MicroBatch], most: int) -> Iterator[Pass]:
         yield Pass(held, slice(start - first * size, stop - first * size), is_last=stop == num_images)
 
 
-def draws(part: Pass, config: Config, step: int, device: torch.device) -> Generator:
+def draws(part: Pass, config: Config, step: int, device: torch.device) -> Rng:
     """The generator of flips, other augmentation, t, eps and dropped labels, in this order."""
     seed = config.train.seed
     own = [generator(device, seed, Purpose.TRAIN, step, each.index) for each in part.micro_batches]
@@ -81,9 +81,7 @@ def masks(
     return dropout.keyed(layers, to_device(keys.numpy()))
 
 
-def inputs(
-    part: Pass, config: Config, noise: Generator, to_device: HostToDevice
-) -> tuple[Tensor, Tensor | None]:
+def inputs(part: Pass, config: Config, noise: Rng, to_device: HostToDevice) -> tuple[Tensor, Tensor | None]:
     """x_0 [B, C, H, W] in [-1, 1], flipped at random if configured, and the labels if the net takes them."""
     x_0 = images.to_model(to_device(np.concatenate([each.image for each in part.micro_batches])[part.rows]))
     if config.data.horizontal_flip:

@@ -81,9 +81,9 @@ class Recorder:
         if self._due(config.log_every_images) or finished:
             self._log()
         if self._due(config.sample_every_images) or finished:
-            self._draw()
+            self._record_samples()
             if finished:
-                self._draw_final()
+                self._publish_pictures()
         if self._due(config.checkpoint_every_images) or finished:
             self._evaluate_and_save()
         elif stopping:
@@ -232,7 +232,7 @@ class Recorder:
             before = {} if rung is None else {file_name(rung.images_seen): rung.to_json()}
             self._store.save(self._state, best, before)
 
-    def _draw(self) -> None:
+    def _record_samples(self) -> None:
         """Record the grid of samples, and a denoising strip."""
         grid = pictures.sample_grid(self._averaged, self._runtime)
         if self._store is None:
@@ -249,7 +249,7 @@ class Recorder:
             strip = pictures.denoising_strip(self._averaged, self._held_out)
             self._store.picture(run_folder.DENOISING, strip, seen)
 
-    def _draw_final(self) -> None:
+    def _publish_pictures(self) -> None:
         """Publish the pictures of the finished run."""
         if self._store is None:
             return

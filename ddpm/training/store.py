@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.runs.checkpoint import Snapshot
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import RunFolder, Status
 from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager, run_state
@@ -80,7 +80,7 @@ class RunStore:
         self._began_at = time.monotonic()
         self._minutes_before = 0.0
         self._status_at = -math.inf
-        self._rows: list[Row] = []
+        self._rows: list[CurveRow] = []
         """Points since the last checkpoint."""
         self._next_row: int | None = None
         """Number of the first of them; None: the recorded ones are not read yet."""
@@ -118,7 +118,7 @@ class RunStore:
         now_ms = int(time.time() * 1000)
         for name, value in values.items():
             if (name, images_seen) not in self._recorded:
-                self._rows.append(Row(name, images_seen, float(value), now_ms))
+                self._rows.append(CurveRow(name, images_seen, float(value), now_ms))
         self._notify(run_state.METRICS, (dict(values), images_seen))
 
     def goodput(self) -> float:
@@ -200,7 +200,7 @@ class RunStore:
         self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
         self._next_row = self._retry(lambda: curves.num_rows(self._location), self._location)
 
-    def _take_rows(self) -> list[Row]:
+    def _take_rows(self) -> list[CurveRow]:
         taken = self._rows
         self._rows = []
         return taken
@@ -254,11 +254,11 @@ class RunStore:
         except (StorageError, FileNotFoundError) as error:
             self.warn(str(error))
 
-    def _publish_rows(self, rows: list[Row]) -> None:
+    def _publish_rows(self, rows: list[CurveRow]) -> None:
         for name, data in self._packed(rows).items():
             self._publish(name, data)
 
-    def _packed(self, rows: list[Row]) -> dict[str, bytes]:
+    def _packed(self, rows: list[CurveRow]) -> dict[str, bytes]:
         """The file with `rows`; none if there are no rows, or if the recorded ones could not be read."""
         if not rows or self._next_row is None:
             return {}
@@ -273,7 +273,7 @@ class RunStore:
             self.warn(f"the curves are not merged: {error}")
 
     def _save(
-        self, snapshot: Snapshot, rows: list[Row], before: Mapping[str, bytes], best: bool, began: float
+        self, snapshot: Snapshot, rows: list[CurveRow], before: Mapping[str, bytes], best: bool, began: float
     ) -> None:
         seen = snapshot.images_seen
         run = self._location

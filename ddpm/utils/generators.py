@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.utils.seeding import key, torch_seed
 
 if TYPE_CHECKING:
-    from ddpm.diffusion.generator import Generator
+    from ddpm.diffusion.rng import Rng
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24
@@ -76,7 +76,7 @@ class PerMicroBatch:
             image's numbers do not depend on the others.
     """
 
-    def __init__(self, generators: "Sequence[Generator]", size: int, rows: slice = slice(None)) -> None:
+    def __init__(self, generators: "Sequence[Rng]", size: int, rows: slice = slice(None)) -> None:
         self._generators = generators
         self._size = size
         self._rows = rows
@@ -96,7 +96,7 @@ class PerMicroBatch:
         return kept
 
 
-def generator(device: torch.device, *counters: int) -> "Generator":
+def generator(device: torch.device, *counters: int) -> "Rng":
     """A generator for `device`; its stream depends only on the counters and on whether `device` is a CPU."""
     kind = PhiloxGenerator if device.type == "cpu" else TorchGenerator
     return kind(*counters, device=device)

@@ -24,19 +24,22 @@ ORDER = ReadOrder(batch_size=128, micro_batch_size=32, total_images=128 * 800, s
 
 
 def train(shards: str) -> None:
-    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    rank = ray.train.get_context().get_world_rank()
+    world_size = ray.train.get_context().get_world_size()
     data_set = ray_stream.open_data_set(shards)
     torch.manual_seed(0)
     num_classes = len(data_set.manifest.class_names)
     net = nn.Sequential(nn.Linear(math.prod(data_set.shape), 64), nn.ReLU(), nn.Linear(64, num_classes))
-    optimizer, images_seen = torch.optim.Adam(net.parameters()), 0
+    optimizer = torch.optim.Adam(net.parameters())
+    images_seen = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, "state.pt"), weights_only=True)
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         images_seen = state["images_seen"]
-    model, share = prepare_model(net), ORDER.share(rank, world_size)
+    model = prepare_model(net)
+    share = ORDER.share(rank, world_size)
     broadcast = ray.train.collective.broadcast_from_rank_zero
     batches = ray_stream.micro_batches(
         data_set, ORDER, images_seen, rank=rank, world_size=world_size, broadcast=broadcast

@@ -66,7 +66,8 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
                 chosen = first.sampler if first.sampler in samplers else "auto"
                 sampler = gr.Dropdown(samplers, value=chosen, label="Sampler")
                 scale = gr.Slider(0, 8, first.guidance_scale, label="Guidance", visible=has_labels)
-                button, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
+                button = gr.Button("Sample", variant="primary")
+                stop = gr.Button("Stop")
         starts = [page.load, button.click, sampler.input, *(s.release for s in (seed, steps, scale))]
         settings = [seed, steps, sampler, scale]
         event = gr.on(starts, sample, settings, shown, trigger_mode="always_last", show_progress="hidden")
@@ -77,7 +78,8 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
 def serve(page: gr.Blocks, port: int) -> None:
     """Serve the page, to this machine alone, until Ctrl-C."""
     # Not by gradio's `launch`, which fails where its server does not answer at once, or only through a proxy.
-    app, theme = fastapi.FastAPI(), gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))
+    app = fastapi.FastAPI()
+    theme = gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))
     gr.mount_gradio_app(app, page, "/", theme=theme, css=CSS, footer_links=[], run_history=False)
     uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, timeout_graceful_shutdown=1)
 

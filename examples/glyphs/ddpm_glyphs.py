@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddpm.config.kinds import Kind
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources.sources import Seed, Square, held_out
+from ddpm.data.sources.sources import DataSeed, Square, held_out
 
 KIND = Kind("ddpm_glyphs:Glyphs")
 """What the entry point returns."""
@@ -33,7 +33,8 @@ FACES = tuple(
 # Rendered at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
 OVERSAMPLING = 2
 # Fractions of the image's side: the font's size, and the maximum shift of the glyph from the image's centre.
-FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
+FONT_SIZES = (0.6, 0.85)
+MAX_SHIFT = 0.06
 MAX_ROTATION_DEGREES = 15.0
 
 
@@ -47,7 +48,7 @@ class Glyphs(Square):
     """Images of all 62 classes together; 5 % of them are held out."""
     size: Annotated[int, Interval(ge=16, le=256)] = 32
     """Height and width."""
-    seed: Seed = 0
+    seed: DataSeed = 0
     name: str = field(default="glyphs", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
 

@@ -85,7 +85,8 @@ def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., Any]) -> None:
     keys = flatten(presets.DIGITS)
     assert keys.keys() >= parsing.SHOWN_FIRST
-    brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
+    brief = run_job("train", "digits", "--help")
+    whole = run_job("train", "digits", "--help-all")
     assert (brief.returncode, whole.returncode) == (0, 0)
     for names in ("--model.net {unet}", "--schedule.kind {linear,", "--sample.sampler {auto,ddim,"):
         assert names in " ".join(whole.stdout.replace("│", " ").split())

@@ -46,7 +46,8 @@ def test_help_names_the_program_and_no_script(
 
 def install(folder: Path) -> Path:
     """Build the wheel from a copy of the repository, and install it alone into `folder`/site; returns the wheel."""
-    source, wheels = folder / "source", folder / "wheels"
+    source = folder / "source"
+    wheels = folder / "wheels"
     shutil.copytree(REPO / "ddpm", source / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)
@@ -61,7 +62,8 @@ def install(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_trains_and_samples_without_a_checkout(tmp_path: Path) -> None:
-    wheel, site = install(tmp_path), tmp_path / "site"
+    wheel = install(tmp_path)
+    site = tmp_path / "site"
 
     def ddpm(*words: str) -> tuple[int, str]:
         done = run([sys.executable, site / "bin/ddpm", *words], cwd=tmp_path, env={"PYTHONPATH": str(site)})

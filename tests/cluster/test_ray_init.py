@@ -109,7 +109,8 @@ parsing.run(main)
 def test_a_cluster_prints_one_line_when_it_dies_and_no_warning_before(tmp_path: Path) -> None:
     """Ray does not warn of many processes. It may print the last twenty lines of the raylet's log. Nobody else may read
     the cluster's token."""
-    words, token = (sys.executable, "-c", MANY_ACTORS), tmp_path / ".ray/auth_token"
+    words = (sys.executable, "-c", MANY_ACTORS)
+    token = tmp_path / ".ray/auth_token"
     env = {"PYTHONPATH": str(REPO), "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
     with Background(words, log=tmp_path / "log", env=env) as job:
         job.wait_for(lambda: job.output == "joined\n")

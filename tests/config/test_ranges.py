@@ -15,7 +15,7 @@ from ddpm.cli import compare, evaluate, export, parsing, sample, sync
 from ddpm.config import kinds
 from ddpm.config.json import check_values, flatten, from_json, override, to_json
 from ddpm.config.presets import DIGITS, PresetArguments
-from ddpm.config.tree import Config, ScoredImages
+from ddpm.config.tree import Config, NumScoredImages
 from ddpm.data.sources import folder_preset
 from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.search import config as search_config
@@ -125,4 +125,4 @@ def test_every_number_has_a_range() -> None:
         if f.init and unbounded(typing.get_type_hints(cls, include_extras=True)[f.name])
     }
     assert found <= UNBOUNDED
-    assert typing.get_args(ScoredImages)[1].ge == LEAST_IMAGES
+    assert typing.get_args(NumScoredImages)[1].ge == LEAST_IMAGES

@@ -26,7 +26,10 @@ class Given(Loaded):
 
     images: dict[str, Any]
     _images = property(lambda self: self.images)
-    name, height, channels, encoding = "given", 16, 3, "raw"
+    name = "given"
+    height = 16
+    channels = 3
+    encoding = "raw"
     class_names: ClassVar = tuple(map(str, range(50)))
 
     def identity(self) -> dict[str, Any]:
@@ -45,9 +48,14 @@ def noise(count: int, seed: int = 0) -> list[np.ndarray]:
 
 def planted() -> Given:
     """Train image 20 is 3 brightened, 21 is 4 mirrored, 30 too far from 8; test images 2 and 5 and train 40 are 7."""
-    train, test = noise(41), noise(6, seed=1)
-    train[20], train[21], train[30], train[40] = train[3] + 2, train[4][:, ::-1], train[8] + 3, train[7]
-    test[2], test[5] = train[7], train[7] + 1
+    train = noise(41)
+    test = noise(6, seed=1)
+    train[20] = train[3] + 2
+    train[21] = train[4][:, ::-1]
+    train[30] = train[8] + 3
+    train[40] = train[7]
+    test[2] = train[7]
+    test[5] = train[7] + 1
     return given(train, test)
 
 
@@ -81,7 +89,8 @@ def test_dropping_keeps_all_others_also_after_a_kill(tmp_path: Path, monkeypatch
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    location, source = resolve(f"{tmp_path}/whole"), planted()
+    location = resolve(f"{tmp_path}/whole")
+    source = planted()
     manifest = prepare.prepare(source, location, **DROP)
     assert duplicates.find(location, manifest) == []
     for split, (images, _) in source.images.items():
@@ -102,7 +111,8 @@ def test_dropping_keeps_all_others_also_after_a_kill(tmp_path: Path, monkeypatch
 
 
 def test_a_shard_of_copies_is_removed_and_a_split_of_copies_refused(tmp_path: Path) -> None:
-    train, test = noise(16), noise(2, seed=1)
+    train = noise(16)
+    test = noise(2, seed=1)
     prepare.prepare(given([*train, train[3], train[5]], test), resolve(f"{tmp_path}/a"), **DROP)
     assert [path.name for path in (tmp_path / "a/train").iterdir()] == ["00000.parquet"]
     with pytest.raises(UserError, match="each train image"):

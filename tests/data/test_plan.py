@@ -45,7 +45,8 @@ def test_an_epoch_shows_every_image_once(row_groups: list[int], seed: int, windo
 
 def test_epochs_and_seeds_differ() -> None:
     plan = Plan((50, 50, 50), seed=0, window_rows=100)
-    first, second = order(plan, 0, 150), order(plan, 150, 300)
+    first = order(plan, 0, 150)
+    second = order(plan, 150, 300)
     assert (first != second).any()
     assert (first != order(Plan((50, 50, 50), seed=1, window_rows=100), 0, 150)).any()
 

@@ -12,9 +12,9 @@ from support.processes import wait_for
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.data.builtin import prepared
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
+from ddpm.data.prepare_for_run import prepared
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.sources import Digits
@@ -94,14 +94,17 @@ def test_a_data_set_has_the_images_of_the_source_in_order(
 @pytest.mark.parametrize("damage", ["none", "truncated", "altered", "deleted"])
 def test_resuming_after_a_kill_gives_the_same_bytes(tmp_path: Path, damage: str) -> None:
     """Finished shards are kept; one that was damaged meanwhile is written again."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     make(Digits(), at(whole), **SMALL)
     with pytest.raises(Killed):
         make(DigitsKilledMidway(), at(parts), **SMALL)
     with pytest.raises(UserError, match="manifest"):
         read_manifest(resolve(str(parts)))
-    shard, other = parts / "train/00000.parquet", parts / "train/00001.parquet"
-    made, data = other.stat().st_mtime_ns, bytearray(shard.read_bytes())
+    shard = parts / "train/00000.parquet"
+    other = parts / "train/00001.parquet"
+    made = other.stat().st_mtime_ns
+    data = bytearray(shard.read_bytes())
     data[5000] ^= 1
     {
         "none": lambda: None,
@@ -217,7 +220,8 @@ def test_all_unreadable_images_are_named_and_nothing_else_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pictures, location = Path("in"), at(tmp_path / "out")
+    pictures = Path("in")
+    location = at(tmp_path / "out")
     write_images(pictures, 60)
     whole = (pictures / "7.png").read_bytes()
     lines = break_images(pictures, 3, 4, 7, 50)
@@ -247,10 +251,8 @@ def test_up_to_five_percent_of_the_images_are_skipped(tmp_path: Path, encoding: 
     manifest = make(source, at(tmp_path / "out"), skip_unreadable=True, **FEW)
     assert (tmp_path / "out/unreadable.txt").read_text().splitlines() == lines
     for split in ("train", "test"):
-        images, before = (
-            all_images(at(tmp_path / "out"), manifest, split),
-            all_images(at(tmp_path / "sound"), sound, split),
-        )
+        images = all_images(at(tmp_path / "out"), manifest, split)
+        before = all_images(at(tmp_path / "sound"), sound, split)
         assert images == [image for image in before if image in images]
     assert sum(split.num_rows for split in manifest.splits.values()) == 57
     assert (
@@ -300,7 +302,10 @@ def test_two_preparations_at_once_give_one_data_set(
     monkeypatch.setattr("ddpm.runs.lock.BEAT_S", 0.01)
     monkeypatch.setattr("ddpm.runs.lock.PATIENCE_S", 600.0)  # the holder is alive, however slow
     alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
-    is_stuck, other, writes, temporary = threading.Event(), list[threading.Thread](), [0], files.temporary
+    is_stuck = threading.Event()
+    other = list[threading.Thread]()
+    writes = [0]
+    temporary = files.temporary
     made = list[Manifest | UserError]()
 
     def make_again() -> None:

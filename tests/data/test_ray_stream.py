@@ -41,7 +41,8 @@ class FakeIterator:
     """A fake Ray Data iterator that hangs or raises after some rows, as on a cluster without a free CPU."""
 
     def __init__(self, rows: int, hang: bool) -> None:
-        self._rows, self._hang = rows, hang
+        self._rows = rows
+        self._hang = hang
 
     def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, list[Any]]]:
         for i in range(self._rows):
@@ -54,7 +55,8 @@ class FakeIterator:
 def test_a_stalled_reader_is_an_error() -> None:
     rows = ray_stream.RankReader(FakeIterator(2, hang=True), 600, 0)  # type: ignore[arg-type]
     assert [next(rows).image, next(rows).image] == [0, 1]
-    rows._stall_timeout_s, rows._storage_timeout_s = 0.2, 0.3
+    rows._stall_timeout_s = 0.2
+    rows._storage_timeout_s = 0.3
     with pytest.raises(UserError, match=r"stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3"):
         next(rows)
 
@@ -215,9 +217,12 @@ def test_workers_get_the_plan(tmp_path: Path) -> None:
 def test_all_workers_go_on_to_the_next_dataset_in_the_same_step(tmp_path: Path) -> None:
     """The first reading task ends inside a global batch, after all rows of one worker, and before the other's last."""
     data_set = ray_stream.open_data_set(damaged.prepare(str(tmp_path)).uri)
-    plan, begin, end = data_set.plan(*damaged.PLAN), 7, 9_007
+    plan = data_set.plan(*damaged.PLAN)
+    begin = 7
+    end = 9_007
     assert (next(plan.tasks(begin, end))[1] - begin) % 12 == 9
-    order, images = replace(ORDER, total_images=end), data_set.read(plan, begin, end).image
+    order = replace(ORDER, total_images=end)
+    images = data_set.read(plan, begin, end).image
     for rank, worker in enumerate(read_in_workers(data_set, order, begin, max_tasks=1)):
         assert worker["error"] is None
         taken = np.concatenate([image for _, image, _ in worker["batches"]])

@@ -65,7 +65,8 @@ def test_damage_is_an_error_with_its_place(
 
 def test_encoded_images_are_decoded_at_reduced_size(tmp_path: Path) -> None:
     """A JPEG is decoded at a fraction of its size: the result is close to the mean of each block of pixels."""
-    side, smooth = 48, np.linspace(0, 200, 48 * 48 * 3).reshape(48, 48, 3)
+    side = 48
+    smooth = np.linspace(0, 200, 48 * 48 * 3).reshape(48, 48, 3)
     images = [np.roll(smooth, 5 * k, axis=1).astype(np.uint8) for k in range(4)]
 
     def encoded(image: np.ndarray, kind: str) -> bytes:

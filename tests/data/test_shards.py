@@ -62,7 +62,8 @@ def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int =
 
 @pytest.mark.parametrize("encoded", [False, True])
 def test_written_images_are_read_back(tmp_path: Path, encoded: bool) -> None:
-    images, labels = pixels(15), np.arange(15) % 3
+    images = pixels(15)
+    labels = np.arange(15) % 3
     manifest = write(tmp_path, [image_file(image) for image in images] if encoded else images, labels)
     groups = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
     assert groups == [4, 4, 2, 4, 1]
@@ -154,7 +155,8 @@ def test_a_storage_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.M
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
-IMAGES, LABELS = pa.array([b"a" * 60] * 3, pa.binary(60)), pa.array([0, 1, 2])
+IMAGES = pa.array([b"a" * 60] * 3, pa.binary(60))
+LABELS = pa.array([0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,8 @@ def test_a_shard_of_another_data_set_is_rejected(
 
 
 def test_the_checksum_of_a_row_group_depends_on_its_content(tmp_path: Path) -> None:
-    images, labels = pixels(6), np.arange(6) % 3
+    images = pixels(6)
+    labels = np.arange(6) % 3
     raw = write(tmp_path / "raw", images, labels).splits["train"].shards
     parts = [(0, 4), (4, 6)]
     expected = [
@@ -196,7 +199,8 @@ def test_the_checksum_of_a_row_group_depends_on_its_content(tmp_path: Path) -> N
 
 
 def test_checksums_include_the_boundaries_of_encoded_images() -> None:
-    ab_c, a_bc = pa.array([b"ab", b"c"]), pa.array([b"a", b"bc"])
+    ab_c = pa.array([b"ab", b"c"])
+    a_bc = pa.array([b"a", b"bc"])
     assert content_sha256(ab_c, None) != content_sha256(a_bc, None)
     longer = pa.array([b"x", b"ab", b"c", b"y"])  # the checksum of a slice covers only its own rows
     assert content_sha256(longer[1:3], None) == content_sha256(ab_c, None)

@@ -19,7 +19,9 @@ class Chosen:
     """Applies one of the five transformations to all images, with given numbers."""
 
     def __init__(self, which: int, turn: float = 0.0, normal: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
-        self._which, self._turn, self._normal = which, turn, torch.tensor(normal)
+        self._which = which
+        self._turn = turn
+        self._normal = torch.tensor(normal)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         if len(shape) == 1:

@@ -26,7 +26,8 @@ class Net:
         self.weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def __call__(self, z, t, label=None):
-        self.z, self.t = z, t
+        self.z = z
+        self.t = t
         return torch.tanh(self.weight * z + z.roll(1, 3)) + self.weight * t.view(-1, 1, 1, 1) / 1000
 
 
@@ -47,7 +48,8 @@ def loss_and_gradient(loss_of):
 
 def drawn(objective):
     """What `objective.loss` draws from PhiloxGenerator(3): x_0, t, eps."""
-    x_0, generator = 0.5 * normal(SHAPE, 1)(), PhiloxGenerator(3)
+    x_0 = 0.5 * normal(SHAPE, 1)()
+    generator = PhiloxGenerator(3)
     return x_0, objective.draw_t(len(x_0), generator), generator.normal(SHAPE, torch.float64)
 
 
@@ -55,7 +57,9 @@ def drawn(objective):
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 def test_edm_reads_its_net_as_the_denoiser_of_the_paper(schedule, sigma_data):
     t = torch.tensor([0, 1, 10, 100, 500, 700, 998, 999, *range(8)])
-    sigma, x_t, net = schedule.sigma[t].view(-1, 1, 1, 1), normal(SHAPE)(), Net()
+    sigma = schedule.sigma[t].view(-1, 1, 1, 1)
+    x_t = normal(SHAPE)()
+    net = Net()
     x = x_t * (1 + sigma**2) ** 0.5  # x_0 + sigma eps
     denoised = Edm(schedule, sigma_data=sigma_data).denoise(net, x_t, t, None)
     expected = edm_denoiser(net, x, sigma, t, sigma_data)
@@ -96,7 +100,9 @@ def test_loss_and_gradient_of_flow_matching_are_those_of_the_paper():
 
 def test_edm_is_minus_v_of_images_divided_by_sigma_data():
     """On the schedule whose sigma is sigma / sigma_data, with the same noise."""
-    x_0, t, eps = 0.5 * normal(SHAPE, 1)(), torch.arange(16) * 60, normal(SHAPE, 2)()
+    x_0 = 0.5 * normal(SHAPE, 1)()
+    t = torch.arange(16) * 60
+    eps = normal(SHAPE, 2)()
     divided = schedules.geometric(1000, 0.004, 160.0)
     target = Edm(GEOMETRIC, sigma_data=0.5)._target(x_0, t, eps)
     torch.testing.assert_close(target, -V(divided)._target(x_0 / 0.5, t, eps), rtol=1e-8, atol=1e-8)
@@ -104,19 +110,24 @@ def test_edm_is_minus_v_of_images_divided_by_sigma_data():
 
 def test_the_velocity_is_v_rescaled_plus_a_skip_from_x_t():
     """With r^2 = (1 - u)^2 + u^2: eps - x_0 = (v + (2 u - 1) x_t) / r."""
-    x_0, t, eps = normal(SHAPE, 1)(), torch.arange(16) * 60, normal(SHAPE, 2)()
+    x_0 = normal(SHAPE, 1)()
+    t = torch.arange(16) * 60
+    eps = normal(SHAPE, 2)()
     u = ((t + 1).double() / 1000).view(-1, 1, 1, 1)
-    x_t, v = process.q_sample(STRAIGHT.alpha_bar, x_0, t, eps), V(STRAIGHT)._target(x_0, t, eps)
+    x_t = process.q_sample(STRAIGHT.alpha_bar, x_0, t, eps)
+    v = V(STRAIGHT)._target(x_0, t, eps)
     r = ((1 - u) ** 2 + u**2) ** 0.5
     torch.testing.assert_close(eps - x_0, (v + (2 * u - 1) * x_t) / r, rtol=1e-9, atol=1e-9)
 
 
 def test_ddim_on_the_straight_schedule_is_the_euler_method_of_flow_matching():
     """z_{u'} = z_u + (u' - u) net(z_u), to u' = 0."""
-    timesteps, net = uniform(1000, 7), Net()
+    timesteps = uniform(1000, 7)
+    net = Net()
     u = (STRAIGHT.sigma / (1 + STRAIGHT.sigma)).tolist()
     start = normal(SHAPE)()
-    z, (first, *_) = start * ((1 - u[-1]) ** 2 + u[-1] ** 2) ** 0.5, timesteps
+    z = start * ((1 - u[-1]) ** 2 + u[-1] ** 2) ** 0.5
+    first, *_ = timesteps
     with torch.no_grad():
         for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
             step = (0.0 if after is None else u[after]) - u[t]
@@ -128,13 +139,15 @@ def test_ddim_on_the_straight_schedule_is_the_euler_method_of_flow_matching():
 
 def test_heun_of_edm_is_that_of_the_paper():
     """Karras et al. 2022, Algorithm 1 with sigma(t) = t and s(t) = 1, from sigma_max to 0."""
-    timesteps, net = karras(GEOMETRIC, 9), Net()
+    timesteps = karras(GEOMETRIC, 9)
+    net = Net()
     sigmas = [*GEOMETRIC.sigma[timesteps].tolist(), 0.0]
     start = normal(SHAPE)()
     x = start * (1 + sigmas[0] ** 2) ** 0.5
 
     def slope(x, i):
-        sigma, t = sigmas[i], torch.full((16,), timesteps[i])
+        sigma = sigmas[i]
+        t = torch.full((16,), timesteps[i])
         return (x - edm_denoiser(net, x, sigma, t, 0.5)) / sigma
 
     with torch.no_grad():

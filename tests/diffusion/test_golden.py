@@ -55,7 +55,8 @@ def v_net(schedule):
 
 def from_sample(x=SAMPLE):
     """A noise source: first `x`, then the draws of diffusers' generator."""
-    generator, first = torch.Generator().manual_seed(0), [x]
+    generator = torch.Generator().manual_seed(0)
+    first = [x]
     return lambda: first.pop() if first else torch.randn(SAMPLE.shape, generator=generator)
 
 
@@ -89,7 +90,8 @@ def test_ddpm_variance():
 
 def test_one_step_of_a_batch_with_different_t():
     """test_scheduler_ddpm_parallel and test_scheduler_ddim_parallel, test_batch_step_no_noise."""
-    x_t, t = torch.cat([SAMPLE, SAMPLE + 0.1, SAMPLE - 0.1]), torch.arange(3).repeat_interleave(4)
+    x_t = torch.cat([SAMPLE, SAMPLE + 0.1, SAMPLE - 0.1])
+    t = torch.arange(3).repeat_interleave(4)
     x_0_hat = clip(eps_net(LINEAR)(x_t, t).x_0_hat)
     assert_sums(process.posterior_mean(LINEAR, x_0_hat, x_t, t), 1153.1833, 0.5005)
     assert_sums(x_0_hat, 1147.7904, 0.4982)  # ddim in ten steps goes from t = 0, 1, 2 below 0

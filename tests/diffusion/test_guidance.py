@@ -10,15 +10,18 @@ from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import mix
 
 SHORT = schedules.linear(100, 1e-3, 0.2)
-COND, UNCOND = gaussian(SHORT, 0.5, 0.2), gaussian(SHORT, 0.0, 0.5)
+COND = gaussian(SHORT, 0.5, 0.2)
+UNCOND = gaussian(SHORT, 0.0, 0.5)
 INTERVAL = SHORT.sigma[20].item(), SHORT.sigma[60].item()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_guidance_extrapolates_and_stays_consistent(scale):
-    x_t, t = normal((3, 1, 4, 4))(), torch.tensor([0, 50, 99])
+    x_t = normal((3, 1, 4, 4))()
+    t = torch.tensor([0, 50, 99])
     x_0_hat, eps_hat, _ = guided(COND, UNCOND, scale)(x_t, t)
-    c, u = COND(x_t, t).eps_hat, UNCOND(x_t, t).eps_hat
+    c = COND(x_t, t).eps_hat
+    u = UNCOND(x_t, t).eps_hat
     torch.testing.assert_close(eps_hat, (1 - scale) * u + scale * c)
     torch.testing.assert_close(process.q_sample(SHORT.alpha_bar, x_0_hat, t, eps_hat), x_t)
 
@@ -35,7 +38,8 @@ def test_guidance_acts_inside_its_interval_image_by_image():
     """For low < sigma <= high; elsewhere the prediction is bitwise the conditional one."""
     denoise = guided(COND, UNCOND, 3.0, INTERVAL, lambda t: SHORT.sigma[t])
     everywhere = guided(COND, UNCOND, 3.0)
-    x_t, t = normal((6, 1, 4, 4))(), torch.tensor([0, 20, 21, 60, 61, 99])
+    x_t = normal((6, 1, 4, 4))()
+    t = torch.tensor([0, 20, 21, 60, 61, 99])
     predictions = (net(x_t, t)[:2] for net in (denoise, everywhere, COND))
     for ours, inside, outside in zip(*predictions, strict=True):
         assert torch.equal(ours[2:4], inside[2:4])

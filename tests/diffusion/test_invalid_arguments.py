@@ -21,7 +21,8 @@ from ddpm.utils.generators import PhiloxGenerator
 LINEAR = schedules.linear(100, 1e-3, 0.2)
 TOY = toy_denoiser(LINEAR)
 A = LINEAR.alpha_bar
-X, T = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+X = torch.zeros(2, 1, 2, 2)
+T = torch.zeros(2, dtype=torch.int64)
 NOISE = normal((2, 1, 4, 4))
 GREY = grey((2, 1, 4, 4), 0, 0.3)
 TEN = uniform(100, 10)

@@ -44,7 +44,8 @@ def sums_by_t(t, kl):
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_terms_of_gaussian_data_equal_the_closed_form(schedule):
     """KL_t = (snr_{t-1} - snr_t) / 2 Var(x_0 | x_t) with the exact denoiser and the posterior's variance."""
-    mean, std = 0.1, 0.25
+    mean = 0.1
+    std = 0.25
     x_0 = grey((8, 1, 50, 50), mean, std)  # 20,000 pixels: a mean square is known to 1 %
     bound = exact(gaussian(schedule, mean, std), schedule, x_0, normal(x_0.shape))
     expected = 0.5 * (schedule.snr[:-1] - schedule.snr[1:]) * gaussian_errors(schedule, std)[1:] * BITS
@@ -57,8 +58,10 @@ def test_terms_of_gaussian_data_equal_the_closed_form(schedule):
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_terms_equal_those_of_torch_distributions(variance):
-    x_0, x_0_hat = grey((3, 2, 4, 4), 0, 0.5), normal((3, 2, 4, 4), 5)()
-    x_t, t = normal(x_0.shape, 6)(), torch.tensor([1, 50, 99])
+    x_0 = grey((3, 2, 4, 4), 0, 0.5)
+    x_0_hat = normal((3, 2, 4, 4), 5)()
+    x_t = normal(x_0.shape, 6)()
+    t = torch.tensor([1, 50, 99])
     means = [process.posterior_mean(LINEAR, x, x_t, t) for x in (x_0, x_0_hat)]
     of_q = LINEAR.posterior_variance[t].sqrt().view(-1, 1, 1, 1)
     of_p = of_q if variance == "beta_tilde" else LINEAR.beta[t].sqrt().view(-1, 1, 1, 1)
@@ -76,7 +79,8 @@ def test_the_bound_equals_its_integral_and_lies_above_the_nll(variance):
 
     Neither uses the posterior: Eq. 3 is E_q[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})].
     """
-    schedule, T = schedules.linear(6, 0.05, 0.7), 6
+    schedule = schedules.linear(6, 0.05, 0.7)
+    T = 6
     grid = torch.linspace(-7, 7, 1401, dtype=torch.float64)
     step = grid[1] - grid[0]
     variances = schedule.beta if variance == "beta" else schedule.posterior_variance
@@ -167,7 +171,8 @@ def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
     assert error < 0.05 * right.kl.sum(1).mean()
     torch.testing.assert_close(got.prior, right.prior)
     # The estimate of each single t is unbiased too.
-    ours, theirs = sums_by_t(t, got.kl)[1:], right.kl.mean(0)
+    ours = sums_by_t(t, got.kl)[1:]
+    theirs = right.kl.mean(0)
     for half in (slice(49), slice(49, None)):
         assert ours[half].sum().item() == pytest.approx(theirs[half].sum().item(), rel=0.2)
 
@@ -188,7 +193,8 @@ def test_the_average_estimate_over_all_u_is_the_exact_bound():
 
 
 def test_clipping_is_that_of_the_sampler():
-    x_0, noise = grey((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
+    x_0 = grey((2, 1, 4, 4), 0, 0.3)
+    noise = normal((2, 1, 4, 4))
     totals = [
         total(
             exact(lambda x_t, t, value=value: Denoised(torch.full_like(x_t, value), x_t), LINEAR, x_0, noise)
@@ -217,7 +223,8 @@ def test_a_proposal_follows_the_errors_of_the_pilot():
 
 
 def test_one_timestep_has_no_kl():
-    one, x_0 = schedules.linear(1, 0.1, 0.1), grey((2, 1, 4, 4), 0, 0.3)
+    one = schedules.linear(1, 0.1, 0.1)
+    x_0 = grey((2, 1, 4, 4), 0, 0.3)
     for variance in ("beta", "beta_tilde"):
         bound = exact(some_denoiser, one, x_0, normal(x_0.shape), variance)
         assert bound.kl.shape == (2, 0)
@@ -233,6 +240,7 @@ def test_in_many_small_steps_the_sum_of_kl_is_that_of_continuous_time():
     alpha_bar = torch.linspace(7, -7, 1751, dtype=torch.float64).sigmoid()
     fine = schedules.Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
     known = 0.5 * (torch.log1p(v * fine.snr[0]) - torch.log1p(v * fine.snr[-1])).item()
-    x_0, noise = grey((64, 1, 8, 8), 0.0, 0.25).float(), normal((64, 1, 8, 8), dtype=torch.float32)
+    x_0 = grey((64, 1, 8, 8), 0.0, 0.25).float()
+    noise = normal((64, 1, 8, 8), dtype=torch.float32)
     bound = exact(gaussian(fine, 0.0, 0.25), fine, x_0, noise)
     assert bound.kl.sum(1).mean().item() * math.log(2) == pytest.approx(known, rel=0.02)

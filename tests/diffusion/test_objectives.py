@@ -24,7 +24,8 @@ class RecordingModel:
     """A model that records its inputs."""
 
     def __init__(self, output=torch.zeros_like):
-        self.output, self.calls = output, []
+        self.output = output
+        self.calls = []
 
     def __call__(self, x_t, t, label):
         self.calls.append((x_t, t, label))
@@ -66,7 +67,8 @@ def test_the_loss_depends_only_on_the_generator(objective):
         return objective.loss(spy, images(), None, generator(seed)), spy.calls[0][0]
 
     torch.manual_seed(0)
-    (loss, x_t), (other, _) = draw(3), draw(4)
+    loss, x_t = draw(3)
+    other, _ = draw(4)
     torch.manual_seed(1)
     again, x_t_again = draw(3)
     assert torch.equal(x_t, x_t_again) and torch.equal(loss.per_image, again.per_image)
@@ -83,7 +85,8 @@ def test_the_loss_depends_only_on_the_generator(objective):
 )
 def test_eps_loss_of_a_perfect_net_depends_on_the_schedule(schedule, expected):
     """x_0 ~ N(0, s^2), s = 1/2: E|eps - E[eps | x_t]|^2 = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
-    s, alpha_bar = 0.5, schedule.alpha_bar
+    s = 0.5
+    alpha_bar = schedule.alpha_bar
     variance = alpha_bar * s**2 + 1 - alpha_bar
     analytic = (alpha_bar * s**2 / variance).mean().item()
     assert analytic == pytest.approx(expected, abs=0.006)
@@ -139,15 +142,14 @@ def test_per_image_is_unweighted_and_detached(kind):
 @pytest.mark.parametrize("schedule", [SCHEDULE, schedules.cosine(1000)])
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_denoise_gives_the_same_result_for_every_prediction(kind, schedule):
-    x_0, t = images(8).double(), torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
+    x_0 = images(8).double()
+    t = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
     eps = generator(2).normal(x_0.shape, torch.float64)
     x_t = process.q_sample(schedule.alpha_bar, x_0, t, eps)
     v = process.v_from(schedule.alpha_bar, x_0, t, eps)
     sigma = schedule.sigma[t].view(-1, 1, 1, 1)
-    c_skip, c_out = (
-        0.25 / (sigma**2 + 0.25),
-        sigma * 0.5 * (sigma**2 + 0.25).rsqrt(),
-    )  # Karras et al. 2022, Table 1
+    c_skip = 0.25 / (sigma**2 + 0.25)
+    c_out = sigma * 0.5 * (sigma**2 + 0.25).rsqrt()  # Karras et al. 2022, Table 1
     edm = (x_0 - c_skip * (x_0 + sigma * eps)) / c_out
     target = {Eps: eps, X0: x_0, V: v, Edm: edm, Flow: eps - x_0}[kind]
     denoised = kind(schedule).denoise(lambda x, t, y: target, x_t, t, None)
@@ -178,7 +180,8 @@ class TestLabels:
         assert torch.equal(label, torch.arange(4000) % 10)  # the caller's tensor is not modified
 
     def test_no_label_in_sampling_is_the_null_label(self, make):
-        spy, objective = RecordingModel(), make(Labels(10, 0.5))
+        spy = RecordingModel()
+        objective = make(Labels(10, 0.5))
         t = torch.tensor([5, 6]) if isinstance(objective, Eps) else torch.tensor([0.5, 0.6])
         objective.denoise(spy, images(2), t, None)
         objective.denoise(spy, images(2), t, torch.tensor([3, 10]))
@@ -221,7 +224,8 @@ def test_uniform_mix_scores_the_clean_image():
 
 
 def test_uniform_mix_denoise_implies_u():
-    x_0, u = images(4).double(), images(4, seed=7).double()
+    x_0 = images(4).double()
+    u = images(4, seed=7).double()
     amount = torch.tensor([0.01, 0.3, 0.7, 1.0])
     x_t = process.mix(x_0, amount, u)
     denoised = UniformMix().denoise(lambda x, t, y: x_0, x_t, amount, None)

@@ -22,10 +22,13 @@ def draw(shape, seed=0, dtype=torch.float64):
 def test_q_sample_is_the_chain_in_one_jump():
     """Moments of x_t, carried through q(x_t | x_{t-1}) one step at a time."""
     schedule = SCHEDULES[0]
-    signal, variance = 1.0, 0.0
-    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    signal = 1.0
+    variance = 0.0
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for step, beta in enumerate(schedule.beta.tolist()):
-        signal, variance = math.sqrt(1 - beta) * signal, (1 - beta) * variance + beta
+        signal = math.sqrt(1 - beta) * signal
+        variance = (1 - beta) * variance + beta
         t = torch.tensor([step])
         assert process.q_sample(schedule.alpha_bar, one, t, zero).item() == pytest.approx(signal, rel=1e-9)
         noise = process.q_sample(schedule.alpha_bar, zero, t, one).item()
@@ -34,7 +37,8 @@ def test_q_sample_is_the_chain_in_one_jump():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_x_t_and_v_equal_those_of_diffusers(shape):
-    alpha_bar, theirs = SCHEDULES[0].alpha_bar, DDPMScheduler(num_train_timesteps=1000)
+    alpha_bar = SCHEDULES[0].alpha_bar
+    theirs = DDPMScheduler(num_train_timesteps=1000)
     x_0, eps, g = draw(shape, dtype=torch.float32)
     t = torch.randint(1000, shape[:1], generator=g)
     ours = process.q_sample(alpha_bar, x_0, t, eps), process.v_from(alpha_bar, x_0, t, eps)
@@ -45,7 +49,8 @@ def test_x_t_and_v_equal_those_of_diffusers(shape):
 def test_float32_noise_is_exact_at_the_first_timestep():
     """1 - alpha_bar = 1e-4 subtracted in float32 would be off by 3e-4 of itself."""
     schedule = SCHEDULES[0]
-    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    zero = torch.zeros(1, 1, 1, 1)
+    one = torch.ones(1, 1, 1, 1)
     x_t = process.q_sample(schedule.alpha_bar, zero, torch.tensor([0]), one)
     assert x_t.item() == pytest.approx(0.01, rel=1e-7)
 
@@ -58,7 +63,8 @@ def test_posterior_mean_follows_bayes_rule(schedule):
     t = torch.tensor([1, 2, 5, T // 2, T - 2, T - 1])
     tables = (schedule.beta, schedule.alpha, schedule.alpha_bar_prev)
     beta, alpha, previous = (table[t].view(-1, 1, 1, 1) for table in tables)
-    prior, data = 1 / (1 - previous), alpha / beta
+    prior = 1 / (1 - previous)
+    data = alpha / beta
     expected = (prior * previous.sqrt() * x_0 + data * x_t / alpha.sqrt()) / (prior + data)
     torch.testing.assert_close(process.posterior_mean(schedule, x_0, x_t, t), expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(process.posterior_mean(schedule, x_0, x_t, 0 * t), x_0, rtol=1e-12, atol=0)

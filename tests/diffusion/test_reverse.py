@@ -32,7 +32,8 @@ def test_measured_errors_equal_those_of_the_exact_denoiser(schedule):
 
 def test_the_measured_variance_is_the_true_variance_of_gaussian_data():
     """x_0 ~ N(m, s^2): x_{t-1} given x_t is Gaussian, and its variance follows from the joint covariance."""
-    s, a = 0.3, COSINE.alpha_bar
+    s = 0.3
+    a = COSINE.alpha_bar
     got = fixed_variance(COSINE, "measured", gaussian_errors(COSINE, s))
     v = a * s**2 + 1 - a  # the variance of x_t
     true = v[:-1] - COSINE.alpha[1:] * v[:-1] ** 2 / v[1:]
@@ -43,7 +44,8 @@ def test_the_measured_variance_is_the_true_variance_of_gaussian_data():
 @pytest.mark.parametrize("num_steps", [200, 50, 10])
 def test_with_the_measured_variance_the_bound_is_tight_at_any_number_of_steps(num_steps):
     """It equals the entropy of N(0, std^2) in grey levels; with beta_tilde it grows without limit for fewer steps."""
-    std, timesteps = 0.25, uniform(200, num_steps)
+    std = 0.25
+    timesteps = uniform(200, num_steps)
     chain = respaced(COSINE, timesteps)
     x_0 = grey((4, 1, 50, 50), 0.0, std)
     where = torch.tensor(timesteps[::-1])
@@ -95,11 +97,13 @@ def improved_diffusion(schedule, predict, model, x_0, t, eps):
 
     Their normal CDF is an approximation; here it is exact.
     """
-    a, beta = schedule.alpha_bar, schedule.beta
+    a = schedule.alpha_bar
+    beta = schedule.beta
     a_prev = torch.cat([torch.ones(1).double(), a[:-1]])
     variance = beta * (1 - a_prev) / (1 - a)
     clipped = torch.cat([variance[1:2], variance[1:]]).log()
-    coef_1, coef_2 = beta * a_prev.sqrt() / (1 - a), (1 - a_prev) * (1 - beta).sqrt() / (1 - a)
+    coef_1 = beta * a_prev.sqrt() / (1 - a)
+    coef_2 = (1 - a_prev) * (1 - beta).sqrt() / (1 - a)
 
     def at(table):
         return table[t].view(-1, 1, 1, 1)
@@ -125,8 +129,10 @@ def improved_diffusion(schedule, predict, model, x_0, t, eps):
     def cdf(x):
         return 0.5 * (1 + torch.erf(x / 2**0.5))
 
-    centred, inverse = x_0 - mean, (-0.5 * log_variance).exp()
-    plus, minus = cdf(inverse * (centred + 1 / 255)), cdf(inverse * (centred - 1 / 255))
+    centred = x_0 - mean
+    inverse = (-0.5 * log_variance).exp()
+    plus = cdf(inverse * (centred + 1 / 255))
+    minus = cdf(inverse * (centred - 1 / 255))
     log_probability = torch.where(
         x_0 < -0.999,
         plus.clamp(min=1e-12).log(),
@@ -141,7 +147,8 @@ class FixedGenerator:
     """A generator that returns the given t and eps."""
 
     def __init__(self, t, eps):
-        self.t, self.eps = t, eps
+        self.t = t
+        self.eps = eps
 
     def integers(self, high, shape):
         return self.t
@@ -155,7 +162,8 @@ def test_l_hybrid_equals_that_of_improved_ddpm(predict):
     """Loss and gradient in float64 at every t; at t = 0 the noise is about as large as a grey level."""
     schedule = schedules.linear(50, 2e-4, 0.3)
     x_0 = grey((50, 2, 4, 4), 0.0, 0.6)
-    t, eps = torch.arange(50), normal(x_0.shape, 3)()
+    t = torch.arange(50)
+    eps = normal(x_0.shape, 3)()
     if predict == "x_0":  # at t = 0 this model is so far off that their code clamps the probability
         t = t.clamp(min=1)
     kind = {"eps": Eps, "x_0": X0, "v": V}[predict]
@@ -176,7 +184,8 @@ def test_l_hybrid_equals_that_of_improved_ddpm(predict):
 
 
 def test_the_bound_trains_the_variance_and_not_the_mean():
-    schedule, x_0 = schedules.linear(50, 2e-4, 0.3), grey((20, 1, 4, 4), 0.0, 0.5)
+    schedule = schedules.linear(50, 2e-4, 0.3)
+    x_0 = grey((20, 1, 4, 4), 0.0, 0.5)
     prediction = torch.zeros_like(x_0, requires_grad=True)
     between = torch.zeros_like(x_0, requires_grad=True)
 

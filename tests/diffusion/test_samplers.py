@@ -142,7 +142,8 @@ def test_ancestral_equals_diffusers_step_for_step(threshold, variance):
     theirs = DDPMScheduler(num_train_timesteps=100, clip_sample=threshold is clip, variance_type=kind)
     theirs.alphas_cumprod = SHORT.alpha_bar  # ours, in float64
     theirs.one = torch.ones((), dtype=torch.float64)
-    shape, g = (3, 2, 4, 4), torch.Generator().manual_seed(0)
+    shape = (3, 2, 4, 4)
+    g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=g, dtype=torch.float64)
     expected = [x]
     for t in theirs.timesteps:
@@ -156,9 +157,11 @@ def test_ancestral_equals_diffusers_step_for_step(threshold, variance):
 @each_threshold
 @pytest.mark.parametrize("num_sample_steps", [12, 100])
 def test_ddim_equals_diffusers_step_for_step(num_sample_steps, threshold, eta):
-    shape, timesteps = (3, 2, 4, 4), uniform(100, num_sample_steps)
+    shape = (3, 2, 4, 4)
+    timesteps = uniform(100, num_sample_steps)
     theirs = DDIMScheduler(num_train_timesteps=100, clip_sample=threshold is clip)
-    theirs.alphas_cumprod, theirs.final_alpha_cumprod = SHORT.alpha_bar, torch.ones((), dtype=torch.float64)
+    theirs.alphas_cumprod = SHORT.alpha_bar
+    theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     theirs.set_timesteps(100 // (timesteps[0] - timesteps[1]))
     step = partial(theirs.step, eta=eta, use_clipped_model_output=threshold is clip)
     noise = normal(shape)
@@ -179,8 +182,10 @@ def test_dpmpp_2m_equals_diffusers_step_for_step(
     num_timesteps, num_sample_steps, threshold, eta, algorithm, monkeypatch
 ):
     """With more than 15 steps diffusers' last step has order 1 only because sigma is 0 there, as in ours."""
-    schedule, shape = schedules.linear(num_timesteps, 1e-3, 20 / num_timesteps), (3, 2, 4, 4)
-    net, timesteps = toy_denoiser(schedule), karras(schedule, num_sample_steps)
+    schedule = schedules.linear(num_timesteps, 1e-3, 20 / num_timesteps)
+    shape = (3, 2, 4, 4)
+    net = toy_denoiser(schedule)
+    timesteps = karras(schedule, num_sample_steps)
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=num_timesteps, thresholding=threshold is clip, algorithm_type=algorithm
     )
@@ -188,7 +193,8 @@ def test_dpmpp_2m_equals_diffusers_step_for_step(
     in_float64 = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
     monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", in_float64)
     # Our steps, in float64; its dynamic threshold is at most sample_max_value = 1, so that it clips.
-    theirs.num_inference_steps, theirs.timesteps = num_sample_steps, torch.tensor(timesteps)
+    theirs.num_inference_steps = num_sample_steps
+    theirs.timesteps = torch.tensor(timesteps)
     theirs.sigmas = torch.cat([schedule.sigma[timesteps], torch.zeros(1, dtype=torch.float64)])
     noise = normal(shape)
     x = noise()
@@ -204,9 +210,11 @@ def test_dpmpp_2m_equals_diffusers_step_for_step(
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_eta_sets_how_much_noise_dpmpp_2m_replaces(eta):
     """Data that are one point: x_t follows q(x_t | x_0) exactly, and e^-(eta h) of its noise is the previous step's."""
-    timesteps, noise = karras(SHORT, 8), normal((200, 1, 20, 20))
+    timesteps = karras(SHORT, 8)
+    noise = normal((200, 1, 20, 20))
     *seen, _ = visited(dpmpp_2m, gaussian(SHORT, 0.7, 0.0), SHORT, noise, timesteps=timesteps, eta=eta)
-    alpha_bar, sigma = SHORT.alpha_bar[timesteps], SHORT.sigma[timesteps]
+    alpha_bar = SHORT.alpha_bar[timesteps]
+    sigma = SHORT.sigma[timesteps]
     eps = [(x - a.sqrt() * 0.7) / (1 - a).sqrt() for x, a in zip(seen, alpha_bar, strict=True)]
     assert [e.mean().item() for e in eps] == pytest.approx([0] * 8, abs=0.02)
     assert [e.var().item() for e in eps] == pytest.approx([1] * 8, rel=0.03)
@@ -216,7 +224,8 @@ def test_eta_sets_how_much_noise_dpmpp_2m_replaces(eta):
 
 def test_heun_is_algorithm_1_line_by_line():
     """Karras et al. 2022, with D(y, sigma) = x_0_hat, and their s(t) = 1."""
-    timesteps, shape = karras(SHORT, 8), (3, 2, 4, 4)
+    timesteps = karras(SHORT, 8)
+    shape = (3, 2, 4, 4)
     level = {float(SHORT.sigma[t]): t for t in timesteps}
 
     def D(y, sigma):  # noqa: N802
@@ -236,7 +245,8 @@ def test_heun_is_algorithm_1_line_by_line():
 
 @pytest.mark.parametrize("timesteps", [uniform(100, 100), uniform(100, 10), quadratic(100, 7), [40]])
 def test_ddim_with_eta_one_is_ancestral(timesteps):
-    denoise, shape = gaussian(SHORT, 0.3, 0.2), (2, 1, 4, 4)
+    denoise = gaussian(SHORT, 0.3, 0.2)
+    shape = (2, 1, 4, 4)
     ours = ddim(denoise, SHORT, normal(shape), timesteps=timesteps, eta=1.0)
     assert_close(ours, ancestral(denoise, SHORT, normal(shape), timesteps=timesteps))
 
@@ -244,7 +254,8 @@ def test_ddim_with_eta_one_is_ancestral(timesteps):
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @each_threshold
 def test_ancestral_on_all_steps_is_algorithm_2_bit_for_bit(threshold, variance):
-    shape, s = (2, 1, 4, 4), SHORT
+    shape = (2, 1, 4, 4)
+    s = SHORT
     variances = s.beta if variance == "beta" else s.posterior_variance
     noise = normal(shape, dtype=torch.float32)
     x = noise()
@@ -271,7 +282,9 @@ def test_noise_and_steps_of_a_sampler(sample, num_steps, is_random):
 
     on_step sees the input and the prediction of every step; no graph is built.
     """
-    weight, asked, seen = torch.ones((), dtype=torch.float64, requires_grad=True), [], []
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    asked = []
+    seen = []
     draws = normal((num_steps + 1, 2, 1, 4, 4))()
     left = iter(draws)
 
@@ -294,7 +307,8 @@ def generators(seeds):
 
 @each_sampler
 def test_an_image_depends_only_on_its_seed(sample):
-    denoise, shape = gaussian(SHORT, 0.3, 0.2), (3, 4, 4)
+    denoise = gaussian(SHORT, 0.3, 0.2)
+    shape = (3, 4, 4)
     x = sample(denoise, SHORT, PerImageNoise(generators(range(10, 16)), shape))
     alone = sample(denoise, SHORT, PerImageNoise(generators([13]), shape))
     reordered = sample(denoise, SHORT, PerImageNoise(generators([15, 13, 10]), shape))
@@ -305,7 +319,8 @@ def test_an_image_depends_only_on_its_seed(sample):
 
 def test_per_image_noise():
     noise = PerImageNoise(generators(range(50)), (3, 8, 8))
-    first, second = noise(), noise()
+    first = noise()
+    second = noise()
     assert first.shape == (50, 3, 8, 8) and first.dtype == torch.float32
     assert first.mean().item() == pytest.approx(0, abs=0.05)
     assert first.std().item() == pytest.approx(1, abs=0.05)
@@ -345,7 +360,8 @@ def test_mix_equals_the_loop_of_the_course():
         amounts.append(amount[0].item())
         return Denoised(net(x_t), x_t)
 
-    x, n = u, 5
+    x = u
+    n = 5
     expected = [x]
     for i in range(n):
         factor = 1 / (n - i)

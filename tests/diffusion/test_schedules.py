@@ -91,7 +91,8 @@ def test_tables_are_consistent(schedule):
     assert (schedule.posterior_variance[1:] > 0).all()
     assert (schedule.posterior_variance < schedule.beta).all()
     # The precision of q(x_{t-1} | x_t, x_0) is that of q(x_{t-1} | x_0) plus what x_t tells (Bayes).
-    s, after = schedule, slice(1, None)
+    s = schedule
+    after = slice(1, None)
     precision = 1 / (1 - s.alpha_bar_prev[after]) + s.alpha[after] / s.beta[after]
     torch.testing.assert_close(1 / s.posterior_variance[after], precision, rtol=1e-9, atol=0)
 

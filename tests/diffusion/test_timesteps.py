@@ -58,7 +58,8 @@ def test_uniform_steps_have_equal_strides():
 def test_karras_rounds_its_formula_to_the_nearest_timestep(rho):
     fine = schedules.linear(20_000, 5e-6, 1e-3)
     i = torch.arange(18, dtype=torch.float64)
-    low, high = fine.sigma[0] ** (1 / rho), 80 ** (1 / rho)
+    low = fine.sigma[0] ** (1 / rho)
+    high = 80 ** (1 / rho)
     expected = (high + i / 17 * (low - high)) ** rho  # Karras et al. 2022, Eq. 5
     chosen = karras(fine, 18, rho)
     torch.testing.assert_close(fine.sigma[chosen], expected, rtol=0.02, atol=0)
@@ -94,16 +95,21 @@ def test_karras_uses_neighbours_where_the_schedule_has_too_few_timesteps():
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 @pytest.mark.parametrize("chosen", [uniform(1000, 10), quadratic(1000, 25), [999], [700, 30, 29]], ids=len)
 def test_the_chain_between_timesteps_has_their_alpha_bar_and_the_moments_of_the_jump(schedule, chosen):
-    chain, rising = respaced(schedule, chosen), chosen[::-1]
+    chain = respaced(schedule, chosen)
+    rising = chosen[::-1]
     torch.testing.assert_close(chain.alpha_bar, schedule.alpha_bar[rising], rtol=1e-7, atol=0)
     for k, (t_before, t) in enumerate(pairwise(rising), start=1):
         # q(x_t | x_before) carried through every step that is skipped.
-        signal, variance = 1.0, 0.0
+        signal = 1.0
+        variance = 0.0
         for beta in schedule.beta[t_before + 1 : t + 1].tolist():
-            signal, variance = (1 - beta) ** 0.5 * signal, (1 - beta) * variance + beta
+            signal = (1 - beta) ** 0.5 * signal
+            variance = (1 - beta) * variance + beta
         assert chain.beta[k].item() == pytest.approx(variance, rel=1e-9)
         # Bayes: x_before ~ N(sqrt(a) x_0, 1 - a) a priori, and x_t seen through signal and variance.
-        a, x_0, x_t = schedule.alpha_bar[t_before].item(), 0.3, -1.1
+        a = schedule.alpha_bar[t_before].item()
+        x_0 = 0.3
+        x_t = -1.1
         precision = 1 / (1 - a) + signal**2 / variance
         mean = (a**0.5 * x_0 / (1 - a) + signal * x_t / variance) / precision
         pixel = torch.ones(1, 1, 1, 1, dtype=torch.float64)

@@ -79,7 +79,8 @@ def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Lab
     assert bits_per_dim.bound_variance(learned, "measured") == "measured"
     with pytest.raises(UserError, match="this net did not learn it"):
         bits_per_dim.bound_variance(tiny, "learned")
-    net, kl = make_net(tiny), {}
+    net = make_net(tiny)
+    kl = {}
     for variance in ("measured", "beta", "beta_tilde"):
         measured = bits_per_dim.measure_errors(net, held_out[:8], variance)  # type: ignore[arg-type]
         kl[variance] = bits_per_dim.bound_terms(net, measured, held_out, 0, num_draws=0)[:, KL].mean()

@@ -13,7 +13,7 @@ from support.reported import drawn, made, near, result
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation import save_results
 from ddpm.evaluation.compared_run import RATE, ComparedRun, read
-from ddpm.evaluation.plots import Point
+from ddpm.evaluation.plots import ChartPoint
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.sampling import generate
 from ddpm.utils import images
@@ -30,7 +30,9 @@ def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     uri, _ = make_run(str(tmp_path), "a")
     (first,) = read([uri, uri])
-    assert first.curves["held_out/bits_per_dim"] == [Point(at, 5.0 - i, 0.25) for i, at in enumerate(STEPS)]
+    assert first.curves["held_out/bits_per_dim"] == [
+        ChartPoint(at, 5.0 - i, 0.25) for i, at in enumerate(STEPS)
+    ]
     assert set(first.curves) == {"train/loss", "held_out/bits_per_dim", RATE}
     assert first.settings["schedule.kind"] == "cosine" and list(first.grids) == list(STEPS)
     assert first.images_seen == NEWEST
@@ -121,7 +123,7 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
 
 def test_hours_count_training_time_only() -> None:
     """3,600 images at 100 images/s take 0.01 hours, the next 3,600 at 50 images/s take 0.02."""
-    a = run("a", curves={RATE: [Point(3600, 100.0), Point(7200, 50.0)]})
+    a = run("a", curves={RATE: [ChartPoint(3600, 100.0), ChartPoint(7200, 50.0)]})
     hours = [a.hours(at) for at in (0, 1800, 3600, 7200, 7201)]
     assert hours == pytest.approx([0, 0.005, 0.01, 0.03, None])
     assert run("b").hours(100) is None

@@ -14,7 +14,7 @@ from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
-from ddpm.evaluation.plots import Point
+from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import Report, Score
 from ddpm.utils.errors import UserError
 
@@ -80,13 +80,13 @@ def test_evaluations_that_differ_only_in_the_neighbour_search_are_merged() -> No
 
 
 def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
-    def curve(value: float) -> dict[str, list[Point]]:
-        return {"held_out/bits_per_dim": [Point(10, 9.0, 0.1), Point(20, value, 0.1)]}
+    def curve(value: float) -> dict[str, list[ChartPoint]]:
+        return {"held_out/bits_per_dim": [ChartPoint(10, 9.0, 0.1), ChartPoint(20, value, 0.1)]}
 
     compared = [run("a", curves=curve(3.0)), run("b", curves=curve(2.0)), run("c")]
     (ranking,) = comparison.rankings(compared, {})
     assert {key: str(cell.rank) for key, cell in ranking.cells.items()} == {"keya": "2", "keyb": "1"}
-    losses = [run(name, curves={"train/loss": [Point(1, 0.1, 0.1)]}) for name in "ab"]
+    losses = [run(name, curves={"train/loss": [ChartPoint(1, 0.1, 0.1)]}) for name in "ab"]
     assert comparison.rankings(losses, {}) == []  # losses of different schedules are not comparable
 
 
@@ -147,7 +147,7 @@ def test_bits_of_nets_with_and_without_labels_have_no_winner() -> None:
 
 
 def test_metrics_of_training_on_different_data_have_no_winner() -> None:
-    curves = [{"held_out/bits_per_dim": [Point(64, bits, 0.01)]} for bits in (3.0, 4.0)]
+    curves = [{"held_out/bits_per_dim": [ChartPoint(64, bits, 0.01)]} for bits in (3.0, 4.0)]
     for data, headline in ("xx", "a is better than b"), ("xy", "Not comparable"):
         compared = [run(n, curves=c, data=d) for n, c, d in zip("ab", curves, data, strict=True)]
         assert answer(compared)[0] == [f"bits/dim of a few held-out images, in training: {headline}"]
@@ -185,7 +185,7 @@ def test_the_next_step_is_the_exact_command() -> None:
 
 
 def test_curves_over_images_and_over_time() -> None:
-    curves = {"train/loss": [Point(3600, 0.5), Point(7200, 0.25)], RATE: [Point(7200, 100.0)]}
+    curves = {"train/loss": [ChartPoint(3600, 0.5), ChartPoint(7200, 0.25)], RATE: [ChartPoint(7200, 100.0)]}
     images_seen, hours = comparison_page.charts([run("a", curves=curves)], {})
     assert images_seen.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
     assert [x for x, _, _ in hours.curves["keya"]] == pytest.approx([0.01, 0.02])

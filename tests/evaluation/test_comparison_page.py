@@ -18,7 +18,7 @@ from support.reported import drawn, made, near, result
 from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import RATE, Remark, read
 from ddpm.evaluation.comparison import Cell, Ranking
-from ddpm.evaluation.plots import Point
+from ddpm.evaluation.plots import ChartPoint
 from ddpm.runs import run_folder
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -29,7 +29,8 @@ NASTY = "<script>alert(1)</script>&amp;\"'$x_{"
 def test_only_settings_that_differ_are_shown() -> None:
     one = {"schedule.kind": "cosine", "optim.lr": "0.1", "data.shards": "x", "model.depth": "3"}
     two = {"schedule.kind": "linear", "optim.lr": "0.1", "data.shards": "y"}
-    a, b = run("a", settings=one), run("b", settings=two)
+    a = run("a", settings=one)
+    b = run("b", settings=two)
     differing = comparison_page.differences([a, b, run("c")])
     assert differing == {"schedule.kind": ["cosine", "linear", None], "model.depth": ["3", None, None]}
     assert comparison_page.differences([a, a]) == {}
@@ -72,7 +73,7 @@ def test_hostile_names_and_settings_are_escaped() -> None:
         where=NASTY,
         settings={NASTY: NASTY},
         grids={1: lambda: b"<svg onload='alert(1)'>"},
-        curves={"train/loss": [Point(1, 1.0), Point(2, 0.5)]},
+        curves={"train/loss": [ChartPoint(1, 1.0), ChartPoint(2, 0.5)]},
         evaluations=[made(result(1, drawn(1), run="a", checkpoint=NASTY))],
         remarks=[Remark(NASTY, NASTY)],
         facts={NASTY: NASTY},
@@ -94,7 +95,7 @@ def test_hostile_names_and_settings_are_escaped() -> None:
 
 
 def test_every_image_has_an_alt_text_and_the_page_is_reproducible() -> None:
-    curves = {"train/loss": [Point(1, 1.0), Point(2, 0.5)], RATE: [Point(2, 1.0)]}
+    curves = {"train/loss": [ChartPoint(1, 1.0), ChartPoint(2, 0.5)], RATE: [ChartPoint(2, 1.0)]}
     a = run("a", images_seen=2, curves=curves, grids={1: png(3)})
     compared = [a, dataclasses.replace(a, name="b", key="keyb")]
     data = comparison_page.render(compared)
@@ -134,7 +135,8 @@ def page_file(two_runs: list[str], tmp_path: Path) -> Path:
         for name, uri in zip("ab", two_runs, strict=True)
         for i in (1, 3)
     ]
-    file, long = tmp_path / "results.json", "a-very-long-name-without-any-space-" * 6
+    file = tmp_path / "results.json"
+    long = "a-very-long-name-without-any-space-" * 6
     file.write_text(made(*results).to_json())
     compared = read(two_runs, [str(file)])
     settings = {**compared[0].settings, "x." + long: long}

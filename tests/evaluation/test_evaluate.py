@@ -146,7 +146,8 @@ def test_reference_features_are_cached(
 def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp_path: Path) -> None:
     assert one_worker.settings["data"]["grey_levels"] == 17  # the number in scikit-learn's digits
     assert [result.num_classes for result in one_worker.results] == [0, 0, 0]
-    location, value = storage.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
+    location = storage.resolve(str(tmp_path))
+    value = np.arange(100, dtype=np.uint8)
     image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # each image has its own level
     part = write_shard(location, "test/00000.parquet", image, None, rows_per_row_group=50)
     manifest = make_manifest("flat", (8, 8, 1), "raw", [], {"test": [part]}, options="test")
@@ -157,11 +158,13 @@ def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp
 
 def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, one_worker: Report) -> None:
     """`measured` gives the smallest bound, and does not change sampling."""
-    of_bound, drawn = {}, {}
+    of_bound = {}
+    drawn = {}
     for variance in ("auto", "measured", "beta_tilde", "beta"):
         how = {"variance": variance, "sampler": ("ddpm",), "num_sample_steps": (4,)}
         (result,) = evaluated(run.location.uri, **how).results
-        of_bound[variance], drawn[variance] = result.bits[0].value, result.drawn[0]
+        of_bound[variance] = result.bits[0].value
+        drawn[variance] = result.drawn[0]
     assert of_bound["measured"] == of_bound["auto"] == one_worker.results[-1].bits[0].value
     assert of_bound["measured"] < of_bound["beta_tilde"]
     assert drawn["auto"].scores == drawn["measured"].scores == drawn["beta_tilde"].scores
@@ -172,7 +175,7 @@ def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, o
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
     uris = names.checkpoints_of(run.location.uri)
     found = inputs.read_checkpoints([run.location.uri, uris[-1], uris[0]])
-    assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
+    assert [candidate.state["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
 
 
@@ -218,7 +221,7 @@ def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) ->
     moved = inputs.replace(candidate, config=override(candidate.config, elsewhere))
     chosen = inputs.prepare_reference([moved], Settings(**FEW))  # type: ignore[arg-type]
     assert chosen.train.location.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
-    assert chosen.train.rows.fingerprint == candidate.position["data_fingerprint"]
+    assert chosen.train.rows.fingerprint == candidate.state["data_fingerprint"]
     nameless = inputs.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"/no-more.*--data\.shards"):
         inputs.prepare_reference([nameless], Settings(**FEW))  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ def test_a_score_is_named_after_its_feature_net(net: str, size: int, fid: str) -
 
 
 def test_a_perfect_model_scores_at_the_floor_and_a_poor_one_above() -> None:
-    real, other = normal(400, seed=1), normal(500, seed=2)
+    real = normal(400, seed=1)
+    other = normal(500, seed=2)
     perfect = score_features("pixels", normal(300, seed=3), real, other)
     poor = score_features("pixels", normal(300, seed=3, mean=0.7), real, other)
     for good, bad in zip(perfect, poor, strict=True):
@@ -68,8 +69,10 @@ def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
     """Clustered features by i mod 10, by class, and shuffled: the errors of all metrics, over five draws."""
     variances = np.zeros((3, 6))
     for seed in range(5):
-        label, of_real = np.arange(500) % 10, np.arange(300) % 10
-        generated, real = clusters(label, 2 * seed, 0.3), clusters(of_real, 2 * seed + 1)
+        label = np.arange(500) % 10
+        of_real = np.arange(300) % 10
+        generated = clusters(label, 2 * seed, 0.3)
+        real = clusters(of_real, 2 * seed + 1)
         shuffle = np.random.RandomState(seed).permutation
         orders = (np.arange, lambda n: np.argsort(np.arange(n) % 10, kind="stable"), shuffle)
         for i, order in enumerate(orders):
@@ -82,7 +85,8 @@ def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
 
 
 def test_the_error_of_fid_is_stratified_by_class() -> None:
-    classes, found = np.arange(200) % 10, []
+    classes = np.arange(200) % 10
+    found = []
     for seed in range(60):
         generated = clusters(classes, 2 * seed, 0.3)
         chance = np.random.RandomState(seed).randint(0, 10, 200)

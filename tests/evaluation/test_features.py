@@ -48,10 +48,8 @@ def test_missing_packages_of_lite0_are_a_user_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_digest_depends_on_weights_names_and_recipe() -> None:
-    a, b = (
-        {"w": torch.zeros(4), "b": torch.ones(2)},
-        {"w": torch.tensor([0.0, 0, 0, 1e-30]), "b": torch.ones(2)},
-    )
+    a = {"w": torch.zeros(4), "b": torch.ones(2)}
+    b = {"w": torch.tensor([0.0, 0, 0, 1e-30]), "b": torch.ones(2)}
     renamed = {"v": torch.zeros(4), "b": torch.ones(2)}
     digests = {digest_of(a), digest_of(b), digest_of(renamed), digest_of(a, "other"), digest_of({})}
     assert len(digests) == 5

@@ -34,7 +34,8 @@ def random_images(seed: int, n: int) -> np.ndarray:
 
 
 def test_the_nearest_is_found_for_any_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, sets = random_images(0, 300), [random_images(1, 70), random_images(2, 20)]
+    train = random_images(0, 300)
+    sets = [random_images(1, 70), random_images(2, 20)]
     sets[0][5] = train[123]
     whole = [
         pairwise_distances(x.reshape(-1, 16).astype(float), train.reshape(-1, 16).astype(float)) for x in sets
@@ -56,7 +57,8 @@ def test_small_distances_of_features_are_exact() -> None:
 
 
 def test_copies_of_training_images_are_all_nearer() -> None:
-    train, held_out = random_images(0, 200), random_images(1, 150)
+    train = random_images(0, 200)
+    held_out = random_images(1, 150)
     near_held_out, near_drawn = nearest([held_out, train[:100]], [train])
     found = nearer_share("pixels", near_drawn, near_held_out, len(train))
     assert (found.name, found.value, found.high) == ("nearer_than_held_out-pixels", 1, 1)
@@ -70,7 +72,10 @@ def test_the_interval_covers_the_expected_share_without_memorisation(
     num_drawn: int, num_held_out: int
 ) -> None:
     """Coverage is at least 95 % by construction; less than 91 % of 300 repetitions has probability 0.001."""
-    noise, covered, of_one_percent, shares = np.random.RandomState(0), [], [], []
+    noise = np.random.RandomState(0)
+    covered = []
+    of_one_percent = []
+    shares = []
     for _ in range(300):
         sides = (distances(noise.rand(n)) for n in (num_drawn, num_held_out))
         found = nearer_share("pixels", *sides, 1)
@@ -89,9 +94,11 @@ def test_the_interval_covers_the_expected_share_without_memorisation(
 @pytest.mark.parametrize("num_held_out", [90, 1000])
 def test_the_interval_covers_a_larger_share(num_held_out: int) -> None:
     """Distances whose odds of lying below any other are 10 times those of held-out ones."""
-    noise, covered = np.random.RandomState(1), []
+    noise = np.random.RandomState(1)
+    covered = []
     for _ in range(200):
-        drawn, held_out = noise.rand(1000), noise.rand(num_held_out)
+        drawn = noise.rand(1000)
+        held_out = noise.rand(num_held_out)
         found = nearer_share(
             "pixels", distances(special.expit(special.logit(drawn) - np.log(10))), distances(held_out), 1
         )
@@ -119,7 +126,8 @@ def test_the_plot_of_nearest_images_shows_the_nearest_pairs_first(
     train = image[:60]
     held_out = image[60:90]
     drawn = image[90 : 90 + num_drawn]
-    drawn[4], drawn[3] = train[50], train[20]
+    drawn[4] = train[50]
+    drawn[3] = train[20]
     drawn[3, 0, 1] ^= 4
     near, near_held_out = nearest([drawn, held_out], [train])
     figures: list[Any] = []
@@ -147,7 +155,8 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
     tmp_path: Path, num_digits: int, is_caught: bool
 ) -> None:
     """A net smaller than the digits preset's, trained a fifth as long in the same way: on few digits, and on all."""
-    source, location = Digits(), storage.resolve(str(tmp_path / "data"))
+    source = Digits()
+    location = storage.resolve(str(tmp_path / "data"))
     image, label = source.read("train", 0, num_digits)
     # Evaluation needs 20 training images at least for its floor.
     copies = max(1, 160 // num_digits)

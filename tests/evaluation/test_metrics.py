@@ -22,14 +22,13 @@ def with_moments(mean, covariance):
 def test_fid_of_two_gaussians_in_closed_form():
     """Commuting covariances: |m - m'|^2 + sum (sqrt(a) - sqrt(b))^2; and any pair of 2x2 matrices, whose root's
     trace is sqrt(tr(AB) + 2 sqrt(det(AB)))."""
-    a, b = (
-        with_moments([1, 2, 0], np.diag([4.0, 1.0, 0.0])),
-        with_moments([0, 2, 2], np.diag([1.0, 9.0, 2.25])),
-    )
+    a = with_moments([1, 2, 0], np.diag([4.0, 1.0, 0.0]))
+    b = with_moments([0, 2, 2], np.diag([1.0, 9.0, 2.25]))
     assert fid(a, b) == pytest.approx(5 + 1 + 4 + 2.25, abs=1e-12)
     assert fid(a, b) == pytest.approx(fid(b, a), abs=1e-12)
     assert fid(a, a) == pytest.approx(0, abs=1e-12)
-    first, second = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.8], [-0.8, 3.0]])
+    first = np.array([[2.0, 0.5], [0.5, 1.0]])
+    second = np.array([[1.0, -0.8], [-0.8, 3.0]])
     product = first @ second
     cross = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     right = np.trace(first) + np.trace(second) - 2 * cross
@@ -37,7 +36,8 @@ def test_fid_of_two_gaussians_in_closed_form():
 
 
 def test_fid_equals_that_of_torch_fidelity():
-    x, y = normal(300, 16) @ normal(16, 16, 3), normal(200, 16, 1, 0.3) @ normal(16, 16, 4)
+    x = normal(300, 16) @ normal(16, 16, 3)
+    y = normal(200, 16, 1, 0.3) @ normal(16, 16, 4)
     theirs = [fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (x, y)]
     right = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
     assert fid(Moments.of(x), Moments.of(y)) == pytest.approx(right, rel=1e-9)
@@ -53,7 +53,8 @@ def test_moments_far_from_0_lose_no_digits():
 
 
 def test_kid_equals_that_of_torch_fidelity():
-    x, y = normal(150), normal(150, seed=1, mean=0.4)
+    x = normal(150)
+    y = normal(150, seed=1, mean=0.4)
     right = kid_features_to_metric(
         torch.from_numpy(x.astype(np.float64)),
         torch.from_numpy(y.astype(np.float64)),
@@ -64,7 +65,8 @@ def test_kid_equals_that_of_torch_fidelity():
 
 
 def test_kid_follows_the_definition_with_unequal_numbers():
-    x, y = normal(7, 3).astype(float), normal(5, 3, 1).astype(float)
+    x = normal(7, 3).astype(float)
+    y = normal(5, 3, 1).astype(float)
 
     def k(a, b):
         return (a @ b / 3 + 1) ** 3
@@ -79,7 +81,9 @@ def test_kid_follows_the_definition_with_unequal_numbers():
 
 def test_the_error_of_kid_is_stratified_by_class():
     """Ten clusters with equal numbers of generated images: the spread between clusters is not an error of that side."""
-    centres, classes, found = normal(10, 8, std=2.0), np.arange(200) % 10, []
+    centres = normal(10, 8, std=2.0)
+    classes = np.arange(200) % 10
+    found = []
     for seed in range(150):
         chance = np.random.RandomState(seed).randint(0, 10, 200)  # the classes of real images are random too
         generated = centres[classes] + normal(200, 8, 2 * seed, 0.3)
@@ -94,7 +98,8 @@ def test_the_error_of_kid_is_stratified_by_class():
 
 
 def test_precision_and_recall_equal_those_of_torch_fidelity():
-    generated, real = normal(120, 4, std=0.8), normal(90, 4, 1)
+    generated = normal(120, 4, std=0.8)
+    real = normal(90, 4, 1)
     right = prc_features_to_metric(
         torch.from_numpy(generated.astype(float)), torch.from_numpy(real.astype(float)), prc_neighborhood=3
     )
@@ -106,7 +111,8 @@ def test_precision_and_recall_equal_those_of_torch_fidelity():
 
 def test_density_and_coverage_follow_the_definition():
     """Naeem et al. 2020, Eqs. 5 and 6, in loops."""
-    generated, real = normal(40, 3, std=0.8).astype(float), normal(30, 3, 1).astype(float)
+    generated = normal(40, 3, std=0.8).astype(float)
+    real = normal(30, 3, 1).astype(float)
     radius = [np.sort(np.linalg.norm(real - r, axis=1))[5] for r in real]
     inside = np.array(
         [[np.linalg.norm(g - r) <= d for r, d in zip(real, radius, strict=True)] for g in generated]
@@ -117,9 +123,11 @@ def test_density_and_coverage_follow_the_definition():
 
 
 def test_rows_can_be_left_out():
-    generated, real = normal(30), normal(30, seed=1)
+    generated = normal(30)
+    real = normal(30, seed=1)
     rows = np.arange(0, 30, 2)
-    distances, real_rows = Distances(generated, real), np.arange(5, 25)
+    distances = Distances(generated, real)
+    real_rows = np.arange(5, 25)
     assert distances.manifold(rows) == Distances(generated[rows], real).manifold()
     assert distances.manifold(real_rows=real_rows) == Distances(generated, real[real_rows]).manifold()
     assert distances.manifold(rows, real_rows) == Distances(generated[rows], real[real_rows]).manifold()

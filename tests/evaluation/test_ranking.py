@@ -51,7 +51,8 @@ def test_paired_differences_cancel_the_difficulty_of_images() -> None:
 def test_a_difference_of_configurations_is_tested_as_by_welch() -> None:
     """On images that do not differ; the spread of images adds to the error, and most degrees of freedom."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(1.0, 0.1, (3, 1)), rng.normal(1.4, 0.02, (5, 1))
+    a = rng.normal(1.0, 0.1, (3, 1))
+    b = rng.normal(1.4, 0.02, (5, 1))
     flat = [np.repeat(side, 200, 1) for side in (a, b)]
     right = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
     difference, error, dof = configuration_difference(flat[0], flat[1])

@@ -28,7 +28,8 @@ def printed(reported: Report, width: int = 250) -> str:
 def test_table_and_json_agree_on_any_terminal(reported: Report) -> None:
     parsed = json.loads(reported.to_json())
     assert parsed["format"] == "ddpm-evaluation/1"
-    wide, narrow = printed(reported), printed(reported, 80)
+    wide = printed(reported)
+    narrow = printed(reported, 80)
     assert max(map(len, narrow.splitlines())) <= 80
     for checkpoint in parsed["checkpoints"]:
         bits = checkpoint["bits"] if reported is ONE else checkpoint["bits"][:1]
@@ -54,7 +55,8 @@ def test_the_table_has_a_line_per_checkpoint_and_sampling_config() -> None:
 
 def test_run_names_cannot_inject_markup() -> None:
     name = "a\nerror: b \x1b[2J[red]c[/red]"
-    one, other = result(1, drawn(1), run=name), result(2, drawn(2), run="b")
+    one = result(1, drawn(1), run=name)
+    other = result(2, drawn(2), run="b")
     for reported in (made(one), made(one, other)):
         assert "a\\nerror: b \\x1b[2J[red]c[/red]" in printed(reported)
 
@@ -160,7 +162,8 @@ def test_each_plot_of_nearest_images_has_its_own_name() -> None:
 
 
 def test_bits_with_and_without_labels_are_distinguished() -> None:
-    plain, ten = result(1), result(1, run="ten", num_classes=10)
+    plain = result(1)
+    ten = result(1, run="ten", num_classes=10)
     (line,) = remarks(made(plain, ten))
     assert line.startswith("bits/dim: nets with labels (ten) ")
     assert "add log2(10) = 3.32 bits per image" in line  # p(x) >= p(x | y) / 10
@@ -182,7 +185,8 @@ def pixels(plot: bytes) -> np.ndarray:
 
 def test_a_plot_has_a_row_of_panels_for_each_varied_setting() -> None:
     over_images = made(*(result(i, drawn(i)) for i in (1, 2, 3)))
-    over_steps, other = made(result(1, drawn(1), drawn(1, 10))), made(result(1, drawn(3)))
+    over_steps = made(result(1, drawn(1), drawn(1, 10)))
+    other = made(result(1, drawn(3)))
     shown = [pixels(plots.picture(each)) for each in (ONE, over_images, over_steps, SEVERAL, other, ONE)]
     one, images_seen, steps, both, changed, again = shown
     assert images_seen.shape == one.shape and both.shape[0] == 2 * one.shape[0]

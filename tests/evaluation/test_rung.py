@@ -69,12 +69,12 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
 
 def test_results_are_read_as_they_were_stored(tmp_path: Path) -> None:
     run = storage.resolve(str(tmp_path))
-    assert rung.positions(run) == []
+    assert rung.recorded_at(run) == []
     for images_seen in (192, 64):
         found = Evaluation(images_seen, (1 / 3, 2.5), 0.1, 0.7)
         run.child(rung.file_name(images_seen)).write(found.to_json())
         assert rung.read(run, images_seen) == found
-    assert rung.positions(run) == [64, 192]
+    assert rung.recorded_at(run) == [64, 192]
     with pytest.raises(FileNotFoundError):
         rung.read(run, 128)
     run.child(rung.file_name(64)).write(b"{}")
@@ -112,7 +112,8 @@ def test_all_trials_are_evaluated_on_the_same_random_draws(
     evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another schedule and another T, the images, the noise and the quantiles of t are the same."""
-    estimate, draw_timesteps = likelihood.estimate, likelihood.draw_timesteps
+    estimate = likelihood.estimate
+    draw_timesteps = likelihood.draw_timesteps
     recorded: list[Any] = []
     quantiles: list[Any] = []
 
@@ -173,7 +174,7 @@ def test_the_loop_measures_a_trial_at_its_rungs_and_trains_it_the_same(
     runtime = trial_runtime(Rungs((96, 128), evaluator), reached)
     state = local.fit(config, train_set, tmp_path / "trial", runtime=runtime)
     run = storage.resolve(str(tmp_path / "trial"))
-    assert rung.positions(run) == [96, 128]
+    assert rung.recorded_at(run) == [96, 128]
     for found in reached:
         assert rung.read(run, found.images_seen) == found
         trained = checkpoint.load_net(Path(run.path, checkpoint.name_at(found.images_seen)))
@@ -191,10 +192,11 @@ def test_a_rung_is_stored_before_its_checkpoint(
     """A trial that resumes from the checkpoint does not measure it again."""
     held_out = train_set.held_out()
     assert held_out is not None
-    commit, there = checkpoint_manager._commit, []
+    commit = checkpoint_manager._commit
+    there = []
 
     def spy(folder: Path, target: Location, retry: Any, *, move: bool) -> None:
-        there.append((Path(target.path).name, rung.positions(storage.resolve(str(tmp_path / "run")))))
+        there.append((Path(target.path).name, rung.recorded_at(storage.resolve(str(tmp_path / "run")))))
         commit(folder, target, retry, move=move)
 
     monkeypatch.setattr(checkpoint_manager, "_commit", spy)

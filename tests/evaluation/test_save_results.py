@@ -61,8 +61,10 @@ def kept(report: Report) -> list[str]:
 def test_results_are_in_the_run_and_in_mlflow(
     client: MlflowClient, mlflow_server: str, tmp_path: Path
 ) -> None:
-    run, other = make_run(tmp_path), make_run(tmp_path, "other")
-    run_id, untouched = push(run).run_id, push(other).run_id
+    run = make_run(tmp_path)
+    other = make_run(tmp_path, "other")
+    run_id = push(run).run_id
+    untouched = push(other).run_id
     before = points(client, run_id, "train/loss")
     report = report_on(run, 1, 2)
     assert kept(report)[-1] == f"MLflow      run {run_id} in {mlflow_server}"
@@ -84,7 +86,8 @@ def test_publishing_again_adds_new_values_and_replaces_only_its_own_files(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path)
-    run_id, report = push(run).run_id, report_on(run, 1)
+    run_id = push(run).run_id
+    report = report_on(run, 1)
     for _ in range(2):
         kept(report)
     before = points(client, run_id, "eval/KID-pixels")
@@ -127,7 +130,8 @@ def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path)
-    run_id, report = push(run).run_id, made(of_run(run, result(1, near(0.03))))
+    run_id = push(run).run_id
+    report = made(of_run(run, result(1, near(0.03))))
     lines = stored(report, "out/found.json")
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"

@@ -39,7 +39,8 @@ def test_a_classifier_ends_with_the_same_weights_after_a_worker_is_killed(tmp_pa
         assert "'images_seen': 102400" in job.output
         return torch.load(checkpoints(results)[-1], weights_only=True)
 
-    killed, undisturbed = final_checkpoint("killed", kill=True), final_checkpoint("undisturbed", kill=False)
+    killed = final_checkpoint("killed", kill=True)
+    undisturbed = final_checkpoint("undisturbed", kill=False)
     assert killed["images_seen"] == undisturbed["images_seen"] == 102_400
     assert killed["net"].keys() == undisturbed["net"].keys()
     assert all(torch.equal(killed["net"][name], value) for name, value in undisturbed["net"].items())

@@ -51,7 +51,8 @@ def test_loss_and_gradient_are_those_of_the_paper(stage):
             target = edm_denoiser(net, x_0 + r * eps, r, (index - 1).clamp(min=0), 0.5)
             target = torch.where(r == 0, x_0, target)
         difference = edm_denoiser(net, x_0 + sigma * eps, sigma, t, 0.5) - target
-        D, c = 16, 0.00054 * 16**0.5
+        D = 16
+        c = 0.00054 * 16**0.5
         d = (difference.square().flatten(1).sum(1) + c**2).sqrt() - c
         return (d / (sigma - r).flatten()).mean() / D**0.5
 
@@ -85,14 +86,17 @@ def test_without_noise_x_0_hat_is_the_input(prediction):
 
 
 def test_a_pair_has_one_noise_one_label_and_one_dropout_mask():
-    layer, calls, labels = Dropout(0.5), [], []
+    layer = Dropout(0.5)
+    calls = []
+    labels = []
 
     def net(x_t, t, label):
         calls.append((x_t, t))
         labels.append(label)
         return layer(torch.ones_like(x_t))
 
-    x_0, label = normal(SHAPE, 1)(), torch.arange(16) % 10
+    x_0 = normal(SHAPE, 1)()
+    label = torch.arange(16) % 10
     of = V(COSINE, build.build_objective(override(DIGITS, {"model.num_classes": 10})).labels)
     keys = torch.randint(-(2**31), 2**31, (1, 16, 2), generator=torch.Generator().manual_seed(0)).int()
     with dropout.keyed([layer], keys):

@@ -57,7 +57,9 @@ def test_the_page_shows_what_is_sampled_and_needs_no_network(browser: Any, tmp_p
     tiny = TrainedNet(build_net(config).eval(), config)
     checkpoint.write_net(tiny, {"images_seen": 0}, tmp_path / "<b>")
     runs = {"builtin:digits": ddpm.Run("builtin:digits").trained, "<b>": tiny}
-    page, requests, problems = browser.new_page(), list[str](), list[str]()
+    page = browser.new_page()
+    requests = list[str]()
+    problems = list[str]()
     page.set_default_timeout(300_000)
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: problems.append(message.text))

@@ -65,7 +65,9 @@ def test_images_that_were_not_augmented_need_no_condition() -> None:
     net = dit.build(SMALL, num_conditions=7)
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    x_t, t, told = torch.randn(4, 3, 8, 8), torch.arange(4), torch.zeros(4, 7)
+    x_t = torch.randn(4, 3, 8, 8)
+    t = torch.arange(4)
+    told = torch.zeros(4, 7)
     assert torch.equal(net(x_t, t), net(x_t, t, None, told))
     assert not torch.allclose(net(x_t, t), net(x_t, t, None, told + 1), atol=1e-3)
 
@@ -74,10 +76,13 @@ def test_images_that_were_not_augmented_need_no_condition() -> None:
 def test_initially_blocks_are_the_identity_and_the_output_is_0(learned: bool) -> None:
     """adaLN-Zero; every weight has a gradient as soon as the last layers are not 0."""
     net = dit.build(SMALL, out_channels=6 if learned else None)
-    tokens, condition = torch.randn(4, 16, 16), torch.randn(4, 16)
+    tokens = torch.randn(4, 16, 16)
+    condition = torch.randn(4, 16)
     for block in net.blocks:
         assert torch.equal(block(tokens, condition), tokens)
-    x_t, t, label = torch.randn(4, 3, 8, 8), torch.arange(4), torch.tensor([0, 3, 4, 5])
+    x_t = torch.randn(4, 3, 8, 8)
+    t = torch.arange(4)
+    label = torch.tensor([0, 3, 4, 5])
     out = net(x_t, t, label)
     assert torch.equal(out, torch.zeros(4, 6 if learned else 3, 8, 8))
     for weight in net.parameters():
@@ -90,11 +95,9 @@ def test_the_output_depends_on_t_label_and_position_but_not_on_the_batch() -> No
     net = dit.build(SMALL)
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.2)
-    x_t, t, label = (
-        torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1),
-        torch.tensor([1, 9, 1]),
-        torch.tensor([0, 0, 1]),
-    )
+    x_t = torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1)
+    t = torch.tensor([1, 9, 1])
+    label = torch.tensor([0, 0, 1])
     out = net(x_t, t, label)
     assert not torch.allclose(out[0], out[1]) and not torch.allclose(out[0], out[2])
     torch.testing.assert_close(out[1:2], net(x_t[1:2], t[1:2], label[1:2]))
@@ -106,7 +109,11 @@ def test_the_output_depends_on_t_label_and_position_but_not_on_the_batch() -> No
 @pytest.mark.parametrize("time", [True, False])
 @pytest.mark.parametrize("classes", [0, 5])
 def test_the_number_of_weights_follows_the_formula(time: bool, classes: int) -> None:
-    E, L, r, pixels, S = 16, 2, 3, 4 * 3, 256
+    E = 16
+    L = 2
+    r = 3
+    pixels = 4 * 3
+    S = 256
     config = replace(SMALL, num_classes=classes)
     block = 3 * E * E + 3 * E + E * E + E + 2 * r * E * E + r * E + E + 6 * E * E + 6 * E
     rest = pixels * E + E + 2 * E * E + 2 * E + E * pixels + pixels
@@ -145,7 +152,8 @@ def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(
     objective = build_objective(config)
 
     def losses(steps: int) -> list[float]:
-        state, history = State.create(config, CPU), []
+        state = State.create(config, CPU)
+        history = []
         for step in range(steps):
             loss = objective.loss(state.net, x_0, None, PhiloxGenerator(0, step)).value
             loss.backward()
@@ -184,7 +192,8 @@ def test_its_flops_are_those_of_its_matrix_products(on_path: Callable[[str], Non
     on_path("dit")
     values = {"model.net": "dit", "model.image_size": 8, "model.channels": 1, "model.patch_size": 2}
     config = override(Config(), values | {"model.width": 32, "model.depth": 1, "model.num_heads": 2})
-    tokens, width = 16, 32
+    tokens = 16
+    width = 32
     of_tokens = 4 * width + 3 * width**2 + width**2 + 2 * 4 * width**2 + width * 4
     attention = 2 * tokens * width
     of_image = (256 * width + width**2) + 6 * width**2 + 2 * width**2

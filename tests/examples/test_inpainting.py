@@ -49,7 +49,8 @@ def test_known_pixels_are_kept_exactly(num_resamples):
     shape = (3, 2, 4, 4)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1)) - 1
     mask = make_mask((1, 1, 4, 4))
-    given, noise = Known(x_0, mask, num_resamples), normal(shape, dtype=torch.float32)
+    given = Known(x_0, mask, num_resamples)
+    noise = normal(shape, dtype=torch.float32)
     x = inpaint(TOY, SHORT, noise, known=given, timesteps=uniform(100, 20))
     known = mask.bool().expand(shape)
     assert torch.equal(x[known], x_0[known])
@@ -58,7 +59,8 @@ def test_known_pixels_are_kept_exactly(num_resamples):
 
 @pytest.mark.parametrize("timesteps", [ALL, karras(SHORT, 12)], ids=len)
 def test_with_nothing_known_and_no_resampling_it_is_ancestral(timesteps):
-    shape, zero = (2, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    shape = (2, 1, 4, 4)
+    zero = torch.zeros(1, 1, 4, 4)
     x = inpaint(TOY, SHORT, normal(shape), known=Known(zero, zero, 1), timesteps=timesteps)
     assert torch.equal(x, ancestral(TOY, SHORT, normal(shape), timesteps=timesteps))
 
@@ -68,10 +70,13 @@ def test_samples_have_the_conditional_mean():
 
     RePaint is an approximation: more resampling improves the mean, but the spread stays slightly too small.
     """
-    s, rho, a = 0.3, 0.9, 0.4
+    s = 0.3
+    rho = 0.9
+    a = 0.4
     covariance = s**2 * torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64)
     schedule = schedules.linear(200, 5e-4, 0.1)
-    x_0, mask = torch.tensor([[[[a, 0.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    x_0 = torch.tensor([[[[a, 0.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]]])
     means = []
     for num_resamples in (1, 3, 10):
         settings = {"known": Known(x_0, mask, num_resamples, 2), "timesteps": uniform(200, 200)}
@@ -84,7 +89,8 @@ def test_samples_have_the_conditional_mean():
 
 
 def test_inpainting_finds_the_matching_point_of_a_finite_data_set():
-    points, mask = black_and_white(), torch.zeros(1, 1, 4, 4)
+    points = black_and_white()
+    mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2, :] = 1
     settings = {"known": Known(points[2:3], mask), "timesteps": uniform(100, 50)}
     x = inpaint(finite(SHORT, points), SHORT, normal((50, 1, 4, 4)), **settings)
@@ -98,7 +104,8 @@ def reference_steps(n, num_resamples, jump_length):
     differs from diffusers, whose pipeline evaluates the net at the second timestep of its copy of get_schedule_jump.
     """
     left = dict.fromkeys(range(0, n - jump_length, jump_length), num_resamples - 1)
-    t, visited = n, []
+    t = n
+    visited = []
     while t >= 1:
         t -= 1
         visited.append(t)
@@ -128,7 +135,8 @@ def test_steps_go_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_l
 
     # If all pixels are known and grey, x_t is pure noise, and the std of 10,000 pixels tells its timestep.
     schedule = schedules.linear(n, 0.05, 0.3)
-    zero, noise = torch.zeros(1, 1, 1, 1), normal((1, 1, 100, 100), dtype=torch.float32)
+    zero = torch.zeros(1, 1, 1, 1)
+    noise = normal((1, 1, 100, 100), dtype=torch.float32)
     known = Known(zero, zero + 1, num_resamples, jump_length)
     *seen, _ = visited(inpaint, denoise, schedule, noise, known=known, timesteps=range(n)[::-1])
     down = [t for t, t_next in reference_steps(n, num_resamples, jump_length) if t_next < t]
@@ -145,7 +153,8 @@ def test_repaint_equals_diffusers_step_for_step(num_resamples):
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
     mask = make_mask((1, 1, 4, 4))
     theirs = RePaintScheduler(num_train_timesteps=100, eta=1.0, clip_sample=False)
-    theirs.alphas_cumprod, theirs.betas = SHORT.alpha_bar, SHORT.beta
+    theirs.alphas_cumprod = SHORT.alpha_bar
+    theirs.betas = SHORT.beta
     theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     theirs.set_timesteps(100)
     g = torch.Generator().manual_seed(0)

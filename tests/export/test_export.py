@@ -93,7 +93,9 @@ def make_net(config: Config) -> TrainedNet:
 
 def our_images(trained: TrainedNet, label: int | None = None) -> Tensor:
     """[B, C, H, W] in [0, 1], as the sampler that `config` describes draws them."""
-    net, config, objective = trained.net, trained.config, trained.objective
+    net = trained.net
+    config = trained.config
+    objective = trained.objective
     labels = None if label is None else torch.full((len(SEEDS),), label)
     generators = [TorchGenerator(seed, device=torch.device("cpu")) for seed in SEEDS]
     noise = PerImageNoise(generators, (config.model.channels, 8, 8))
@@ -125,7 +127,8 @@ def test_the_exported_pipeline_samples_our_images_from_our_noise(name: str, tmp_
     assert predicted.std() > 0.1
     assert (unet(x_t, t).sample - predicted).abs().max() < 1e-5
 
-    ours, theirs = our_images(trained), their_images(tmp_path / "out", config.schedule.num_timesteps)
+    ours = our_images(trained)
+    theirs = their_images(tmp_path / "out", config.schedule.num_timesteps)
     assert ours.std() > 0.1
     assert (ours[0] - ours[1]).abs().max() > 0.1
     assert (ours - theirs).abs().max() < 1e-3
@@ -140,7 +143,8 @@ def test_with_a_thousand_timesteps_the_embedding_is_that_of_diffusers(tmp_path: 
     export.to_diffusers(trained, tmp_path / "out")
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert unet.config.time_embedding_type == "positional"
-    x_t, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 500, 999])
+    x_t = torch.randn(4, 1, 8, 8)
+    t = torch.tensor([0, 1, 500, 999])
     assert (unet(x_t, t).sample - trained.net(x_t, t)).abs().max() < 1e-5
     # With fewer steps diffusers uses the timesteps of our ddim, which is ancestral for eta = 1.
     few = override(TINY, {"sample.sampler": "ddim", "sample.eta": 1.0, "sample.num_sample_steps": 8})
@@ -179,7 +183,8 @@ def test_export_and_import_is_a_round_trip(changes: dict[str, Any], tmp_path: Pa
     export.from_diffusers(tmp_path / "pipeline", tmp_path / "back")
     for ema in (True, False):
         back = checkpoint.load_net(tmp_path / "back", ema=ema)
-        before, after = trained.net.state_dict(), back.net.state_dict()
+        before = trained.net.state_dict()
+        after = back.net.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     known = back.config
@@ -231,7 +236,8 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
     assert (config.sample.mean, config.sample.variance) == ("clipped", "beta")
     assert torch.allclose(build_schedule(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
     theirs = diffusers.UNet2DModel.from_pretrained(published, subfolder="unet")
-    x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
+    x_t = torch.randn(3, 3, 8, 8)
+    t = torch.tensor([0, 400, 999])
     assert (trained.net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
 
 
@@ -244,7 +250,8 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+UNET = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,8 @@ def test_tensors_of_host_and_gpu_do_not_mix() -> None:
 def test_a_non_finite_step_changes_no_weight_although_the_host_sees_it_later(
     config: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
-    calls, loss = iter(range(100)), Eps.loss
+    calls = iter(range(100))
+    loss = Eps.loss
 
     def loss_with_nan(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
         value = loss(self, model, *args)

@@ -65,7 +65,9 @@ def test_the_template_passes_cfn_lint() -> None:
 
 
 def test_the_outputs_have_what_a_cluster_needs(stack: Stack) -> None:
-    iam, outputs, resources = stack.client("iam"), stack.outputs, stack.resources
+    iam = stack.client("iam")
+    outputs = stack.outputs
+    resources = stack.resources
     for role in ("Head", "Worker"):
         profile = iam.get_instance_profile(InstanceProfileName=resources[f"{role}Profile"])["InstanceProfile"]
         assert profile["Arn"] == outputs[f"{role}InstanceProfileArn"]
@@ -97,7 +99,8 @@ def test_ssh_from_everywhere_cannot_be_chosen() -> None:
 def test_roles_allow_what_jobs_need_and_nothing_else(
     role: str, policies: dict[str, list[str]], stack: Stack
 ) -> None:
-    ours, another = f"arn:aws:s3:::{stack.bucket}", "arn:aws:s3:::another"
+    ours = f"arn:aws:s3:::{stack.bucket}"
+    another = "arn:aws:s3:::another"
     assert allowed(policies[role], "s3:ListBucket", ours)  # head_bucket and every listing need it
     for action in OBJECTS:
         assert allowed(policies[role], action, f"{ours}/runs/a/b"), action
@@ -109,7 +112,8 @@ def test_roles_allow_what_jobs_need_and_nothing_else(
 def test_only_the_head_may_start_and_terminate_workers(policies: dict[str, list[str]], stack: Stack) -> None:
     account = stack.client("sts").get_caller_identity()["Account"]
     here = f"arn:aws:ec2:us-east-1:{account}"
-    workers, heads = stack.role("WorkerRole")["Arn"], stack.role("HeadRole")["Arn"]
+    workers = stack.role("WorkerRole")["Arn"]
+    heads = stack.role("HeadRole")["Arn"]
     to_ec2, to_lambda = ({"iam_PassedToService": f"{name}.amazonaws.com"} for name in ("ec2", "lambda"))
     calls: dict[bool, list[tuple[str, str, dict[str, str]]]] = {
         True: [

@@ -43,7 +43,8 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
     with Cloud(aws, hosts.gateway, s3_for_hosts.keys, addresses, no_spot=("g5", "g6")) as cloud:
         vpc, subnet = network(aws, hosts)
         stack = make_stack(aws.client, vpc)
-        bucket, password = stack["BucketName"], uuid.uuid4().hex
+        bucket = stack["BucketName"]
+        password = uuid.uuid4().hex
         put_data(digits_uri, bucket)
         guarded_mlflow.add_user("on-aws", password)
         settings = {

@@ -32,11 +32,11 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    client, run_id = MlflowClient(mlflow_server), push(run).run_id
-    env = {"MLFLOW_TRACKING_URI": mlflow_server}
+    client = MlflowClient(mlflow_server)
+    run_id = push(run).run_id
     steps = ("--num-sample-steps", "2", "4")
     words = (run.location.uri, "--all-checkpoints", *steps, *FEW)
-    done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path, env=env)
+    done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert {"bits/dim 180/180", "images sampled 360/360"} <= set(lines)
@@ -78,7 +78,7 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     assert client.get_run(run_id).info.status == "RUNNING"
 
     newest = resolve.checkpoints_of(run.location.uri)[-1]
-    again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path, env=env)
+    again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]
     assert judged == report["checkpoints"][-1:]

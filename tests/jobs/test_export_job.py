@@ -37,7 +37,9 @@ def folder(tmp_path: Path) -> Path:
 def pixels(trained: TrainedNet) -> np.ndarray:
     """Three images by Algorithm 2, from noise that a diffusers pipeline can use too."""
     config = override(trained.config, {"sample.sampler": "ddpm"})
-    net, objective, shape = trained.net, trained.objective, (config.model.channels, 8, 8)
+    net = trained.net
+    objective = trained.objective
+    shape = (config.model.channels, 8, 8)
     noise = PerImageNoise([TorchGenerator(i, device=torch.device("cpu")) for i in range(3)], shape)
     drawn = build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
     return images.to_uint8(drawn)[..., 0].numpy().astype(int)

@@ -78,7 +78,8 @@ def test_a_cluster_is_not_asked_for_files_of_this_machine(
 def test_a_bucket_without_list_permission_is_a_one_line_error(
     user_error: Callable[..., str], s3_bucket: str
 ) -> None:
-    bucket, client = s3_bucket.removeprefix("s3://"), boto3.client("s3")
+    bucket = s3_bucket.removeprefix("s3://")
+    client = boto3.client("s3")
     statement = {
         "Effect": "Deny",
         "Principal": "*",
@@ -101,7 +102,8 @@ def test_resuming_after_a_kill_between_shards_gives_the_same_bytes(
     run_job: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = ["--num-images", "40000", "--size", "16"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     env = examples.env("glyphs")
     assert run_job("prepare", "glyphs", whole, *words, env=env).returncode == 0
     with processes.Job("prepare", "glyphs", parts, *words, log=tmp_path / "job.log", env=env) as job:

@@ -92,9 +92,12 @@ def test_neighbouring_elements_are_independent() -> None:
 
 
 def test_a_mask_depends_neither_on_the_batch_nor_on_the_order_of_memory() -> None:
-    key, layer, x = keys(6), Dropout(0.5), torch.randn(6, 4, 3, 2)
+    key = keys(6)
+    layer = Dropout(0.5)
+    x = torch.randn(6, 4, 3, 2)
     with dropout.keyed([layer], key[None]):
-        whole, last = layer(x), layer(x.to(memory_format=torch.channels_last))
+        whole = layer(x)
+        last = layer(x.to(memory_format=torch.channels_last))
     assert torch.equal(whole, last) and last.is_contiguous(memory_format=torch.channels_last)
     with dropout.keyed([layer], key[None, 4:]):
         assert torch.equal(layer(x[4:]), whole[4:])
@@ -102,7 +105,8 @@ def test_a_mask_depends_neither_on_the_batch_nor_on_the_order_of_memory() -> Non
 
 def test_the_mean_is_unbiased_in_half_precision() -> None:
     """1 / 0.9 in bfloat16 is 0.16 % too small: it is not rounded before the product."""
-    layer, x = Dropout(P), torch.linspace(1, 2, N, dtype=torch.bfloat16).repeat(64, 1).requires_grad_()
+    layer = Dropout(P)
+    x = torch.linspace(1, 2, N, dtype=torch.bfloat16).repeat(64, 1).requires_grad_()
     with dropout.keyed([layer], keys(1, 64)):
         y = layer(x)
     (gradient,) = torch.autograd.grad(y, x, x.detach())
@@ -133,7 +137,8 @@ class TestNets:
     def test_only_training_drops_and_needs_keys(self, net: nn.Module) -> None:
         layers = dropout.layers(net)
         assert len(layers) == (8 if isinstance(net, unet.UNet) else 3)
-        x_t, t = torch.randn(4, 1, 8, 8), torch.arange(4)
+        x_t = torch.randn(4, 1, 8, 8)
+        t = torch.arange(4)
         with pytest.raises(ValueError, match=r"dropout\.keyed"):
             net(x_t, t)
         outs = []
@@ -148,7 +153,9 @@ class TestNets:
 
     def test_other_keys_are_no_reason_to_compile_again(self, net: nn.Module) -> None:
         torch.compiler.reset()
-        layers, x_t, t = dropout.layers(net), torch.randn(4, 1, 8, 8), torch.arange(4)
+        layers = dropout.layers(net)
+        x_t = torch.randn(4, 1, 8, 8)
+        t = torch.arange(4)
         compiled = torch.compile(net, fullgraph=True, backend="eager")
         for seed, stance in enumerate(["default", "fail_on_recompile", "fail_on_recompile"]):
             key = keys(len(layers), 4, seed=seed)
@@ -169,7 +176,9 @@ def test_a_layer_of_torch_is_refused() -> None:
 @pytest.mark.slow
 def test_a_compiled_mask_has_the_same_bits() -> None:
     """Wrapping products are also what the compiler's code computes."""
-    layer, x, key = Dropout(P), torch.randn(8, 4099), keys(1, 8)
+    layer = Dropout(P)
+    x = torch.randn(8, 4099)
+    key = keys(1, 8)
     compiled = torch.compile(layer, fullgraph=True)
     with dropout.keyed([layer], key):
         assert torch.equal(compiled(x), layer(x))

@@ -34,7 +34,8 @@ def errors(layer: GroupNorm, x: Tensor) -> dict[str, float]:
     """How far output and gradients are from those of torch's layer in float64, relative to the largest."""
     weights = [x, layer.weight, layer.bias]
     exact = [weight.detach().double().requires_grad_() for weight in weights]
-    y, dy = layer(x), torch.randn(SHAPE)
+    y = layer(x)
+    dy = torch.randn(SHAPE)
     expected = F.group_norm(exact[0], layer.num_groups, *exact[1:], NORM_EPS)
     got = [y, *torch.autograd.grad(y, weights, dy.to(y.dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, dy.to(y.dtype).double())]
@@ -59,7 +60,8 @@ def test_group_norm_of_a_bright_image_is_accurate() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norm_without_gradients_is_that_of_torch(dtype: torch.dtype) -> None:
-    layer, x = norm(3), images(dtype=dtype)
+    layer = norm(3)
+    x = images(dtype=dtype)
     with torch.no_grad():
         expected = F.group_norm(x.float(), 3, layer.weight, layer.bias, NORM_EPS)
         assert torch.equal(layer(x), expected.to(dtype))
@@ -84,7 +86,8 @@ def test_group_norm_keeps_memory_order_and_dtype() -> None:
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_equals_that_of_torch(heads: int) -> None:
     q, k, v = qkv = torch.randn(3, 2, heads, 24, 8).requires_grad_()
-    got, wanted = attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    got = attend(q, k, v)
+    wanted = F.scaled_dot_product_attention(q, k, v)
     assert torch.allclose(got, wanted, atol=1e-6)
     direction = torch.randn_like(got)
     ours, theirs = (torch.autograd.grad(out, qkv, direction, retain_graph=True)[0] for out in (got, wanted))

@@ -9,7 +9,8 @@ import torch
 from ddpm.models import precision
 from ddpm.models.precision import supported_dtype
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize(("capability", "supported"), [("AVX2", False), ("DEFAULT", False), ("AVX512", True)])

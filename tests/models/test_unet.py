@@ -82,7 +82,8 @@ def test_unused_conditions_have_no_weights():
 @pytest.mark.parametrize("time", [True, False])
 def test_no_label_is_the_null_label(time: bool):
     net = build(CLASSES, time_conditional=time)
-    x_t, t = images(), timesteps(time)
+    x_t = images()
+    t = timesteps(time)
     null = torch.full((BATCH,), CLASSES.num_classes)
     assert torch.equal(net(x_t, t), net(x_t, t, null))
     assert not torch.allclose(net(x_t, t), net(x_t, t, null - 1), atol=1e-3)
@@ -91,7 +92,9 @@ def test_no_label_is_the_null_label(time: bool):
 @pytest.mark.parametrize("time", [True, False])
 def test_images_that_were_not_augmented_need_no_condition(time: bool):
     net = build(CONFIG, time_conditional=time, num_conditions=7)
-    x_t, t, told = images(), timesteps(time), torch.zeros(BATCH, 7)
+    x_t = images()
+    t = timesteps(time)
+    told = torch.zeros(BATCH, 7)
     assert torch.equal(net(x_t, t), net(x_t, t, None, told))
     assert not torch.allclose(net(x_t, t), net(x_t, t, None, told + 1), atol=1e-3)
     if time:
@@ -101,9 +104,11 @@ def test_images_that_were_not_augmented_need_no_condition(time: bool):
 
 
 def test_embeddings_depend_on_the_relative_timestep():
-    long, short = build(CONFIG), build(CONFIG, num_timesteps=100)
+    long = build(CONFIG)
+    short = build(CONFIG, num_timesteps=100)
     short.load_state_dict(long.state_dict())
-    x_t, t = images(), torch.tensor([0, 1, 50, 99])
+    x_t = images()
+    t = torch.tensor([0, 1, 50, 99])
     assert torch.equal(short(x_t, t), long(x_t, 10 * t))
     assert not torch.allclose(short(x_t, t), long(x_t, t), atol=1e-3)
 
@@ -139,7 +144,8 @@ def test_zero_init_starts_at_zero_and_every_block_is_the_identity():
     net = build(replace(CLASSES, zero_init=True))
     out = net(images(), timesteps())
     assert torch.equal(out, torch.zeros_like(out))
-    x, shift = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 1, 1)
+    x = torch.randn(2, 16, 4, 4)
+    shift = torch.randn(2, 16, 1, 1)
     for block in net.middle:
         assert torch.equal(block(x, shift), x)
     assert not torch.equal(build(CONFIG).middle[0](x, shift), x)
@@ -150,11 +156,13 @@ def test_zero_init_starts_at_zero_and_every_block_is_the_identity():
 
 def test_autocast_is_used_only_inside_the_net(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(precision, "CPU_CAPABILITY", "AVX512")
-    exact, cast = build(CONFIG), build(CONFIG, autocast_dtype=torch.bfloat16)
+    exact = build(CONFIG)
+    cast = build(CONFIG, autocast_dtype=torch.bfloat16)
     cast.load_state_dict(exact.state_dict())
     inside: list[torch.dtype] = []
     cast.middle[0].register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
-    x_t, t = images(), timesteps()
+    x_t = images()
+    t = timesteps()
     before = x_t.clone()
     out = cast(x_t, t)
     assert inside == [torch.bfloat16]
@@ -168,7 +176,8 @@ def test_autocast_is_used_only_inside_the_net(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_float32_net_stays_float32_inside_a_callers_autocast():
     net = build(CONFIG)
-    x_t, t = images(), timesteps()
+    x_t = images()
+    t = timesteps()
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x_t, t)
     assert torch.equal(out, net(x_t, t))
@@ -198,7 +207,9 @@ def test_image_tensors_are_channels_last_everywhere(contiguous: bool):
 
 @pytest.mark.parametrize("config, time", VARIANTS)
 def test_the_net_compiled_to_one_graph_equals_the_eager_net(config: UNetConfig, time: bool):
-    net, x_t, t = build(config, time_conditional=time), images(), timesteps(time)
+    net = build(config, time_conditional=time)
+    x_t = images()
+    t = timesteps(time)
     results = []
     for module in (net, torch.compile(net, fullgraph=True, backend="eager")):
         net.zero_grad()
@@ -210,7 +221,8 @@ def test_the_net_compiled_to_one_graph_equals_the_eager_net(config: UNetConfig, 
 
 def test_a_compiled_net_is_the_eager_net_in_half_precision(monkeypatch: pytest.MonkeyPatch):
     net = build(CLASSES, autocast_dtype=torch.bfloat16)
-    x_t, t = images(), timesteps()
+    x_t = images()
+    t = timesteps()
     out = torch.compile(net, fullgraph=True, backend="eager")(x_t, t)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the group norm of a compiled net
     assert torch.equal(out, net(x_t, t))

@@ -68,7 +68,8 @@ def reference(config: UNetConfig):
 def pair(config: UNetConfig) -> tuple[UNet, torch.nn.Module]:
     """Both nets with the reference's weights, changed so that none has its initial value (0 or 1)."""
     torch.manual_seed(0)
-    net, theirs = build(config), reference(config)
+    net = build(config)
+    theirs = reference(config)
     with torch.no_grad():
         for weight in theirs.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
@@ -89,7 +90,8 @@ def assert_equal_nets(config: UNetConfig, batch: int) -> None:
     label = torch.randint(0, config.num_classes + 1, (batch,)) if config.num_classes else None
     direction = torch.randn_like(x_t) / x_t[0].numel() ** 0.5
 
-    ours_out, theirs_out = net(x_t, t, label), theirs(x_t, t, label).sample
+    ours_out = net(x_t, t, label)
+    theirs_out = theirs(x_t, t, label).sample
     assert theirs_out.std() > 0.1
     assert (ours_out - theirs_out).abs().max() < 1e-5
 

@@ -76,7 +76,8 @@ def test_a_changed_byte_is_detected(folder: Path, tiny: Config, name: str) -> No
 def test_a_checkpoint_is_hashed_once_unless_it_changes(
     folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed, sha256 = list[str](), checkpoint._sha256
+    hashed = list[str]()
+    sha256 = checkpoint._sha256
 
     def counted(path: Path) -> str:
         hashed.append(path.name)

@@ -15,7 +15,7 @@ import torch
 from support.local import finished
 
 from ddpm.runs import checkpoint, curves
-from ddpm.runs.curves import Point, Row
+from ddpm.runs.curves import Point, CurveRow
 from ddpm.runs.run_folder import RunFolder
 from ddpm.config.tree import Config
 from ddpm.config.json import override
@@ -46,20 +46,21 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
             resumed_at = checkpoint.images_seen_at(folder)
         for seen in positions:
             state = State.create(config, torch.device("cpu"))
-            state.step, state.images_seen = seen // 32, seen
+            state.step = seen // 32
+            state.images_seen = seen
             store.metrics({"loss": float(seen + resumed_at), "odd": math.nan}, seen)
             store.save(state, best=False)
     return [line for subject, line in told if subject == run_state.WARNINGS]
 
 
-def put(run: Location, first: int, *rows: Row) -> None:
+def put(run: Location, first: int, *rows: CurveRow) -> None:
     """Write a part."""
     name, data = curves.part(first, list(rows))
     run.child(name).write(data)
 
 
-def rows(first: int, end: int) -> list[Row]:
-    return [Row("loss", at, at / 7, at) for at in range(first, end)]
+def rows(first: int, end: int) -> list[CurveRow]:
+    return [CurveRow("loss", at, at / 7, at) for at in range(first, end)]
 
 
 def parts(run: Location) -> list[str]:
@@ -205,7 +206,7 @@ def test_a_run_of_version_0_1_is_continued(tiny: Config, run: Location) -> None:
     (whole,) = parts(run)
     Path(run.path, curves.FOLDER, whole).rename(Path(run.path, curves.FILE_0_1))
     assert curves.num_rows(run) == 4 and values(run) == [(32, 32), (64, 64)]
-    put(run, 4, Row("loss", 96, 0.5, 1))
+    put(run, 4, CurveRow("loss", 96, 0.5, 1))
     assert values(run) == [(32, 32), (64, 64), (96, 0.5)] and curves.num_rows(run) == 5
     assert save(run, tiny, 96, 128) == []
     assert values(run) == [(32, 32), (64, 64), (96, 0.5), (128, 192)]
@@ -251,8 +252,10 @@ def test_a_damaged_part_is_one_line(run: Location, columns: dict[str, Any]) -> N
 
 
 def test_flipped_bytes_are_noticed_or_change_nothing(run: Location) -> None:
-    name, whole = curves.part(0, [*rows(0, 50), Row("odd", 1, math.inf, 1)])
-    file, rng, noticed = run.child(name), random.Random(0), 0
+    name, whole = curves.part(0, [*rows(0, 50), CurveRow("odd", 1, math.inf, 1)])
+    file = run.child(name)
+    rng = random.Random(0)
+    noticed = 0
     file.write(whole)
     truth = curves.read(run)
     for _ in range(300):

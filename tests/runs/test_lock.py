@@ -127,7 +127,9 @@ def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:
 def test_only_one_of_many_concurrent_drivers_gets_the_lock(location: Location, left: bytes | None) -> None:
     if left is not None:
         location.child(driver_lock.FILE).write(left)
-    start, won, refused = threading.Barrier(6), list[DriverLock](), list[str]()
+    start = threading.Barrier(6)
+    won = list[DriverLock]()
+    refused = list[str]()
 
     def take() -> None:
         mine = lock(location)

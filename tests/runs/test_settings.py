@@ -33,7 +33,8 @@ def name_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     """The name of the run of a command line, as jobs/train.py makes it."""
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     arguments: PresetArguments = parsing.parse_preset(PresetArguments, None, folder_preset.preset)
-    config, preset = run_folder.with_storage(arguments.config), arguments.base
+    config = run_folder.with_storage(arguments.config)
+    preset = arguments.base
     fingerprint = OWN if settings.has_own_data(config, preset) is False else ""
     changed = settings.differences(config, preset, fingerprint)
     return settings.run_name(arguments.preset, preset.data.images, changed)

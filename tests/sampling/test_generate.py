@@ -49,7 +49,8 @@ def test_guidance_applies_only_in_its_interval(tiny: Config) -> None:
     def sampled(**changes: Any) -> torch.Tensor:
         return generate.draw(trained.sampled_with(replace(config.sample, **changes)), range(3))
 
-    guided, plain = sampled(guidance_scale=5.0), sampled()
+    guided = sampled(guidance_scale=5.0)
+    plain = sampled()
     assert not torch.equal(guided, plain)
     assert torch.equal(sampled(guidance_scale=5.0, guidance_interval=(0.0, 1e9)), guided)
     assert torch.equal(sampled(guidance_scale=5.0, guidance_interval=(1e6, 1e9)), plain)
@@ -58,7 +59,8 @@ def test_guidance_applies_only_in_its_interval(tiny: Config) -> None:
 
 
 def test_denoising_yields_every_other_x_t_and_the_result(tiny: Config) -> None:
-    trained, kept = TrainedNet(State.create(tiny, CPU).ema.net, tiny), list[torch.Tensor]()
+    trained = TrainedNet(State.create(tiny, CPU).ema.net, tiny)
+    kept = list[torch.Tensor]()
     result = generate.draw(trained, range(3), on_step=lambda step, x_t, x_0_hat: kept.append(x_t))
     expected = [*(images.to_uint8(kept[step]) for step in (0, 2, 4)), result]
     frames = list(generate.denoising(trained, range(3), every=2))
@@ -66,7 +68,8 @@ def test_denoising_yields_every_other_x_t_and_the_result(tiny: Config) -> None:
 
 
 def test_closing_the_generator_ends_the_sampler(tiny: Config) -> None:
-    trained, calls = TrainedNet(State.create(tiny, CPU).ema.net, tiny), list[int]()
+    trained = TrainedNet(State.create(tiny, CPU).ema.net, tiny)
+    calls = list[int]()
     trained = trained.sampled_with(replace(tiny.sample, num_sample_steps=50))
     trained.net.register_forward_pre_hook(lambda *_: time.sleep(0.6 if calls else 0) or calls.append(0))
     frames = generate.denoising(trained, range(3))

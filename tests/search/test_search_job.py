@@ -55,7 +55,8 @@ def leaderboard(folder: Path) -> list[dict[str, Any]]:
 def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed = tmp_path / "killed"
+    undisturbed = tmp_path / "undisturbed"
     killed.mkdir()
     place = killed / "runs" / "s"
     with Job("search", *FLAGS, log=killed / "job.log") as job:

@@ -130,7 +130,8 @@ def search(
         news=lambda line: None,
         tick=lambda: None,
     )
-    found.trained, found.max_rungs = Counter(), max_rungs
+    found.trained = Counter()
+    found.max_rungs = max_rungs
     found.run()
     return found
 

@@ -46,7 +46,8 @@ class AwsServer(Server):
 
     def check_permissions(self, checked: bool) -> None:
         """Turn IAM authorization of all later calls on or off."""
-        url, kind = f"{self.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        url = f"{self.endpoint}/moto-api/reset-auth"
+        kind = {"Content-Type": "text/plain"}
         requests.post(url, b"0" if checked else b"inf", headers=kind, timeout=120).raise_for_status()
 
 
@@ -79,7 +80,9 @@ class Cloud(FrontEnd):
     ) -> None:
         super().__init__(moto.endpoint, host)
         self.client = moto.client
-        self.keys, self.no_spot, self._addresses = keys, no_spot, iter(addresses)
+        self.keys = keys
+        self.no_spot = no_spot
+        self._addresses = iter(addresses)
         self.launches: list[Launch] = []
         """All RunInstances requests in order, including refused ones."""
         self.taken_back = set[str]()

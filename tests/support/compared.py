@@ -14,7 +14,7 @@ from ddpm.evaluation import comparison_page
 from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
 from ddpm.runs import checkpoint, curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.utils import images
 
 STEPS = (1280, 2560, 3840)
@@ -41,11 +41,11 @@ def make_run(
     newest.child("config.json").write(to_json(config).encode())
     newest.child("state.json").write(json.dumps({**state, "data_fingerprint": "0123456789ab"}).encode())
     newest.child("checksums.json").write(b"{}")
-    rows = list[Row]()
+    rows = list[CurveRow]()
     for i, at in enumerate(STEPS):
         bits = {"held_out/bits_per_dim": 5.0 - i, "held_out_error/bits_per_dim": 0.25}
         values = {"train/loss": 1 / (i + 1 + level), RATE: 128.0, "other": 1.0, **bits}
-        rows += [Row(key, at, value, i) for key, value in {**values, "held_out/loss": math.nan}.items()]
+        rows += [CurveRow(key, at, value, i) for key, value in {**values, "held_out/loss": math.nan}.items()]
         run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
     part, data = curves.part(0, rows)
     run.location.child(part).write(data)
@@ -59,7 +59,8 @@ class Page(HTMLParser):
     def __init__(self, page: bytes) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self._inside = "", ""
+        self.text = ""
+        self._inside = ""
         self.feed(page.decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -31,9 +31,11 @@ def _load() -> None:
     """Compile cpu_as_gpu.cpp and load it, which must come before `import torch`."""
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
-    torch_folder, source = Path(spec.origin).parent, Path(__file__).with_suffix(".cpp")
+    torch_folder = Path(spec.origin).parent
+    source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as folder:
-        out, lib = f"{folder}/gpu.so", torch_folder / "lib"
+        out = f"{folder}/gpu.so"
+        lib = torch_folder / "lib"
         command = [
             "g++",
             "-shared",
@@ -54,7 +56,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 aten = torch.ops.aten
 WAITS = {
     aten._local_scalar_dense,

@@ -13,7 +13,10 @@ from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.runs.storage import Location, resolve
 
-SIDE, ROWS, NUM_SHARDS, NUM_IMAGES = 4, 8, 3, 60
+SIDE = 4
+ROWS = 8
+NUM_SHARDS = 3
+NUM_IMAGES = 60
 """Shards of 24, 24 and 12 images, in row groups of 8; the last one has 4."""
 PLAN = (3, 32)
 """Seed and rows of a window: four row groups, more than a shard has."""
@@ -46,7 +49,8 @@ def prepare(
         part = range(start, min(start + 3 * ROWS, NUM_IMAGES))
         files = [(bad_files or {}).get(i, png(i)) for i in part]
         content = files if encoded else np.stack([pixels(i) for i in part])
-        of_part, path = labels[part.start : part.stop], f"train/{k:05d}.parquet"
+        of_part = labels[part.start : part.stop]
+        path = f"train/{k:05d}.parquet"
         shards.append(write_shard(location, path, content, of_part, rows_per_row_group=ROWS))
     encoding = "encoded" if encoded else "raw"
     names = [str(i) for i in range(7)]

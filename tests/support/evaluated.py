@@ -51,7 +51,8 @@ def make_run(folder: Path, shards: str, config: Config = CONFIG) -> RunFolder:
         with torch.no_grad():
             for weight in state.ema.net.parameters():
                 weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
-        state.step, state.images_seen = images_seen // config.train.batch_size, images_seen
+        state.step = images_seen // config.train.batch_size
+        state.images_seen = images_seen
         checkpoint.write(
             state.snapshot(config, extra), Path(run.location.path, checkpoint.name_at(images_seen))
         )

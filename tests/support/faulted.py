@@ -37,23 +37,24 @@ class Run:
     """
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
-        self.location, self._log = storage.resolve(uri).child(name), log
+        self.location = storage.resolve(uri).child(name)
+        self._log = log
         self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
         return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
-    def position(self) -> int:
-        """Position of the newest checkpoint; 0 if there is none."""
+    def images_seen(self) -> int:
+        """Images seen at the newest checkpoint; 0 if there is none."""
         found = run_folder.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 
-    def past(self, position: int) -> Callable[[], bool]:
-        return lambda: self.position() > position
+    def past(self, images_seen: int) -> Callable[[], bool]:
+        return lambda: self.images_seen() > images_seen
 
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
         """Tensors of the last checkpoint, which must be at `total` images."""
-        assert self.position() == total
+        assert self.images_seen() == total
         with resolve.local_checkpoint(self.location.uri) as folder:
             return local.stored(folder)
 
@@ -106,7 +107,8 @@ def metric(run: Run, name: str) -> list[tuple[int, float]]:
 def assert_tracked_once(run: Run) -> None:
     """One finished MLflow run has what the run's folder has, each point and each picture once."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
+    found = mlflow_run_of(run)
+    name = run.location.uri.rpartition("/")[2]
     content = tracked.content(
         uri, run_folder.RunFolder(name, run.location, run_folder.read_card(run.location).run_key)
     )

@@ -24,7 +24,8 @@ class FrontEnd:
 
     def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
         # Not port 0: another process could take that port while this server is down.
-        self.upstream, self._where = upstream, (host, *free_ports(1))
+        self.upstream = upstream
+        self._where = (host, *free_ports(1))
         self._server: _Server | None = None
         self._listen()
         self.uri = f"http://{host}:{self._where[1]}"
@@ -76,7 +77,8 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 512
 
     def __init__(self, where: tuple[str, int], front: FrontEnd) -> None:
-        self.front, self.connections = front, set[socket.socket]()
+        self.front = front
+        self.connections = set[socket.socket]()
         super().__init__(where, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:

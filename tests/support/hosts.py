@@ -84,12 +84,14 @@ class Hosts:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._hosts = folder, dict[str, Host]()
+        self.folder = folder
+        self._hosts = dict[str, Host]()
         self.key = folder / "key"
         """The private key that opens every host."""
         self._lock, number = _own_network()
         self.network = f"10.231.{number}.0/24"
-        self._bridge, self._addresses = f"ddpm{number}", (f"10.231.{number}.{i}" for i in range(10, 250))
+        self._bridge = f"ddpm{number}"
+        self._addresses = (f"10.231.{number}.{i}" for i in range(10, 250))
         self.gateway = f"10.231.{number}.1"
         """This machine's address in the network: hosts reach what listens on it."""
 
@@ -110,7 +112,8 @@ class Hosts:
 
     def add(self, name: str, env: Mapping[str, str] | None = None) -> "Host":
         """Add and start a host; its shells have `env` and the PATH of this environment."""
-        address, cable = next(self._addresses), f"{self._bridge}-{len(self._hosts)}"
+        address = next(self._addresses)
+        cable = f"{self._bridge}-{len(self._hosts)}"
         with (self.folder / "hosts").open("a") as file:
             file.write(f"{address} {name}\n")
         self._hosts[name] = host = Host(self, name, address, cable)
@@ -136,10 +139,13 @@ class Host:
     """One machine; made by `Hosts.add`."""
 
     def __init__(self, hosts: Hosts, name: str, address: str, cable: str) -> None:
-        self.name, self.address, self.log = name, address, hosts.folder / f"{name}.log"
+        self.name = name
+        self.address = address
+        self.log = hosts.folder / f"{name}.log"
         self.home = hosts.folder / f"{name}.disk"
         """Path of its home folder on this machine."""
-        self._hosts, self._cable = hosts, cable
+        self._hosts = hosts
+        self._cable = cable
         self._process: subprocess.Popen[bytes] | None = None
         self.home.mkdir(0o700)
 

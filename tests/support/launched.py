@@ -52,7 +52,8 @@ class UserHost:
     """
 
     def __init__(self, hosts: Hosts, config: Any, env: Mapping[str, str] | None = None) -> None:
-        self.host, self.file = hosts.add("desk"), hosts.folder / "cluster.yaml"
+        self.host = hosts.add("desk")
+        self.file = hosts.folder / "cluster.yaml"
         self.env = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         self.env |= env or {}
         self.file.write_text(yaml.safe_dump(config))

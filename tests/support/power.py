@@ -17,7 +17,9 @@ class Disk:
     """
 
     def __init__(self, root: Path, moment: Callable[["Disk"], object]) -> None:
-        self._root, self._moment, self._patch = root, moment, pytest.MonkeyPatch()
+        self._root = root
+        self._moment = moment
+        self._patch = pytest.MonkeyPatch()
         self._content: dict[int, bytes] = {}
         self._names: dict[int, dict[str, tuple[int, bool]]] = {}
         self._held: list[int] = []  # open files, so that no inode number is reused

@@ -132,7 +132,8 @@ def wait_for(
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        code, is_late = process.poll() if process else None, time.monotonic() > deadline
+        code = process.poll() if process else None
+        is_late = time.monotonic() > deadline
         if result := condition():
             return result
         if code is not None or is_late:

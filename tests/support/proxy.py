@@ -33,7 +33,10 @@ class FaultyProxy(FrontEnd):
     def __init__(self, upstream: str) -> None:
         super().__init__(upstream)
         self.mode: Mode = "pass"
-        self._every, self._delay_s, self._lock, self._count = 1, 0.0, threading.Lock(), 0
+        self._every = 1
+        self._delay_s = 0.0
+        self._lock = threading.Lock()
+        self._count = 0
         self._closing = threading.Event()
         self._trap: tuple[re.Pattern[str], Callable[[], object]] | None = None
         self.endpoint = self.uri
@@ -48,7 +51,9 @@ class FaultyProxy(FrontEnd):
             every: apply it only to every n-th request, and forward the others (not for "down").
             delay_s: seconds that "delay" adds.
         """
-        self.mode, self._every, self._delay_s = mode, every, delay_s
+        self.mode = mode
+        self._every = every
+        self._delay_s = delay_s
         if mode == "down":
             self._close()
         elif self._server is None:

@@ -43,7 +43,9 @@ def near(low: float, steps: int = 50, **changes: Any) -> SampledScores:
 
 def result(i: int, *samplings: SampledScores, run: str = "a", **changes: Any) -> CheckpointResult:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
-    folder, sha256, position = f"runs/{run}/checkpoint-{i}", f"sha{i}", 1000 * i
+    folder = f"runs/{run}/checkpoint-{i}"
+    sha256 = f"sha{i}"
+    position = 1000 * i
     made = CheckpointResult(
         folder, sha256, run, f"key{run}", "ddpm", position, True, "measured", True, bits, samplings, 0
     )

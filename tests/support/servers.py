@@ -50,7 +50,10 @@ class Server:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        self.name, self.command, self.health_url, self.folder = name, command, health_url, folder
+        self.name = name
+        self.command = command
+        self.health_url = health_url
+        self.folder = folder
         self.env = dict(env or {})
         self.options = options  # of subprocess
         self.log = folder / f"{name}.log"
@@ -153,7 +156,8 @@ class RayHead(Server):
     def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
         gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"{LOOPBACK}:{gcs}"
-        self.dashboard, self.metrics = f"http://{LOOPBACK}:{dashboard}", f"http://{LOOPBACK}:{metrics}"
+        self.dashboard = f"http://{LOOPBACK}:{dashboard}"
+        self.metrics = f"http://{LOOPBACK}:{metrics}"
         # Short, since the sockets in it must fit into 107 characters.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         # Worker ports: any free ports. The default range, 10002 to 19999, is shared with the servers here.

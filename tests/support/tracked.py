@@ -15,7 +15,7 @@ from mlflow import MlflowClient, entities
 from ddpm.config.json import override, to_json
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import Data, Facts, RunFolder, Search, Status, StatusName
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.tracking.sent import SENT_TAG
@@ -59,7 +59,7 @@ def loss_at(images_seen: int) -> float:
     return 1 / (images_seen + 1)
 
 
-def append(run: RunFolder, rows: Iterable[Row]) -> None:
+def append(run: RunFolder, rows: Iterable[CurveRow]) -> None:
     """Write a part of the curves."""
     name, data = curves.part(curves.num_rows(run.location), list(rows))
     run.location.child(name).write(data)
@@ -83,8 +83,8 @@ def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
     """Write two metrics, a grid and a strip at each of `steps`, and a checkpoint at the last one."""
     rows = []
     for step in steps:
-        rows.append(Row("train/loss", step, loss_at(step), time_at(step)))
-        rows.append(Row("train/lr", step, 1e-3, time_at(step)))
+        rows.append(CurveRow("train/loss", step, loss_at(step), time_at(step)))
+        rows.append(CurveRow("train/lr", step, 1e-3, time_at(step)))
         draw(run, run_folder.SAMPLES, step)
         draw(run, run_folder.DENOISING, step)
     append(run, rows)
@@ -116,8 +116,8 @@ def write_run(storage: Path | str, name: str = "a-run") -> RunFolder:
     run = begin(storage, name)
     train(run, 32, 64)
     odd = [
-        Row("train/loss", 80, float("nan"), time_at(80)),
-        Row("train/loss", 90, float("inf"), time_at(90)),
+        CurveRow("train/loss", 80, float("nan"), time_at(80)),
+        CurveRow("train/loss", 90, float("inf"), time_at(90)),
     ]
     append(run, odd)
     train(run, 96, 128)
@@ -154,7 +154,8 @@ def artifacts(uri: str, run: entities.Run) -> dict[str, bytes]:
 def content(uri: str, run: RunFolder) -> dict[str, Any]:
     """Everything that MLflow has of a run, except what depends on the server or on where the folder is."""
     found = run_with_key(uri, run.key)
-    client, run_id = MlflowClient(uri), found.info.run_id
+    client = MlflowClient(uri)
+    run_id = found.info.run_id
     histories = {}
     for name in found.data.metrics:
         points = client.get_metric_history(run_id, name)

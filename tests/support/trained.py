@@ -16,7 +16,8 @@ def write_trained(folder: Path, config: Config, steps: int = 3, run_key: str = "
     state = State.create(config, torch.device("cpu"))
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.descend(config.optim.lr, bad=torch.tensor(False))
-    state.step, state.images_seen = steps, steps * config.train.batch_size
+    state.step = steps
+    state.images_seen = steps * config.train.batch_size
     checkpoint.write(state.snapshot(config, {"run_key": run_key, "data_fingerprint": "f"}), folder)
     return folder
 

@@ -58,7 +58,8 @@ def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
 ) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
-    database, stopped = folder / "mlflow.db", 0
+    database = folder / "mlflow.db"
+    stopped = 0
     for kill in range(NUM_KILLS):
         number = (signal.SIGKILL, signal.SIGINT)[kill % 2]
         size = 1 + kill * DATABASE_BYTES // (2 * NUM_KILLS)

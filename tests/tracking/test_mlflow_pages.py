@@ -14,7 +14,7 @@ from ddpm.config import presets
 from ddpm.config.json import flatten, override
 from ddpm.config.kinds import SCHEDULES
 from ddpm.config.tree import Config
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import RunFolder
 from ddpm.sampling import generate
 from ddpm.tracking import mlflow_pages, run_params
@@ -48,7 +48,8 @@ def test_params_include_exactly_the_fields_that_affect_the_schedule(kind: str) -
 @pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
 def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, spacing: str) -> None:
     config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})
-    net, found = build_net(config).eval(), run_params.params(config)
+    net = build_net(config).eval()
+    found = run_params.params(config)
 
     def sampled(config: Config) -> torch.Tensor:
         return generate.draw(TrainedNet(net, config), range(4))
@@ -108,7 +109,7 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     run = tracked.begin(tmp_path, config=config)
     tracked.train(run, 64, config=config)
     bits = {"held_out/bits_per_dim": 4.25, "held_out_error/bits_per_dim": 0.5}
-    tracked.append(run, [Row(name, 64, value, 1) for name, value in bits.items()])
+    tracked.append(run, [CurveRow(name, 64, value, 1) for name, value in bits.items()])
     tracked.set_status(run, "STOPPED", 64)
     run_id = push(run).run_id
     assert description(run).split("\n\n") == [

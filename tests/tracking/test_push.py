@@ -26,7 +26,7 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.config.json import override
 from ddpm.runs import curves, run_folder
-from ddpm.runs.curves import Row
+from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import RunFolder, Search, Status
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
@@ -87,7 +87,8 @@ def unmark(uri: str, run: RunFolder) -> None:
 @on_both_kinds
 def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
-    found, sent = tracked.run_with_key(uri, run.key), content(uri, run)
+    found = tracked.run_with_key(uri, run.key)
+    sent = content(uri, run)
     assert (pushed.run_id, pushed.experiment_id) == (found.info.run_id, found.info.experiment_id)
     assert pushed.num_points == curves.num_rows(run.location)
     assert (sent["name"], sent["experiment"], sent["status"]) == ("a-run", tracked.EXPERIMENT, "FINISHED")
@@ -143,7 +144,7 @@ def test_a_push_of_a_bucket(s3_bucket: str, database: Path, tmp_path: Path) -> N
 
 def test_more_than_a_call_can_take(database: Path, tmp_path: Path) -> None:
     run = tracked.begin(tmp_path)
-    rows = [Row(f"m{i}", step, float(step), step) for step in range(50) for i in range(50)]
+    rows = [CurveRow(f"m{i}", step, float(step), step) for step in range(50) for i in range(50)]
     tracked.append(run, rows)
     assert push(run).num_points == 2500
     found = tracked.run_with_key(tracking_uri(), run.key)
@@ -324,7 +325,8 @@ def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one
     uri: str, run: RunFolder
 ) -> None:
     """The other process has created an older run, and finds ours."""
-    mlflow, older = Connection(uri), list[str]()
+    mlflow = Connection(uri)
+    older = list[str]()
 
     def create_older() -> None:
         ours = mlflow_run.find(mlflow, tracked.EXPERIMENT, run.key)
@@ -339,7 +341,8 @@ def test_a_run_that_another_process_deletes_meanwhile_is_pushed_to_the_older_one
         push(run, accepted=create_older)
     assert raised.value.is_temporary
     assert [push(run).run_id] == older
-    found, expected = content(uri, run), reference(run)
+    found = content(uri, run)
+    expected = reference(run)
     for key in ("params", "metrics", "artifacts", "status"):
         assert found[key] == expected[key]
 
@@ -354,7 +357,7 @@ def test_what_mlflow_refuses_is_skipped(
     proxy.fails = lambda method, path, body: (400, refusal) if b'"optim.lr"' in body else None
     run = tracked.write_run(tmp_path)
     expected = reference(run)
-    tracked.append(run, [Row("no such: name?!", 128, 1.0, 1), Row("train/lr", 130, 2.0, 2)])
+    tracked.append(run, [CurveRow("no such: name?!", 128, 1.0, 1), CurveRow("train/lr", 130, 2.0, 2)])
     push(run)
     of_param, of_metric = warnings_of(caplog)
     assert "param optim.lr" in of_param and "metric no such: name?!" in of_metric
@@ -419,7 +422,7 @@ def test_no_password_is_in_any_output(
     where = mlflow_server if server == "works" else f"http://{servers.LOOPBACK}:{port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where.replace("://", "://me:s3cret@"))
     caplog.set_level(logging.DEBUG)
-    tracked.append(run, [Row("no such: name?!", 128, 1.0, 1)])
+    tracked.append(run, [CurveRow("no such: name?!", 128, 1.0, 1)])
     if server == "works":
         said = push(run).uri
         assert "refuses" in caplog.text

@@ -134,7 +134,8 @@ def test_a_server_that_hangs_blocks_nothing(run: RunFolder, hanging_server: str)
 
 
 def test_close_with_little_patience_does_not_import_mlflow(run: RunFolder, absent_server: str) -> None:
-    hasty, patient = Pusher(run), Pusher(run)
+    hasty = Pusher(run)
+    patient = Pusher(run)
     assert hasty.close(patience_s=MIN_BEGIN_S - 1) == Delivery(None, False)
     assert patient.close(patience_s=MIN_BEGIN_S) == Delivery(None, False)
     assert (hasty._thread.ident, patient._thread.ident is None) == (None, False)
@@ -274,7 +275,8 @@ def test_storage_that_does_not_answer_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    uri, run = tracking_uri(), tracked.write_run(f"{s3_bucket}/runs")
+    uri = tracking_uri()
+    run = tracked.write_run(f"{s3_bucket}/runs")
     with FaultyProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         behind = RunFolder(run.name, storage.resolve(run.location.uri), run.key)

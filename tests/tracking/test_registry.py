@@ -52,7 +52,8 @@ def folder(tmp_path: Path) -> Path:
     state = State.create(TINY, CPU)
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.descend(TINY.optim.lr, bad=torch.tensor(False))
-    state.step, state.images_seen = 3, 3 * TINY.train.batch_size
+    state.step = 3
+    state.images_seen = 3 * TINY.train.batch_size
     checkpoint.write(
         state.snapshot(TINY, {"run_key": uuid.uuid4().hex, "data_fingerprint": "f"}), tmp_path / "c"
     )
@@ -87,7 +88,8 @@ def test_a_registered_model_is_found_by_its_alias(
         assert checkpoint.read_state(found) == checkpoint.read_state(folder)
     assert not found.exists()
     assert back.config == TINY
-    before, after = checkpoint.load_net(folder).net.state_dict(), back.net.state_dict()
+    before = checkpoint.load_net(folder).net.state_dict()
+    after = back.net.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     # It has no pickle and no code.
     local = Path(download_artifacts(artifact_uri=model, dst_path=str(tmp_path / "model")))

@@ -63,14 +63,14 @@ def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_pat
             (WORKER, -3600),
             (SPLITTER, -3600),
         ):
-            job.wait_for(run.past(run.position()))
+            job.wait_for(run.past(run.images_seen()))
             num_restarts = job.output.count(RESTARTS)
             clock.write_text(str(offset_s))
             time.sleep(rng.uniform(0, 0.3))
             members = job.wait_for(partial(job.members, title))  # a group may just start again
             rng.choice(members).send_signal(signal.SIGKILL)
             job.wait_for(lambda before=num_restarts: job.output.count(RESTARTS) > before)
-        job.wait_for(run.past(run.position()))
+        job.wait_for(run.past(run.images_seen()))
         clock.write_text("0")
         assert job.wait() == 0, job.output
     assert job.output.count(RESTARTS) == 5
@@ -112,14 +112,14 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
         job.wait_for(run.past(0))
         (controller,) = job.members(CONTROLLER)
         controller.send_signal(signal.SIGKILL)
-        job.wait_for(run.past(run.position() + 640))
+        job.wait_for(run.past(run.images_seen() + 640))
         orphans = job.members(WORKER)
         assert len(orphans) == 2
         job.process.send_signal(signal.SIGKILL)
         job.process.wait()
         again = run.start()  # at once, while processes of the first cluster still run
     with again as job:
-        job.wait_for(run.past(run.position()))
+        job.wait_for(run.past(run.images_seen()))
         assert not any(orphan.is_running() for orphan in orphans)
         processes.kill_tree(job.process)
     with run.start() as job:
@@ -151,10 +151,10 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     checkpoint is damaged, the run resumes from the previous one; if all are, it does not start from scratch."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         with run.start() as job:
-            job.wait_for(run.past(run.position()))
+            job.wait_for(run.past(run.images_seen()))
             job.process.send_signal(number)
             assert job.wait() == code, job.output
-        assert f"stopped     at {run.position():,} images" in job.output
+        assert f"stopped     at {run.images_seen():,} images" in job.output
         assert_status(run, "STOPPED")
         assert "Traceback" not in job.output
     before, newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-2:]
@@ -183,7 +183,7 @@ def assert_status(run: Run, status: str) -> None:
     """status.json says how the run stands."""
     found = run_folder.read_status(run.location)
     assert found is not None and found.status == status and found.ended_ms is not None
-    assert "cores" in found.hardware and found.images_seen == run.position()
+    assert "cores" in found.hardware and found.images_seen == run.images_seen()
 
 
 @pytest.mark.long
@@ -193,7 +193,7 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(run: Run, undisturbed: 
         job.wait_for(run.past(0))
         os.killpg(job.process.pid, signal.SIGHUP)
         assert job.wait() == 129, job.output
-    assert f"stopped     at {run.position():,} images" in job.output
+    assert f"stopped     at {run.images_seen():,} images" in job.output
     with run.start() as job:
         assert job.wait() == 0, job.output
     assert_same(run, undisturbed)
@@ -224,15 +224,16 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     at = command.index("--run.storage")
     command = (*command[:at], *command[at + 2 :])
     env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
-    checkout, client = tmp_path / "checkout", JobSubmissionClient(ray_head.dashboard)
+    checkout = tmp_path / "checkout"
+    client = JobSubmissionClient(ray_head.dashboard)
     for folder in ("ddpm", "jobs"):
         shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     no_wait = ("--no-wait", "--submission-id", "stopped")
     ray_head.submit(*command, env=env, cwd=checkout, options=no_wait)
-    before = processes.wait_for(run.position)
+    before = processes.wait_for(run.images_seen)
     client.stop_job("stopped")  # as `ray job stop`, which starts slowly: SIGTERM, and later SIGKILL
     processes.wait_for(lambda: client.get_job_status("stopped").is_terminal())
-    assert TOTAL > run.position() > before > 0
+    assert TOTAL > run.images_seen() > before > 0
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/notes.txt").write_text("no checkout")
     done = ray_head.submit("ddpm", "train", *command[2:], env=env, cwd=tmp_path / "notes")
@@ -268,7 +269,8 @@ def test_processes_killed_by_the_memory_monitor(run: Run, undisturbed: Run) -> N
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + 6 * GIB) / memory.total  # other tests may take 3
     limits = {"RAY_memory_usage_threshold": f"{threshold:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
-    line, ballast = "out of memory: ", []
+    line = "out of memory: "
+    ballast = []
     with run.start(env=limits) as job:
         job.wait_for(run.past(0))
         workers = job.members(WORKER)

@@ -27,7 +27,8 @@ def source(tiny: Config, tmp_path: Path) -> Path:
     with torch.no_grad():
         for weight in state.ema.net.parameters():
             weight.add_(0.1)
-    state.step, state.images_seen = 100, 3200
+    state.step = 100
+    state.images_seen = 3200
     identity = {"run_key": "other", "data_fingerprint": "f"}
     checkpoint.write(state.snapshot(override(tiny, {"train.seed": 5}), identity), tmp_path / "first")
     return tmp_path / "first"
@@ -65,7 +66,8 @@ def test_a_net_begins_without_the_embedding_of_augmentation_or_leaves_it_out(
     told = override(tiny, {"data.augment": 0.1})
     begin(override(told, {"train.init_from": str(source)}), tmp_path / "told")
     folder = tmp_path / "told" / checkpoint.name_at(0)
-    saved, fresh = load_file(folder / "ema.safetensors"), State.create(told, CPU).net.state_dict()
+    saved = load_file(folder / "ema.safetensors")
+    fresh = State.create(told, CPU).net.state_dict()
     name = "augment_embedding.weight"
     assert torch.equal(saved.pop(name), fresh[name]) and fresh[name].abs().max() > 0
     begin(override(tiny, {"train.init_from": str(folder)}), tmp_path / "plain")

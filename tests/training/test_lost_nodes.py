@@ -19,7 +19,8 @@ from support.servers import RayHead, RayNode, ray_head_env
 
 pytestmark = pytest.mark.slow
 
-WORKER, WATCHER = "ray::RayTrainWorker", "ray::PreemptionWatcher"
+WORKER = "ray::RayTrainWorker"
+WATCHER = "ray::PreemptionWatcher"
 # On a node of two CPUs a worker leaves no room for a data task, which takes one CPU.
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
 
@@ -64,14 +65,14 @@ def test_a_preempted_node_and_two_lost_nodes(
             head.drain(second.node_id, within_s=60)
             time.sleep(1)  # time for the watcher to poll
         job.wait_for(lambda: "continuing on other nodes" in job.output)
-        job.wait_for(run.past(run.position()))
+        job.wait_for(run.past(run.images_seen()))
         assert "failed" not in job.output
-        moved_at = run.position()
+        moved_at = run.images_seen()
         with processes.paused(processes.members(third.pid, WORKER)):  # so that the run does not finish before
             second.kill()
             first.kill()
         add(nodes, head, 2)
-        job.wait_for(run.past(run.position()))
+        job.wait_for(run.past(run.images_seen()))
         data.kill()
         add(nodes, head, 1)
         assert job.wait() == 0, job.output
@@ -114,7 +115,7 @@ def test_a_run_without_room_says_so_and_stops_at_once(run: Run, head: RayHead, n
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() == 128 + signal.SIGTERM, job.output
     assert "SIGTERM: stopping now" in job.output
-    assert f"stopped     at {run.position():,} images" in job.output
+    assert f"stopped     at {run.images_seen():,} images" in job.output
 
 
 def worker_counts(run: Run) -> list[int]:

@@ -18,7 +18,7 @@ def test_mlflow_is_killed_and_restarted_during_a_run(
         with run.start() as job:
             job.wait_for(run.past(0))
             server.kill()
-            job.wait_for(run.past(run.position() + 640))
+            job.wait_for(run.past(run.images_seen() + 640))
             with paused(
                 members(ray_head.process.pid, "ray::RayTrainWorker")
             ):  # so that the run does not finish before

@@ -43,7 +43,8 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
 
 def checkpoints(root: Path) -> list[int]:
     """Positions of the checkpoints; checks that each is valid, and has its part of the curves."""
-    location, found = storage.resolve(str(root)).child("runs").child("one"), []
+    location = storage.resolve(str(root)).child("runs").child("one")
+    found = []
     names = [
         *(folder.path for folder in run_folder.checkpoints(location)),
         *map(str, Path(location.path).glob("best-*")),
@@ -61,7 +62,9 @@ def checkpoints(root: Path) -> list[int]:
 def test_checkpoints_are_complete_after_a_power_cut(
     names_survive: bool, tiny: Config, tmp_path: Path
 ) -> None:
-    root, count, committed = tmp_path / "disk", itertools.count(), list[int]()
+    root = tmp_path / "disk"
+    count = itertools.count()
+    committed = list[int]()
     root.mkdir()
 
     def cut_power(disk: Disk) -> None:
@@ -79,7 +82,8 @@ def test_checkpoints_are_complete_after_a_power_cut(
 def test_a_failed_folder_sync_is_retried(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, failures = files.sync, []
+    sync = files.sync
+    failures = []
 
     def fails_once(path: Path) -> None:
         names = {folder.name for folder in (tmp_path / "runs/one").glob("[bc]*-*")}
@@ -99,7 +103,8 @@ def test_without_fsync_a_checkpoint_would_be_lost(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "sync", lambda path: None)
-    root, committed = tmp_path / "disk", list[int]()
+    root = tmp_path / "disk"
+    committed = list[int]()
     root.mkdir()
     with Disk(root, lambda disk: None) as disk:
         save_two(root, tiny, committed)

@@ -20,7 +20,8 @@ from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
 from ddpm.utils.progress import Progress
 
-MICRO_BATCHES, STEPS = 4, 12
+MICRO_BATCHES = 4
+STEPS = 12
 TIMES = ("train/images_per_s", "train/data_wait_share")
 """Metrics that depend on the clock."""
 
@@ -48,8 +49,12 @@ class Ranks:
     """Recorders of several ranks, each in its own thread, as workers are processes."""
 
     def __init__(self, config: Config, world_size: int, store: Untimed) -> None:
-        self.config, self.world_size, self.store, self.saved = config, world_size, store, store.saved
-        self._barrier, self._values = threading.Barrier(world_size), [torch.zeros(0)] * world_size
+        self.config = config
+        self.world_size = world_size
+        self.store = store
+        self.saved = store.saved
+        self._barrier = threading.Barrier(world_size)
+        self._values = [torch.zeros(0)] * world_size
 
     def mean(self, rank: int, values: Tensor) -> Tensor:
         self._values[rank] = values
@@ -65,8 +70,10 @@ class Ranks:
     def _train(self, rank: int, steps: range) -> None:
         state = State.create(self.config, torch.device("cpu"))
         if self.saved is not None:
-            state.interval, state.skipped_steps = self.saved.interval, self.saved.skipped_steps
-        state.step, state.images_seen = steps.start, steps.start * 32
+            state.interval = self.saved.interval
+            state.skipped_steps = self.saved.skipped_steps
+        state.step = steps.start
+        state.images_seen = steps.start * 32
         recorder = Recorder(self.config, Rank(self, rank), state)
         for step in steps:
             bad = step in (4, 8)  # 8 is the only one between a stop and a log
@@ -82,7 +89,9 @@ class Rank(Runtime):
     """One of the `ranks`."""
 
     def __init__(self, ranks: Ranks, rank: int) -> None:
-        self._ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
+        self._ranks = ranks
+        self.rank = rank
+        self.world_size = ranks.world_size
         self.device = torch.device("cpu")
         self.store: Any = ranks.store if rank == 0 else None
 
@@ -103,7 +112,8 @@ def loss(step: int, index: int) -> Loss:
 
 def logged(config: Config, parts: Iterable[tuple[int, int]]) -> Rows:
     """What a run logs that is stopped at each of `parts`: (step, workers until then)."""
-    store, start = Untimed(), 0
+    store = Untimed()
+    start = 0
     for stop, world_size in parts:
         Ranks(config, world_size, store).train(range(start, stop))
         start = stop
@@ -136,7 +146,8 @@ def test_training_that_is_stopped_logs_what_undisturbed_training_does(
         def wants_stop(self) -> bool:
             return True
 
-    config, rows = override(tiny, {"train.log_every_images": 96}), []
+    config = override(tiny, {"train.log_every_images": 96})
+    rows = []
     for runtime in (Runtime, Stopped):
         logged = Untimed()
         for _ in range(8):

@@ -10,7 +10,8 @@ from ddpm.training.state import lr_at
 
 def test_initial_weights_depend_only_on_the_seed_and_not_on_global_state(tiny: Config) -> None:
     torch.manual_seed(1)
-    first, drawn = build_net(tiny).state_dict(), torch.rand(1)
+    first = build_net(tiny).state_dict()
+    drawn = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), drawn)
     again = build_net(tiny).state_dict()

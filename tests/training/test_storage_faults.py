@@ -61,7 +61,7 @@ def test_workers_killed_during_a_checkpoint_upload(
         for moment in moments:
             proxy.on_request(f"^PUT .*{moment}", lambda: kill_workers(job))
             job.wait_for(lambda: not proxy.is_armed)
-            reached.append(run_on_s3.position())
+            reached.append(run_on_s3.images_seen())
         job.wait_for(run_on_s3.past(3200))
         kill_workers(job)
         assert job.wait() == 0, job.output
@@ -89,7 +89,7 @@ def test_s3_faults_and_killed_read_tasks_cause_no_failure(
             job.wait_for(lambda: not proxy.is_armed)
         for mode, every in (("reset", 3), ("slow_down", 3), ("delay", 3)):
             proxy.switch(mode, every=every, delay_s=1)
-            job.wait_for(run_on_s3.past(run_on_s3.position()))
+            job.wait_for(run_on_s3.past(run_on_s3.images_seen()))
         proxy.switch("down")
         time.sleep(20)
         proxy.switch("pass")
@@ -104,7 +104,7 @@ def test_slow_s3_causes_no_failure(run_on_s3: Run, undisturbed: Run, proxy: Faul
     with run_on_s3.start(*flags, env=env_through(proxy)) as job:
         job.wait_for(run_on_s3.past(0))
         proxy.switch("delay", delay_s=2)
-        before = run_on_s3.position()
+        before = run_on_s3.images_seen()
         job.wait_for(run_on_s3.past(before + 640))  # + 640: one upload may already have been running
         proxy.switch("pass")
         assert job.wait() == 0, job.output

@@ -22,7 +22,8 @@ def run(root_uri: str) -> RunFolder:
 
 def test_a_recorded_picture_is_final_and_has_its_time(tiny: Config, run: RunFolder) -> None:
     """A resumed run draws the same picture again, at another time; only `latest.png` is replaced."""
-    began_ms, found = int(time.time() * 1000), list[bytes]()
+    began_ms = int(time.time() * 1000)
+    found = list[bytes]()
     for level in (1, 2):
         image = np.full((6, 6, 3), level, np.uint8)
         with finished(RunStore(tiny, run, "b")) as store, store.latest_checkpoint():
@@ -49,7 +50,8 @@ def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: RunFold
 
 
 def test_a_damaged_status_is_rewritten(tiny: Config, tmp_path: Path) -> None:
-    run, lines = RunFolder("one", storage.resolve(str(tmp_path)), "a"), list[str]()
+    run = RunFolder("one", storage.resolve(str(tmp_path)), "a")
+    lines = list[str]()
     run.location.child(run_folder.STATUS).write(b"{")
     store = RunStore(override(tiny, {"train.total_images": 64}), run, "b")
     store.warn = lines.append  # type: ignore[assignment]

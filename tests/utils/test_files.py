@@ -18,7 +18,8 @@ from ddpm.utils import files, process
     "write", [files.write_whole, lambda path, data: resolve(str(path)).write(data, durable=True)]
 )
 def test_writers_of_one_file_do_not_disturb_each_other(write: Any, tmp_path: Path) -> None:
-    file, seen = tmp_path / "a/b/file", set[bytes]()
+    file = tmp_path / "a/b/file"
+    seen = set[bytes]()
     contents = {bytes([i]) * 200_000 for i in range(3)}
 
     def write_often(data: bytes) -> None:
@@ -40,11 +41,9 @@ def test_only_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead.mkdir()
     (dead / "inside").write_bytes(b"x")
     (tmp_path / f".x.y.{dead.name.split('.')[2]}.0.tmp").write_bytes(b"")
-    mine, elsewhere, old = (
-        files.temporary(tmp_path / "x"),
-        tmp_path / ".x.a-1-1.b.tmp",
-        tmp_path / ".x.12.tmp",
-    )
+    mine = files.temporary(tmp_path / "x")
+    elsewhere = tmp_path / ".x.a-1-1.b.tmp"
+    old = tmp_path / ".x.12.tmp"
     kept = [mine, elsewhere, tmp_path / "x", tmp_path / ".hidden", tmp_path / "y.tmp"]
     for path in (*kept, old):
         path.write_bytes(b"x")

@@ -58,7 +58,8 @@ def test_grid_puts_every_image_in_its_place(n, columns, rows_cols, channels):
     assert canvas.shape == (rows * step + PADDING, cols * step + PADDING, 3) and canvas.dtype == np.uint8
     rest = canvas.copy()
     for i in range(n):
-        top, left = i // cols * step + PADDING, i % cols * step + PADDING
+        top = i // cols * step + PADDING
+        left = i % cols * step + PADDING
         tile = canvas[top : top + 48, left : left + 48]
         # Each pixel became a square of 6 x 6, in all three channels.
         blocks = tile.reshape(8, 6, 8, 6, 3)

@@ -16,7 +16,9 @@ class FlakyCall:
     """A call that raises `error` the first `times` times."""
 
     def __init__(self, times: float, error: Exception) -> None:
-        self.times, self.error, self.calls = times, error, 0
+        self.times = times
+        self.error = error
+        self.calls = 0
 
     def __call__(self) -> int:
         self.calls += 1
@@ -51,7 +53,8 @@ def test_it_retries_until_the_call_succeeds_and_warns_once(monkeypatch: pytest.M
 def test_the_last_attempt_is_at_the_time_out() -> None:
     """Whatever the back-off: storage that recovers just before the time-out is still found."""
     for timeout_s in (0, 1.5):
-        began, tries = time.monotonic(), list[float]()
+        began = time.monotonic()
+        tries = list[float]()
 
         def call(began: float = began, tries: list[float] = tries) -> None:
             tries.append(time.monotonic() - began)

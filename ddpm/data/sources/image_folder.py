@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm.config.tree import SmallCount
+from ddpm.config.tree import UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
-from ddpm.data.sources.sources import Seed, Square, UnreadableImages, divide
+from ddpm.data.sources.sources import DataSeed, Square, UnreadableImages, divide
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
@@ -75,13 +75,13 @@ class ImageFiles(Square, ABC):
     path: Path
     """The folder of the images; parquet: a Parquet file, a folder of them, or one that save_to_disk of Hugging Face's
     datasets wrote, or a name on the Hugging Face hub, such as uoft-cs/cifar10."""
-    size: SmallCount
+    size: UpTo4096
     """Height and width: the shorter side is resized to it, and the centre square kept."""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB."""
     encoding: Encoding = "encoded"
     """encoded: keep files that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
-    seed: Seed = 0
+    seed: DataSeed = 0
     """Seed of the order of images, and of the 5 % that are held out if there is no test or validation split."""
 
     @property

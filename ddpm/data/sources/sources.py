@@ -24,7 +24,7 @@ from ddpm.utils.errors import UserError
 HELD_OUT_SHARE = 0.05
 MAX_EXAMINED = 500_000
 """More images are not searched for duplicates, nor are those of Parquet files counted by size: it takes minutes."""
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
 
 
@@ -118,7 +118,7 @@ class Digits(Loaded):
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
     class_names: ClassVar = tuple("0123456789")
-    seed: Seed = 0
+    seed: DataSeed = 0
     """Seed that decides which images are held out."""
     held_out_images: Annotated[int, Interval(ge=1, le=1796)] = 297
     """Number of held-out images; more than the usual 5 %, since scores against few real images are uncertain."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from ddpm.config.tree import SmallCount
+from ddpm.config.tree import UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.sources.image_folder import digest_of_files, read_file, store
@@ -98,7 +98,7 @@ class Torchvision(Loaded):
     """cifar10: 32x32 RGB, 10 classes. mnist: grey digits, 10 classes. celeba: RGB faces, no labels."""
     root: Path = Path("data")
     """The folder that was given to torchvision as root."""
-    size: SmallCount | None = None
+    size: UpTo4096 | None = None
     """cifar10: 32. mnist: 32, with two black pixels added on every side, or 28. celeba: any, 64 unless given
     (the centre square of 178 pixels, resized)."""
     name: str = field(default="torchvision", init=False)

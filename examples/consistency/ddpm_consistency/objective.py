@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process
-from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import Denoised, Gaussian, Labels, Loss, Model, per_image
+from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
 STAGES = 8
@@ -52,9 +52,10 @@ class Consistency:
     prediction: Gaussian
 
     def loss(
-        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
     ) -> Loss:
-        of, schedule = self.prediction, self.prediction.schedule
+        of = self.prediction
+        schedule = self.prediction.schedule
         t = of.draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
         label = of.labels.for_training(label, generator)

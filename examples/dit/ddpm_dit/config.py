@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ddpm.config.kinds import Choice, Kind
-from ddpm.config.tree import Count, ModelConfig
+from ddpm.config.tree import ModelConfig, PositiveInt
 
 KIND = Kind("ddpm_dit.config:DiTConfig")
 
@@ -15,13 +15,13 @@ class DiTConfig(ModelConfig):
 
     module = "ddpm_dit.net"
     net: Annotated[Literal["dit"], Choice("model.net")] = "dit"
-    patch_size: Count = 2
+    patch_size: PositiveInt = 2
     """Side of a patch; each patch is one token."""
-    width: Count = 128
+    width: PositiveInt = 128
     """Width of a token."""
-    depth: Count = 4
+    depth: PositiveInt = 4
     """Number of blocks."""
-    num_heads: Count = 4
+    num_heads: PositiveInt = 4
     """Attention heads per block."""
-    mlp_ratio: Count = 4
+    mlp_ratio: PositiveInt = 4
     """Width of the hidden layer of a block's MLP, as a multiple of width."""

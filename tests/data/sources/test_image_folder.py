@@ -81,7 +81,8 @@ NOT_AN_IMAGE = "it is not a PNG, JPEG, WEBP, BMP or TIFF file"
 
 
 def test_all_unreadable_images_of_a_range_are_named() -> None:
-    good, cut_off = file_of(image_of(8, 8)), file_of(image_of(64, 64), "JPEG")[:-300]
+    good = file_of(image_of(8, 8))
+    cut_off = file_of(image_of(64, 64), "JPEG")[:-300]
     datas = [
         good,
         b"",

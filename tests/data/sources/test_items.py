@@ -11,14 +11,15 @@ from torch.utils.data import TensorDataset
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.data import builtin
+from ddpm.data import prepare_for_run
 from ddpm.data.manifest import read_manifest
 from ddpm.data.shards import read_row_group
 from ddpm.data.sources.items import Items
 from ddpm.runs import storage
 from ddpm.utils.errors import UserError
 
-GREY, LABEL = np.random.RandomState(0).randint(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 3
+GREY = np.random.RandomState(0).randint(0, 256, (40, 8, 8), np.uint8)
+LABEL = np.arange(40) % 3
 FORMS: dict[str, Any] = {
     "torch": TensorDataset(torch.from_numpy(GREY)[:, None].float() / 255, torch.from_numpy(LABEL)),
     "dicts": {"train": [{"image": Image.fromarray(i), "label": y} for i, y in zip(GREY, LABEL, strict=True)]},
@@ -29,15 +30,15 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_are_the_same_data_set(form: str, tmp_path: Path) -> None:
     config = override(DIGITS, {"run.storage": str(tmp_path)})
-    shards = str(builtin.prepared(config, items=FORMS[form]).data.shards)
+    shards = str(prepare_for_run.prepared(config, items=FORMS[form]).data.shards)
     manifest = read_manifest(storage.resolve(shards))
     parts = [read_row_group(storage.resolve(shards), manifest, part, 0) for part in ("train", "test")]
     images, label = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = [int(np.flatnonzero((image[..., 0] == GREY).all((1, 2)))[0]) for image in images]
     assert [len(part) for part, _ in parts] == [38, 2] and manifest.class_names == ("0", "1", "2")
     assert sorted(order) == list(range(40)) and (label == LABEL[order]).all()
-    assert builtin.prepared(config, items=FORMS["dicts"]).data.shards == shards
-    assert builtin.prepared(config, items=[*(GREY ^ 1)]).data.shards != shards
+    assert prepare_for_run.prepared(config, items=FORMS["dicts"]).data.shards == shards
+    assert prepare_for_run.prepared(config, items=[*(GREY ^ 1)]).data.shards != shards
 
 
 def test_images_are_fitted_and_may_have_no_labels() -> None:

@@ -16,7 +16,7 @@ from support import processes
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.data import builtin
+from ddpm.data import prepare_for_run
 from ddpm.data.sources.sources import Digits, MissingFiles, Source, divide, held_out
 from ddpm.data.sources.torchvision import FashionMnist, Torchvision
 from ddpm.utils.errors import UserError
@@ -65,7 +65,8 @@ def test_digits_are_those_of_scikit_learn() -> None:
     known = load_digits()
     source = Digits()
     assert source.splits == {"train": 1500, "test": 297}
-    train, test = everything(source, "train"), everything(source, "test")
+    train = everything(source, "train")
+    test = everything(source, "test")
     ours = sorted(
         (bytes(image), label)
         for images, labels in (train, test)
@@ -199,7 +200,7 @@ def test_training_on_missing_files_says_how_to_prepare_them(
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        builtin.prepared(config, "ddpm train preset")
+        prepare_for_run.prepared(config, "ddpm train preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
     assert train == f"ddpm train preset --data.shards {words[3]}"
@@ -223,4 +224,4 @@ def _without_files(self: FashionMnist) -> None:
 )
 def test_a_source_that_training_cannot_prepare_is_a_user_error(name: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        builtin.prepared(override(Config(), {"data.source": name}))
+        prepare_for_run.prepared(override(Config(), {"data.source": name}))

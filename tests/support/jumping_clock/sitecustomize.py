@@ -39,4 +39,5 @@ def _reduced(function: Any) -> Any:
 
 _REAL = time.time, time.time_ns
 copyreg.pickle(BuiltinFunctionType, _reduced)
-time.time, time.time_ns = _jumping(time.time), _jumping_ns(time.time_ns)
+time.time = _jumping(time.time)
+time.time_ns = _jumping_ns(time.time_ns)

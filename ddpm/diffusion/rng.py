@@ -1,4 +1,4 @@
-"""Interface of a source of random numbers."""
+"""The interface of random number generators, which objectives and samplers draw from."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-class Generator(Protocol):
-    """A stream of random numbers; each call draws the next ones, on the device where they are needed."""
+class Rng(Protocol):
+    """A random number generator. Each call draws the next numbers, on the device where they are needed."""
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers."""

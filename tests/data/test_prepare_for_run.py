@@ -15,7 +15,7 @@ from support import damaged
 from ddpm.config import presets
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.data import builtin, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.row_group import CorruptData
 from ddpm.runs import storage as locations
@@ -47,7 +47,7 @@ def test_runs_are_not_stored_among_the_images(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     config = override(presets.DIGITS, {"data.images": images, "run.storage": storage})
     with pytest.raises(UserError, match=r"work.* is in (\.|pets)"):
-        builtin.prepared(config)
+        prepare_for_run.prepared(config)
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
     assert {path.name for path in (tmp_path / "work/pets").iterdir()} == {"cat", "dog"}
 
@@ -58,7 +58,7 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     write_images(tmp_path / "my pets", 20)
     (tmp_path / "my pets/cat/notes.txt").touch()
     config = config_of(tmp_path, tmp_path / "my pets", **{"model.image_size": 12, "model.channels": 3})
-    found = builtin.prepared(config)
+    found = prepare_for_run.prepared(config)
     assert found == replace(
         config, data=replace(config.data, shards=found.data.shards, images=None, source=None)
     )
@@ -76,21 +76,30 @@ def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path
     pets = "pets" * 60  # with the data set's suffix it would be too long for a folder's name
     write_images(tmp_path / pets, 4)
     config = config_of(tmp_path, tmp_path / pets)
-    first = str(builtin.prepared(config).data.shards)
+    first = str(prepare_for_run.prepared(config).data.shards)
     before = {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")}
-    assert builtin.prepared(config).data.shards == first
+    assert prepare_for_run.prepared(config).data.shards == first
     shutil.copytree(tmp_path / pets, tmp_path / "moved" / pets)
-    assert builtin.prepared(config_of(tmp_path, tmp_path / "moved" / pets)).data.shards == first
+    assert prepare_for_run.prepared(config_of(tmp_path, tmp_path / "moved" / pets)).data.shards == first
     assert {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")} == before
     larger = override(config, {"model.image_size": 16})
     write_images(tmp_path / pets, 1, seed=1)
-    assert len({first, builtin.prepared(config).data.shards, builtin.prepared(larger).data.shards}) == 3
+    assert (
+        len(
+            {
+                first,
+                prepare_for_run.prepared(config).data.shards,
+                prepare_for_run.prepared(larger).data.shards,
+            }
+        )
+        == 3
+    )
 
 
 def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "pets", 10)
     shutil.copy(tmp_path / "pets/cat/0-0.png", tmp_path / "pets/cat/again.png")
-    config = builtin.prepared(config_of(tmp_path, tmp_path / "pets"))
+    config = prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
     out = capsys.readouterr().out
     assert re.search(
         r"^files       3 45x30, 2 45x3\d, 2 45x3\d \(10 sizes\); 21 RGB; 0 smaller than 8, ", out, re.M
@@ -99,14 +108,15 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
         r"^duplicates  1 of 21 images look like another, \d like one of another split$", out, re.M
     )
     assert f"{config.data.shards}/duplicates.png, " in out
-    builtin.prepared(config_of(tmp_path, tmp_path / "pets"))
+    prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
     assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:
-    config = builtin.prepared(config_of(tmp_path, None))
+    config = prepare_for_run.prepared(config_of(tmp_path, None))
     shards = Path(str(config.data.shards))
-    data_set, before = ray_stream.open_configured(config), (shards / MANIFEST).read_bytes()
+    data_set = ray_stream.open_configured(config)
+    before = (shards / MANIFEST).read_bytes()
     plan = data_set.plan(0, 8192)
     damaged.damage_row_group(shards, 0, 0)
     with pytest.raises(CorruptData) as caught:
@@ -114,7 +124,7 @@ def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None
     message = rf"{shards}/train/00000\.parquet, row group 0: .*; remove the data set, and run the command"
     assert re.match(message, str(caught.value))
     shutil.rmtree(shards)
-    assert builtin.prepared(config_of(tmp_path, None)).data.shards == config.data.shards
+    assert prepare_for_run.prepared(config_of(tmp_path, None)).data.shards == config.data.shards
     assert (shards / MANIFEST).read_bytes() == before
     assert len(data_set.read(plan, 0, 1500).image) == 1500
 
@@ -125,10 +135,12 @@ def test_skipping_does_not_change_which_data_set_it_is(
     write_images(tmp_path / "pets", 20)
     (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"--data\.skip-unreadable.*0-0\.png"):
-        builtin.prepared(config_of(tmp_path, tmp_path / "pets"))
-    skipping = builtin.prepared(config_of(tmp_path, tmp_path / "pets", **{"data.skip_unreadable": True}))
+        prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
+    skipping = prepare_for_run.prepared(
+        config_of(tmp_path, tmp_path / "pets", **{"data.skip_unreadable": True})
+    )
     assert "left out    1 image that cannot be read, listed in" in capsys.readouterr().out
-    later = builtin.prepared(config_of(tmp_path, tmp_path / "pets"))
+    later = prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
     assert later.data.shards == skipping.data.shards
     check_same_run(skipping, later, "the checkpoint")
 
@@ -147,7 +159,7 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
         (None, {"data.source": None}, "--data.images"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as raised:
-            builtin.prepared(config_of(tmp_path, images, **changes))
+            prepare_for_run.prepared(config_of(tmp_path, images, **changes))
         assert "\n" not in str(raised.value)
 
 
