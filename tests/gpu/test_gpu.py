@@ -219,7 +219,6 @@ def test_a_gpu_of_less_memory_trains_the_same_in_smaller_passes(
     }
     _, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
-    print("RATIO", footprint(config).memory / peak)
     assert 0.5 < (footprint(config).memory or 0) / peak < 1.5
     gc.collect()
     torch.cuda.empty_cache()
