@@ -21,7 +21,7 @@ class TrainArguments(PresetArguments):
     """A preset and its changes, and whether to train."""
 
     dry_run: bool = False
-    """Print what training takes, and the configuration; start and write nothing."""
+    """Print the size of training and the configuration; start nothing."""
 
 
 def main() -> int:

@@ -333,10 +333,8 @@ class ClusterConfig:
 
     affects: ClassVar = Affects.NOTHING
     num_workers: Annotated[int | str, Affects.EXECUTION] = AUTO
-    """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
-    batch stays the same. auto: the number with which the run began. A new run takes every GPU of the cluster, else
-    every CPU with one thread each, up to the largest number that shares the micro-batches of a step evenly; 1:N where
-    the cluster can grow. Without Ray, and in a search, one worker."""
+    """A number, or least:most such as 1:4, which follows the nodes; the global batch stays the same. auto: as the run
+    began; at first one for each GPU, else CPU, as many as share the micro-batches evenly."""
     gpu: bool | None = None
     """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
     gpus_per_worker: ShareAboveZero = 1.0
@@ -344,7 +342,7 @@ class ClusterConfig:
     cpus_per_worker: PositiveFloat | None = None
     """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
     threads_per_worker: UpTo4096 | None = None
-    """torch threads per worker. None: an equal share of the node's cores."""
+    """torch threads per worker. None: an equal share of the node's cores; 1 with auto workers on CPUs."""
     resize_interval_s: Seconds = 30.0
     """least:most workers: seconds between checks whether more workers fit."""
     max_failures: NonNegativeInt = 3
