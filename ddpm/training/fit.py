@@ -96,8 +96,9 @@ def fit(
         rungs: where the loop measures what ranks the trials of a search.
     """
     resources.check_storage(config)
-    assert config.run.name is not None, "a run has a name"
-    folder = storage.resolve(config.run.storage).child(config.run.name)
+    name = config.run.name
+    assert name is not None, "a run has a name"
+    folder = storage.resolve(config.run.storage).child(name)
     if origin is None:
         preset, changed = run_params.nearest_preset(config)
         origin = Origin(preset, changed)
@@ -106,7 +107,7 @@ def fit(
     if before is None:
         resources.resources_per_worker(config)  # checks them before anything is written
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
-        run = run_folder.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
+        run = run_folder.open_run(name, config.run.storage, facts(config, data_set, origin))
         card = run_folder.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
@@ -139,7 +140,7 @@ def fit(
         )
 
 
-def _announce(config: Config, per_worker: Mapping[str, float]) -> None:
+def _announce(config: Config, per_worker: dict[str, float]) -> None:
     """Print the number of workers, warnings about it, and what training takes."""
     cpus = per_worker["CPU"]
     gpus = per_worker.get("GPU", 0)
