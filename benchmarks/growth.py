@@ -49,7 +49,9 @@ Size = tuple[int, int]
 
 def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], float]:
     """Images/s by precision, of those that the device has instructions for, and size: medians over turns."""
-    precisions = ["float32", *["bfloat16"] * has_bfloat16(torch.device(arguments.device))]
+    precisions = ["float32"]
+    if has_bfloat16(torch.device(arguments.device)):
+        precisions.append("bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
         for precision, size in itertools.product(precisions, wanted):

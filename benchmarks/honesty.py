@@ -22,7 +22,7 @@ from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.process import q_sample
-from ddpm.diffusion.reverse import Variance, fixed_variance
+from ddpm.diffusion.reverse import ReverseVariance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
@@ -38,7 +38,7 @@ from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
-FIXED: tuple[Variance, ...] = ("beta", "beta_tilde", "measured")
+FIXED: tuple[ReverseVariance, ...] = ("beta", "beta_tilde", "measured")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
     return by.train, by.held_out
 
 
-def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray]:
+def bounds_of(candidate: Candidate, num_steps: int) -> dict[ReverseVariance, np.ndarray]:
     """The bound of the chain of `num_steps` of the net's timesteps: [images, (kl, decoder, all)] a variance."""
     net = candidate.net
     config = candidate.config

@@ -98,7 +98,7 @@ class Contestant:
 
     def turn(self, steps: int, profile: bool = False) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{steps}{' profile' * profile}\n")
+        self.process.stdin.write(f"{steps} profile\n" if profile else f"{steps}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("SAID "):
@@ -197,14 +197,18 @@ def measure(arguments: Arguments, racing: dict[str, Contestant]) -> None:
     config = arguments.config()
     batch = config.train.batch_size
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    start, steps, speed, memory = {}, {}, defaultdict(list), {}
+    start = {}
+    steps = {}
+    speed = defaultdict(list)
+    memory = {}
     for name, contestant in racing.items():
         begin = time.perf_counter()
         contestant.turn(1)
         start[name] = time.perf_counter() - begin
         steps[name] = max(1, round(arguments.turn_s / contestant.turn(2)["seconds"] * 2))
-    half = [torch.bfloat16] * has_bfloat16(torch.device(arguments.device))
-    peaks = dict.fromkeys([torch.float32, *half], 0.0)
+    peaks = {torch.float32: 0.0}
+    if has_bfloat16(torch.device(arguments.device)):
+        peaks[torch.bfloat16] = 0.0
     for _ in range(arguments.turns):
         peaks = {dtype: max(found, peak(arguments.device, dtype)) for dtype, found in peaks.items()}
         for name, contestant in racing.items():
@@ -236,21 +240,14 @@ def write(
     flops = gigaflops(config)
     reached = {str(dtype).removeprefix("torch."): found for dtype, found in peaks.items()}
     fastest = max(reached, key=reached.__getitem__)
-    on_gpu, peers_here, apart = arguments.device == "cuda", [], ""
-    if find_spec("diffusers"):
-        peers_here, most = ["diffusers"], contestants.difference(config)
-        apart = f" Outputs of our net and diffusers' differ by {most:.1e} at the most."
-    lines = [
-        f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, "
-        f"{parameter_count(build_net(config)) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
-        f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
-        f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
-        f"{tables.machine(*peers_here, device=arguments.device)}; a product of large matrices reaches "
-        f"{' and '.join(f'{found:.0f} GFLOP/s in {dtype}' for dtype, found in reached.items())}.{apart}",
-        "",
-    ]
+    on_gpu = arguments.device == "cuda"
+    lines = introduction(arguments, config, flops, reached)
     names = ["contestant", "images/s", f"of the {fastest} peak", "diffusers' default", "diffusers' best"]
-    names += [*["lucidrains' best"] * (len(bases) > 2), "first step, s", *["memory, GiB"] * on_gpu]
+    if len(bases) > 2:
+        names.append("lucidrains' best")
+    names.append("first step, s")
+    if on_gpu:
+        names.append("memory, GiB")
     rows = []
     for name, found in speed.items():
         share = "" if name in LUCIDRAINS else f"{median[name] * flops / reached[fastest]:.0%}"
@@ -258,7 +255,10 @@ def write(
         for other in bases:
             ratio = statistics.median(a / b for a, b in zip(found, speed[other], strict=True))
             cells.append(f"{ratio:.2f}")
-        rows.append([*cells, f"{start[name]:.1f}", *[f"{memory[name]:.1f}"] * on_gpu])
+        cells.append(f"{start[name]:.1f}")
+        if on_gpu:
+            cells.append(f"{memory[name]:.1f}")
+        rows.append(cells)
     lines += tables.table(names, rows)
     if profiles:
         kinds = dict.fromkeys(kind for profile in profiles.values() for kind in profile)
@@ -267,18 +267,43 @@ def write(
     script = Path(__file__)
     if on_gpu:
         script = script.with_stem("gpu")
-        ours = max((name for name in median if name in OURS), key=median.__getitem__, default=None)
-        flops_per_s = median[ours] * flops * 1e9 if ours else 0.0
-        known = mfu.peak_flops(torch.device(arguments.device), "bfloat16")
-        if known and ours and arguments.case == "cifar10":
-            lines += [
-                "",
-                f"MFU of {ours}: {flops_per_s / known:.1%} of the peak in the data sheet. For docs/scale.md:",
-            ]
-            lines += [f"`python benchmarks/scale.py --utilisation {flops_per_s / known:.3f}`."]
+        lines += utilisation(arguments, median, flops)
     elif arguments.case != "cifar":
         script = script.with_stem(f"step-{arguments.case}")
     tables.write(str(script), "How fast a net is trained", *lines)
+
+
+def introduction(arguments: Arguments, config: Config, flops: float, reached: dict[str, float]) -> list[str]:
+    """What was measured, and on what."""
+    peers_here = []
+    apart = ""
+    if find_spec("diffusers"):
+        peers_here = ["diffusers"]
+        most = contestants.difference(config)
+        apart = f" Outputs of our net and diffusers' differ by {most:.1e} at the most."
+    return [
+        f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, "
+        f"{parameter_count(build_net(config)) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
+        f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
+        f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
+        f"{tables.machine(*peers_here, device=arguments.device)}; a product of large matrices reaches "
+        f"{' and '.join(f'{found:.0f} GFLOP/s in {dtype}' for dtype, found in reached.items())}.{apart}",
+        "",
+    ]
+
+
+def utilisation(arguments: Arguments, median: dict[str, float], flops: float) -> list[str]:
+    """The MFU of our fastest contestant in the case cifar10, where the peak is known."""
+    ours = max((name for name in median if name in OURS), key=median.__getitem__, default=None)
+    known = mfu.peak_flops(torch.device(arguments.device), "bfloat16")
+    if ours is None or not known or arguments.case != "cifar10":
+        return []
+    share = median[ours] * flops * 1e9 / known
+    return [
+        "",
+        f"MFU of {ours}: {share:.1%} of the peak in the data sheet. For docs/scale.md:",
+        f"`python benchmarks/scale.py --utilisation {share:.3f}`.",
+    ]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm.build import TrainedNet
+from ddpm.build import TrainedNet, with_sampler
 from ddpm.cli import parsing
 from ddpm.cli.train import launch
 from ddpm.config.json import override
@@ -49,12 +49,14 @@ class Run:
         config.sample: num_sample_steps=20. A function reads only those of guidance.
         """
         function = None
+        own = self.trained.config
         if isinstance(sampler, str):
-            settings["sampler"] = sampler
+            steps = with_sampler(own.sample, sampler, own.objective).num_sample_steps
+            settings = {"num_sample_steps": steps, **settings, "sampler": sampler}
         else:
             function = sampler
         changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
-        trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
+        trained = self.trained.sampled_with(override(own, changes).sample)
         given = [name for name, value in settings.items() if value is not None]
         run_params.check_effect([trained.config], given)
         return workers.in_memory(workers.SampleJob(trained, label, function), num_images)

@@ -19,7 +19,7 @@ from ddpm.config import kinds
 from ddpm.config.tree import Config, ObjectiveConfig, SampleConfig, ScheduleConfig
 from ddpm.diffusion import augmentation, guidance, samplers, timesteps
 from ddpm.diffusion.guidance import clip
-from ddpm.diffusion.objectives import Labels, Objective
+from ddpm.diffusion.objectives import LabelConditioning, Objective
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import Sampler
 from ddpm.diffusion.schedules import Schedule
@@ -30,7 +30,7 @@ from ddpm.utils.seeding import Purpose, torch_seed
 
 @dataclass(frozen=True)
 class TrainedNet:
-    """A net and the config it is trained under, which tells what its output means."""
+    """A net and the config it is trained under, which defines what its output means."""
 
     net: nn.Module
     config: Config
@@ -90,7 +90,7 @@ def build_objective(config: Config) -> Objective:
         objective: Objective = kind.build(
             config=own,
             schedule=build_schedule(config.schedule),
-            labels=Labels(config.model.num_classes, own.label_dropout),
+            labels=LabelConditioning(config.model.num_classes, own.label_dropout),
             prediction=kinds.find("objective.predict", own.predict).load(),
         )
         return objective
@@ -114,6 +114,20 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     if variance == "auto":
         variance = "learned" if learned else "beta_tilde"
     return replace(sample, sampler=sampler, variance=variance)
+
+
+def with_sampler(sample: SampleConfig, sampler: str | None, objective: ObjectiveConfig) -> SampleConfig:
+    """`sample` with another sampler; None: with its own.
+
+    The number of steps stays, except where the sampler becomes ddpm: then it is T, as for ddpm by default. A number of
+    steps that was chosen for a sampler of few steps would spoil its images.
+    """
+    if sampler is None:
+        return sample
+    steps = sample.num_sample_steps
+    if sampler != resolve_sample(sample, objective).sampler and kinds.is_known("sample.sampler", sampler):
+        steps = steps if kinds.sampler(sampler).num_sample_steps else None
+    return replace(sample, sampler=sampler, num_sample_steps=steps)
 
 
 def num_sample_steps(sample: SampleConfig, num_timesteps: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import REPO
+from support.processes import REPO, run
 
 from ddpm.config.kinds import OBJECTIVES
 
@@ -52,6 +52,13 @@ def test_each_part_of_ray_has_its_owners(part: str, owners: str) -> None:
         name for name, imports in IMPORTS.items() if any(f"{i}.".startswith(f"{part}.") for i in imports)
     ]
     assert [name for name in users if not re.fullmatch(owners, name)] == []
+
+
+def test_git_ignores_no_file_of_the_repository() -> None:
+    """Linters skip an ignored file, and `ray job submit` does not upload it."""
+    listed = run(["git", "ls-files", "--cached", "--ignored", "--exclude-standard"], cwd=REPO)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == ""
 
 
 @pytest.mark.parametrize("package", ["ddpm.diffusion", "ddpm.models"])

@@ -1,9 +1,9 @@
 """Compare runs on one page: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
-RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or the
-command that would settle it; samples of equal seeds side by side, settings that differ, ranks with ties, and curves
-over images seen and over hours of training. All of it comes from the runs' folders, where training and ddpm evaluate
-leave it; a run without samples is sampled now.
+RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The page is one HTML
+file that needs no network: which run is better, or the command that would settle it; samples of equal seeds side by
+side, settings that differ, ranks with ties, and curves over images seen and over hours of training. All of it comes
+from the runs' folders, where training and ddpm evaluate leave it; a run without samples is sampled now.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Arguments:
     """Runs, and where the page goes."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders or URIs of runs."""
+    """Folders or URIs of runs, registered models or built-in nets."""
     out: NonEmptyStr = "report.html"
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Arguments:
 def main() -> None:
     arguments: Arguments = parsing.parse(Arguments, __doc__)
     if not arguments.runs:
-        raise UserError("no RUN is given; expected folders or URIs of runs")
+        raise UserError("no RUN is given; expected folders or URIs of runs, or builtin:NAME")
     from ddpm.cluster import job_folder
     from ddpm.evaluation import compared_run, comparison_page, save_results
     from ddpm.utils.progress import printable

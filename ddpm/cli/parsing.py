@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -47,7 +48,7 @@ MAX_LINE = 500
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user error, 130 for Ctrl-C.
+    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user error, 130 for Ctrl-C, 143 for SIGTERM.
 
     Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
     """
@@ -67,6 +68,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        code = 128 + signal.SIGTERM  # the handler that ray.init installs exits with 15 (Ray 2.60)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -84,6 +84,6 @@ def _is_parallel(arguments: Any, location: "Location") -> bool:
         return False
     uses_files = location.is_local or hasattr(arguments.source, "path") or hasattr(arguments.source, "root")
     if uses_files and "RAY_ADDRESS" in os.environ:
-        print("alone       on this machine, whose files these are; --parallel if all nodes see them")
+        print("local       prepared on this machine, which has the files; --parallel if all nodes share them")
         return False
     return True

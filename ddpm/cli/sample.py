@@ -43,7 +43,7 @@ class Arguments(SampleFlags):
     sampler: SamplerName | None = None
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: PositiveInt | None = None
-    """Number of sampling steps."""
+    """Number of sampling steps. None: those of training; all T if --sampler ddpm takes the place of another one."""
     variance: Variance | None = None
     """ddpm: variance of the noise that a step adds."""
     label: NonNegativeInt | None = None
@@ -58,6 +58,7 @@ def main() -> None:
     if any(word.partition("=")[0] == "--inpaint" for word in sys.argv):
         raise UserError("--inpaint is an example now: python examples/inpainting/inpaint.py RUN")
     arguments: Arguments = parsing.parse(Arguments, __doc__)
+    from ddpm.build import with_sampler
     from ddpm.cluster import job_folder
     from ddpm.config.json import flatten
     from ddpm.runs import checkpoint  # after parsing, so that --help and errors come at once
@@ -70,14 +71,20 @@ def main() -> None:
     job_folder.set_home()
     with local_checkpoint(arguments.checkpoint) as folder:
         trained = checkpoint.load_net(folder)
+        own = trained.config.sample
         sample = arguments.changed(
-            trained.config.sample,
-            sampler=arguments.sampler,
+            with_sampler(own, arguments.sampler, trained.config.objective),
             num_sample_steps=arguments.num_sample_steps,
             variance=arguments.variance,
             seed=arguments.seed,
         )
         trained = trained.sampled_with(sample)
+    if own.num_sample_steps is not None and sample.num_sample_steps is None:
+        print(
+            f"steps       {trained.config.schedule.num_timesteps:,}, all of the schedule: the run's "
+            f"{own.num_sample_steps} are for another sampler (--num-sample-steps)",
+            flush=True,
+        )
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
     job = workers.SampleJob(trained, arguments.label, batch_size=arguments.batch_size)

@@ -71,6 +71,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
 
     job_folder.set_home(arguments.verbose)
     config, preset = run_folder.with_storage(arguments.config), arguments.base or arguments.config
+    run_folder.check_writable(config)
     has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)
     config = prepare_for_run.prepared(config, command_line.typed(), connect, items)

@@ -1,4 +1,4 @@
-"""Reading, writing, checking and changing config trees (config.py). Unknown keys are errors; nothing is executed."""
+"""Reading, writing, checking and changing config trees (tree.py). Unknown keys are errors; nothing is executed."""
 
 import dataclasses
 import functools
@@ -73,7 +73,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first differences between flat configs, such as "optim.lr 0.1 (now 0.2), ..."; empty: there are none."""
     changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     listed = [f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:4]]
-    return ", ".join(listed + ["..."] * (len(changed) > 4))
+    if len(changed) > 4:
+        listed.append("...")
+    return ", ".join(listed)
 
 
 def check_values(config: Any) -> None:
@@ -120,7 +122,8 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
     for group, value in values.items():
         both = isinstance(tree.get(group), dict) and isinstance(value, Mapping)
         tree[group] = tree[group] | value if both else value
-    model, given = tree.pop("model", {}), values.get("model", {})
+    model = tree.pop("model", {})
+    given = values.get("model", {})
     config = strict_json.parse(Config, _dumps(tree), where)
     kind: type[ModelConfig] = UNetConfig
     if isinstance(model, dict):

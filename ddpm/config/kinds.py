@@ -48,7 +48,7 @@ class ObjectiveKind(Kind):
     """An objective: a forward process and a loss."""
 
     process: str = "gaussian"
-    """The forward process, which tells the samplers that reverse it."""
+    """The forward process. Samplers that reverse it can be used."""
     has_bound: bool = False
     """Whether there is a variational bound, so bits/dim."""
     has_uniform_noise: bool = False
@@ -161,7 +161,7 @@ FEATURE_NETS = {
     "classifier": Kind("ddpm.evaluation.classifier:build"),
     "inception": Kind("ddpm.evaluation.inception:Inception"),
     "lite0": Kind("ddpm.evaluation.nets:Lite0"),
-    "pixels": Kind("ddpm.evaluation.nets:Pixels"),
+    "pixels": Kind("ddpm.evaluation.nets:PixelFeatures"),
 }
 
 TABLES: dict[str, Mapping[str, Kind]] = {
@@ -315,7 +315,7 @@ def accepted(target: Callable[..., Any], available: Mapping[str, Any]) -> dict[s
 
 @dataclass(frozen=True)
 class Choice:
-    """Annotates a field that holds the name of a kind: pydantic checks it, and cli.py shows the names in --help."""
+    """Annotates a field that holds the name of a kind: pydantic checks it, and `--help` lists the names."""
 
     field: str
     also: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ class Affects(enum.Flag):
     TASK = enum.auto()
     """What runs must share to be comparable."""
     LOCATION = enum.auto()
-    """Where data lies; its fingerprint tells what it is."""
+    """Where data is stored; its fingerprint identifies it."""
     WEIGHTS = ORDER | NOISE | NET | LEARNING
     ANYTHING = EXECUTION | WEIGHTS | SAMPLING | LOCATION
 
@@ -88,8 +88,8 @@ class DataConfig:
     horizontal_flip: Annotated[bool, Affects.NOISE | Affects.TASK] = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
     augment: Annotated[Share, Affects.NOISE] = 0.0
-    """Flip, scale, rotate and shift images, each with this probability, and tell the net so, which keeps it out of
-    samples (Karras et al. 2022, Appendix F.2); for few images."""
+    """Augmentation for few images: flip, scale, rotate and shift, each with this probability. The net is conditioned on
+    it, and samples are not augmented (Karras et al. 2022, Appendix F.2)."""
     stall_timeout_s: Annotated[Seconds, Affects.NOTHING] = 120.0
     """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
     skip_unreadable: Annotated[bool, Affects.EXECUTION] = False
@@ -144,12 +144,12 @@ class ObjectiveConfig:
     sigma_data: Annotated[PositiveFloat, MEANING] = 0.5
     """edm: the standard deviation of the images, in [-1, 1]."""
     weight: Annotated[str, Choice("objective.weight")] = "simple"
-    """Loss weight over t: 1, min-SNR (Hang et al. 2023), or as if edm or flow were predicted."""
+    """Loss weight over t. simple: 1. min_snr: Hang et al. 2023. edm, flow: the weight of that prediction's own loss."""
     min_snr_gamma: PositiveFloat = 5.0
     """min_snr: gamma, the SNR at which the weight is capped."""
     timesteps: Annotated[str, Choice("objective.timesteps")] = "uniform"
-    """How t is drawn in training. log_normal: sigma is log-normal, as in EDM. logit_normal: so is that of the straight
-    path (Esser et al. 2024), which is log-normal sigma with another mean and deviation."""
+    """How t is drawn in training. log_normal: sigma is log-normal, as in EDM. logit_normal: t of the straight path is
+    logit-normal (Esser et al. 2024), which is a log-normal sigma with another mean and deviation."""
     log_sigma_mean: Annotated[float, Interval(ge=-20, le=20)] | None = None
     """Mean of log sigma. None: -1.2 for log_normal, 0 for logit_normal."""
     log_sigma_std: PositiveFloat | None = None
@@ -336,7 +336,7 @@ class ClusterConfig:
     """A number, or least:most such as 1:4, which follows the nodes; the global batch stays the same. auto: as the run
     began; at first one for each GPU, else CPU, as many as share the micro-batches evenly."""
     gpu: bool | None = None
-    """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
+    """Workers use GPUs. None: if the cluster has any; too few are then an error."""
     gpus_per_worker: ShareAboveZero = 1.0
     """Below 1, workers of different runs share a GPU; those of one run cannot when they communicate by NCCL."""
     cpus_per_worker: PositiveFloat | None = None
@@ -375,6 +375,8 @@ class RunConfig:
     """The run stops after S3 (or a disk) has failed or not answered for this many seconds."""
     shared_storage: bool = False
     """Declare that a local folder given as storage is shared by all nodes (NFS)."""
+    tracking: Literal["mlflow", "none"] = "mlflow"
+    """mlflow: send the run to MLflow while it trains. none: MLflow is not used; ddpm sync can send the run later."""
     experiment: NonEmptyStr = "ddpm"
     """MLflow experiment."""
 

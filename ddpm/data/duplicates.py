@@ -6,7 +6,7 @@ THRESHOLD grey levels; one of them may be mirrored. docs/data.md says what this 
 Axes: N images, H W, C channels.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ class Duplicate(NamedTuple):
     is_mirrored: bool
 
 
-def find(location: Location, manifest: Manifest) -> list[Duplicate]:
+def find(location: Location, manifest: Manifest, shows_progress: bool = True) -> list[Duplicate]:
     """The images that look like an earlier one: those of two splits first, then the nearest.
 
     Of the others, no two of a split look alike, and none of "train" looks like any held-out image.
@@ -56,7 +56,7 @@ def find(location: Location, manifest: Manifest) -> list[Duplicate]:
     splits = sorted(manifest.splits, key=lambda split: (split == "train", split))
     rows = [(split, i) for split in splits for i in range(manifest.splits[split].num_rows)]
     split_of = np.array([splits.index(split) for split, _ in rows])
-    thumbnails = _thumbnails(location, manifest, splits)
+    thumbnails = _thumbnails(location, manifest, splits, shows_progress)
     # Candidates are the neighbours in a projection, which lengthens no distance, so no pair is lost. Which of them are
     # near is then decided by integers.
     values = thumbnails.reshape(len(rows), -1).astype(np.float32)
@@ -87,9 +87,11 @@ def find(location: Location, manifest: Manifest) -> list[Duplicate]:
     return sorted(found)
 
 
-def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate]:
+def write(
+    source: Any, location: Location, manifest: Manifest, shows_progress: bool = True
+) -> list[Duplicate]:
     """Find near-duplicates, and write a picture of pairs, and their list, which begins with their number."""
-    found = find(location, manifest)
+    found = find(location, manifest, shows_progress)
     total = sum(split.num_rows for split in manifest.splits.values())
     num_leaks = sum(not pair.in_one_split for pair in found)
     lines = [f"{len(found):,} of {total:,} images look like another, {num_leaks:,} like one of another split"]
@@ -115,7 +117,13 @@ def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate
     return found
 
 
-def report(source: Any, location: Location, manifest: Manifest, dropped: bool = False) -> Iterator[str]:
+def report(
+    source: Any,
+    location: Location,
+    manifest: Manifest,
+    dropped: bool = False,
+    shows_progress: bool = True,
+) -> Iterator[str]:
     """The lines on near-duplicates for the user: their number, and where picture and list are."""
     if sum(split.num_rows for split in manifest.splits.values()) > MAX_EXAMINED:
         yield f"duplicates  not searched for: there are more than {MAX_EXAMINED:,} images"
@@ -124,7 +132,7 @@ def report(source: Any, location: Location, manifest: Manifest, dropped: bool = 
     picture = location.child(PICTURE)
     with as_user_error("the data set is complete, but it cannot be searched for duplicates"):
         if not listed.exists():
-            write(source, location, manifest)
+            write(source, location, manifest, shows_progress)
         yield f"{'left out' if dropped else 'duplicates':<11} {listed.read().decode().splitlines()[0]}"
         if picture.exists():
             yield f"            {printable(f'{picture.uri}, {listed.uri}')}"
@@ -166,11 +174,16 @@ def images_at(location: Location, manifest: Manifest, rows: Sequence[RowKey]) ->
     return np.stack(images)
 
 
-def _thumbnails(location: Location, manifest: Manifest, splits: Sequence[str]) -> Pixels:
+def _thumbnails(
+    location: Location, manifest: Manifest, splits: Sequence[str], shows_progress: bool
+) -> Pixels:
     """uint8 [N, SIDE, SIDE, C] of all images, split by split."""
     thumbnails = list[Pixels]()
     row_groups = [(split, i) for split in splits for i in range(manifest.splits[split].row_group_ends[-1])]
-    for split, i in track("row groups compared", len(row_groups), row_groups):
+    shown: Iterable[tuple[str, int]] = row_groups
+    if shows_progress:
+        shown = track("row groups compared", len(row_groups), row_groups)
+    for split, i in shown:
         for image in read_row_group(location, manifest, split, i)[0]:
             pillow = Image.fromarray(image[..., 0] if manifest.channels == 1 else image)
             thumbnails.append(np.asarray(pillow.resize((SIDE, SIDE), Image.Resampling.BOX)))

@@ -1,22 +1,32 @@
 """The data of a run without data.shards: its source, a folder of images, or items, prepared once beside the runs."""
 
+import logging
 import os
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from ddpm.config.tree import Config
 from ddpm.data import duplicates, prepare
+from ddpm.data.manifest import Manifest
 from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import MissingFiles, Source
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
+from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
@@ -35,7 +45,8 @@ def prepared(
 
     Args:
         command: the command to repeat once the source's files are prepared.
-        connect: starts Ray to prepare many images on workers; not called if these may not see the folder.
+        connect: starts Ray, which takes seconds: before many images are prepared, for its workers to do that, or while
+            fewer are prepared. Not called if nothing is prepared.
     """
     if items is None and config.data.shards is not None:
         if config.data.images is not None:
@@ -53,24 +64,67 @@ def prepared(
     # The folder's name has a digest, so data sets of other versions or other images are kept beside this one.
     folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
     location = storage.resolve(config.run.storage).child(RESERVED).child(folder)
-    if items is not None or "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
+    if items is not None:  # the user's code may not expect to run in a thread
         connect = None
-    is_new = prepare.find(source, location) is None
-    manifest = prepare.prepare(
-        source,
-        location,
-        description=f"preparing {name}",
-        connect=connect,
-        skip_unreadable=config.data.skip_unreadable,
-    )
-    if is_new and isinstance(source, Folder):
-        print(f"files       {source.statistics()}")
-        for line in duplicates.report(source, location, manifest):
-            print(line, flush=True)
+    _prepare(config, name, source, location, connect)
     data = replace(config.data, shards=location.uri)
     if items is not None or config.data.images is not None:
         data = replace(data, images=None, source=None)  # the shards are not of the preset's source
     return replace(config, data=data)
+
+
+def _prepare(
+    config: Config, name: str, source: Source, location: Location, connect: Callable[[], None] | None
+) -> None:
+    """Prepare `source` at `location`, unless it is there, and report what a folder of images holds."""
+    is_new = prepare.find(source, location) is None
+    write = partial(
+        prepare.prepare,
+        source,
+        location,
+        description=f"preparing {name}",
+        skip_unreadable=config.data.skip_unreadable,
+    )
+    if not is_new or connect is None:
+        manifest = write()
+    elif prepare.is_large(source) and "RAY_ADDRESS" not in os.environ:  # other nodes may not see the folder
+        manifest = write(connect=connect)
+    else:
+        preparing = _in_background(write)
+        connect()
+        manifest = preparing.result()
+    if not is_new or not isinstance(source, Folder):
+        return
+    print(f"files       {source.statistics()}", flush=True)
+    if connect is None:
+        _report_duplicates(source, location, manifest)
+    else:  # while workers start
+        threading.Thread(target=_report_duplicates, args=(source, location, manifest, False)).start()
+
+
+def _in_background(function: Callable[[], T]) -> Future[T]:
+    """Call `function` in a thread that the process does not wait for when it exits, such as after Ctrl-C."""
+    future = Future[T]()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def _report_duplicates(
+    source: Folder, location: Location, manifest: Manifest, shows_progress: bool = True
+) -> None:
+    """Report near-duplicates; training does not depend on it."""
+    try:
+        for line in duplicates.report(source, location, manifest, shows_progress=shows_progress):
+            print(line, flush=True)
+    except UserError as error:
+        log.warning("%s", error)
 
 
 def _named(config: Config, command: str) -> tuple[str, Source]:
@@ -100,7 +154,8 @@ def _folder(config: Config) -> tuple[str, Source]:
             f"--data.images: images have 1 channel (grey) or 3 (colour), but model.channels is {channels}"
         )
     source = Folder(folder, size, cast(Literal[1, 3], channels))
-    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow's files go to the working folder
+    if config.run.tracking == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+        # MLflow's files go to the working folder.
         prepare.check_outside(source, Path(storage.absolute(".")))
     colours = "grey" if channels == 1 else "colour"
     shown = f"{printable(str(folder))}, as {size}x{size} {colours}"

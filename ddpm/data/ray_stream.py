@@ -48,7 +48,7 @@ READING_PRIORITY = 10
 """The nice value of reading, which is ahead of training: on CPUs, training that does not wait goes first."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
-Task = tuple[int, int]
+TaskRange = tuple[int, int]
 """Positions of the plan from start to stop."""
 _ERRORS: dict[str, type[UserError]] = {"CorruptData": CorruptData, "StorageError": StorageError}
 """Errors of reading that travel as rows."""
@@ -112,7 +112,7 @@ def micro_batches(
     share = order.share(rank, world_size)
     chunks = dataset_chunks(data_set, order, images_seen)
 
-    def begin(chunk: list[Task]) -> Iterator[LabelledImages]:
+    def begin(chunk: list[TaskRange]) -> Iterator[LabelledImages]:
         references = None  # to the iterators in the object store: they are too large for a broadcast
         if rank == 0:
             references = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
@@ -125,13 +125,13 @@ def micro_batches(
     return cut(batches, share, order.micro_batch_size)
 
 
-def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Iterator[list[Task]]:
+def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Iterator[list[TaskRange]]:
     """The reading tasks from `images_seen` to the end of the order, about MAX_TASKS at a time.
 
     A chunk ends with a global batch: all ranks begin the next one in the same step, between two of its collectives.
     """
     stop = last_position(images_seen, order.total_images, order.batch_size)
-    chunk = list[Task]()
+    chunk = list[TaskRange]()
     for task in data_set.plan(order.seed, order.window_rows).tasks(images_seen, stop):
         chunk.append(task)
         _, end = task
@@ -144,7 +144,7 @@ def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Ite
 
 
 def split(
-    data_set: DataSet, order: ReadOrder, chunk: list[Task], images_seen: int, world_size: int
+    data_set: DataSet, order: ReadOrder, chunk: list[TaskRange], images_seen: int, world_size: int
 ) -> list[DataIterator]:
     """One iterator per rank over the reading tasks `chunk`.
 

@@ -95,7 +95,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelConditioning:
     """Labels for the net: the null label, num_classes, stands for "no label". Ho & Salimans 2022, Algorithm 1."""
 
     num_classes: int = 0
@@ -144,7 +144,7 @@ class Gaussian:
     """
 
     schedule: Schedule
-    labels: Labels = Labels()
+    labels: LabelConditioning = LabelConditioning()
     weighting: str = "simple"
     min_snr_gamma: float = 5.0
     learns_variance: bool = False
@@ -279,7 +279,7 @@ class Edm(Gaussian):
 
     With z = c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), cos = c_in sigma_data and sin = c_in sigma:
     z = cos x_0 / sigma_data + sin eps and F = sin x_0 / sigma_data - cos eps, which is -v of images of unit variance.
-    (In these numbers c_skip is cos^2, and c_out sin sigma_data.) The weight of F's error is 1. The net is told t in
+    (In these numbers c_skip is cos^2, and c_out sin sigma_data.) The weight of F's error is 1. The net is given t in
     place of c_noise; the schedule `geometric` makes the one linear in the other.
 
     Source: Karras et al. 2022, Eqs. 7 and 8, Table 1 and App. B.6.
@@ -351,7 +351,7 @@ def flow_weight(snr: Tensor) -> Tensor:
 class UniformMix:
     """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
 
-    labels: Labels = Labels()
+    labels: LabelConditioning = LabelConditioning()
 
     def loss(
         self, model: Model, x_0: Tensor, label: Tensor | None, generator: Rng, progress: float = 1.0
@@ -382,7 +382,7 @@ u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table
 
 
 def gaussian(
-    config: "ObjectiveConfig", schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+    config: "ObjectiveConfig", schedule: Schedule, labels: LabelConditioning, prediction: type[Gaussian]
 ) -> Gaussian:
     """The objective of the class `prediction` that `config` describes."""
     log_sigma = None

@@ -36,14 +36,14 @@ LEVELS = 256
 ROUNDING = (2 / (LEVELS - 1)) ** 2 / 12
 """Variance of the rounding to grey levels."""
 
-Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+ReverseVariance = Literal["beta", "beta_tilde", "measured", "learned"]
 
 
 def fixed_variance(schedule: Schedule, variance: str, x_0_error: Tensor | None = None) -> Tensor:
     """The variance of p at every t, [T] float64, above 0.
 
     Args:
-        variance: a `Variance`, not "learned".
+        variance: a `ReverseVariance`, not "learned".
         x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat over images and dimensions.
 
     Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of this net in place of that of the

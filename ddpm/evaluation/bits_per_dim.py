@@ -21,7 +21,7 @@ from ddpm.data.reading import LabelledImages
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.guidance import Denoise
 from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.reverse import Variance, fixed_variance
+from ddpm.diffusion.reverse import ReverseVariance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.results import Score
 from ddpm.sampling.pool import check_cancelled
@@ -41,7 +41,7 @@ BOUND_TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 class NetErrors:
     """Errors of a net on a few images, with which `bound_terms` measures others."""
 
-    variance: Variance
+    variance: ReverseVariance
     """The variance of p(x_{t-1} | x_t) in the bound."""
     x_0_error: Tensor
     """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
@@ -49,7 +49,7 @@ class NetErrors:
     """[T] float64: the distribution of timesteps for `bound_terms`."""
 
 
-def bound_variance(config: Config, variance: BoundVariance = "auto") -> Variance:
+def bound_variance(config: Config, variance: BoundVariance = "auto") -> ReverseVariance:
     """The variance of p in the bound; auto is the best for the net: the learned one, else the measured one.
 
     The choice does not depend on the number of steps of the schedule; the bound does (diffusion/reverse.py).

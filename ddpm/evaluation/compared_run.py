@@ -89,7 +89,7 @@ class ComparedRun:
 
 
 def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool = False) -> list[ComparedRun]:
-    """The runs at `uris`, folders or URIs, each once.
+    """The runs at `uris`, folders or URIs, and nets with a scheme of names.SCHEMES, each once.
 
     Args:
         evaluations: files of ddpm evaluate, beside those in the runs' folders.
@@ -98,10 +98,11 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = (), *, sample: bool =
     compared: dict[str, ComparedRun] = {}
     reports = [_report_in(storage.resolve(uri), f"--evaluations {uri}") for uri in evaluations]
     for uri in dict.fromkeys(uris):
-        if not storage.resolve(uri).exists():
-            raise UserError(f"{uri} does not exist; expected a run's folder or URI")
+        is_net = uri.startswith(names.SCHEMES)
+        if not is_net and not storage.resolve(uri).exists():
+            raise UserError(f"{uri} does not exist; expected a run's folder or URI, or builtin:NAME")
         with as_user_error(f"{uri} cannot be read"):
-            run = _read(run_folder.existing_run(uri), sample)
+            run = _read_net(uri, sample) if is_net else _read(run_folder.existing_run(uri), sample)
         compared.setdefault(run.key, replace(run, evaluations=[*run.evaluations, *reports]))
     return list(compared.values())
 
@@ -142,6 +143,20 @@ def _read(run: RunFolder, sample: bool) -> ComparedRun:
         remarks=remarks,
         **of_checkpoint,
     )
+
+
+def _read_net(uri: str, sample: bool) -> ComparedRun:
+    """A built-in or registered net, which has no run's folder: its settings, and a grid that is sampled now."""
+    remarks = [Remark("no curves: it is a net without its run's folder")]
+    grids: dict[int, Read] = {}
+    with names.local_checkpoint(uri) as folder:
+        stored = storage.resolve(str(folder))
+        key = checkpoint.read_state(folder).get("run_key") or uri
+        of_checkpoint = _of_checkpoint(stored, Card(run_key=key), None, (), remarks)
+        png = _readable(partial(_sample, stored), b"", remarks) if sample else b""
+    if png:
+        grids[of_checkpoint["images_seen"]] = io.BytesIO(png).getvalue
+    return ComparedRun(name=uri, key=key, where=uri, grids=grids, remarks=remarks, **of_checkpoint)
 
 
 def _readable(read: Callable[[], T], otherwise: T, remarks: list[Remark]) -> T:

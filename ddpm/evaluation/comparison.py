@@ -106,11 +106,12 @@ def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
     reports = {id(report): report for run in runs for report in run.evaluations}
     for report in reports.values():
         for result in report.results:
-            if result.run_key not in newest:
+            of = result.run_key or result.checkpoint  # a built-in net belongs to no run
+            if of not in newest:
                 continue
             key = _evaluation_key(report, result)
             settings[key] = report.settings
-            of_run = groups.setdefault(key, {}).setdefault(result.run_key, {})
+            of_run = groups.setdefault(key, {}).setdefault(of, {})
             before = of_run.get(result.images_seen)
             of_run[result.images_seen] = _merged(before, result) if before else result
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample
+from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample, with_sampler
 from ddpm.config.tree import Config, FeatureNetName, SampleConfig, SampleFlags
 from ddpm.data import prepare_for_run
 from ddpm.data.manifest import MANIFEST, read_manifest
@@ -85,7 +85,8 @@ def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
     own = settings.changed(config.sample, seed=settings.seed)
     configs: list[SampleConfig] = []
     for sampler in settings.sampler or (config.sample.sampler,):
-        for steps in settings.num_sample_steps or (config.sample.num_sample_steps,):
+        of_sampler = with_sampler(config.sample, sampler, config.objective)
+        for steps in settings.num_sample_steps or (of_sampler.num_sample_steps,):
             sample = replace(own, sampler=sampler, num_sample_steps=steps)
             is_ddpm = resolve_sample(sample, config.objective).sampler == "ddpm"
             if is_ddpm and settings.variance != "auto" and settings.variance != "measured":

@@ -21,7 +21,7 @@ SMALL, LARGE = 64, 224
 """Images up to the first side are resized to it, larger images to the second, ImageNet's side."""
 
 
-class Pixels:
+class PixelFeatures:
     """The pixels themselves, F = C H W grey levels in [-1, 1]; they say little about the content of an image.
 
     Args:

@@ -48,8 +48,8 @@ class UNet(nn.Module):
         autocast_dtype: dtype of the computation, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.
         num_timesteps: T, at least 1. The net embeds t * 1000 / T, which means about the same noise for any T.
-        num_conditions: numbers that tell how an image was augmented; 0: none. Their embedding has no bias, so that it
-            is 0 for images that were not (Karras et al. 2022, arXiv:2206.00364, Appendix F.2).
+        num_conditions: numbers in the augmentation condition; 0: the net has none. Their embedding has no bias, so it
+            is 0 for an image that was not augmented (Karras et al. 2022, arXiv:2206.00364, Appendix F.2).
     """
 
     def __init__(

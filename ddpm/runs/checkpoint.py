@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.runs.run_folder import CHECKSUMS, PREFIX
-from ddpm.config.tree import Affects, Config
 from ddpm.config.json import differences, flatten, from_json, keys_that_affect, to_json
+from ddpm.config.tree import Affects, Config
 from ddpm.runs import storage
+from ddpm.runs.run_folder import CHECKSUMS, PREFIX
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error

@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Self
 
-from ddpm.runs.storage import Location
 from ddpm.runs.shared_file import Version, shared_file
+from ddpm.runs.storage import Location
 from ddpm.utils import process
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error, retry_io

@@ -21,6 +21,7 @@ from annotated_types import Ge
 
 from ddpm.config.tree import Config
 from ddpm.runs import storage
+from ddpm.runs.shared_file import shared_file
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
@@ -46,6 +47,8 @@ StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
 """STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
+WRITE_CHECK = ".write-check"
+"""File beside the runs that is written and removed before anything else is."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
 
@@ -138,6 +141,23 @@ def begun(run: Location) -> Card | None:
     """run.json of the run in this folder; None: the run has not begun."""
     with as_user_error(f"cannot read {run.child(CARD).uri}"):
         return read_card(run) if run.child(CARD).exists() else None
+
+
+def check_writable(config: Config) -> None:
+    """Raise UserError if run.storage cannot be written: a file is written there and removed.
+
+    If it is a folder that does not exist yet, that is done in the nearest folder above it which does.
+    """
+    location = storage.resolve(config.run.storage)
+    with as_user_error(f"cannot write to run.storage {location.uri}"):
+        if location.is_local:
+            path = Path(location.path)
+            nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+            location = storage.resolve(str(nearest))
+        file = shared_file(location.child(WRITE_CHECK))  # other processes may do the same
+        file.replace(file.read(), b"\n")
+    with contextlib.suppress(OSError):  # a bucket may allow writing and not removing
+        file.replace(file.read(), None)
 
 
 def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:

@@ -26,7 +26,7 @@ CONFLICT = 409
 PRECONDITION_FAILED = 412
 NOT_IMPLEMENTED = 501
 ANSWERS = (NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED)
-"""HTTP errors that tell the state of a shared file, not a failure of S3."""
+"""HTTP errors that describe a shared file, and are no failure of S3."""
 
 
 def filesystem(region: str | None) -> pafs.S3FileSystem:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.tree import Affects, Config
 from ddpm.config.json import flatten, keys_that_affect
+from ddpm.config.tree import Affects, Config
 from ddpm.utils.errors import UserError
 
 DATA = "data"

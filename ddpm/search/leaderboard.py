@@ -27,7 +27,7 @@ from ddpm.search.trials import Trial, Trials, best
 
 SAMPLER = "dpmpp_2m"
 STEPS = 20
-"""The sampler of finalists: fast, and the same for all."""
+"""The sampler of finalists: fast, and the same for all. A trial of fewer timesteps takes one step per timestep."""
 LEFTOVER = 0.5
 """A trial with sqrt(D alpha_bar_T) above this is flagged.
 
@@ -87,18 +87,22 @@ def score_finalists(setup: Setup, trials: Trials) -> None:
     """Compute KID of the best few trials, and store it in their folders; known values are not computed again."""
     chosen = setup.arguments
     finalists = best(trials.all(), chosen.metric)[: chosen.finalists]
-    todo = [
-        trial
-        for trial in finalists
-        if _scored(trial, setup) is None and _num_timesteps(setup, trial) >= STEPS
-    ]
-    if not todo:
-        return
+    todo: dict[int, list[Trial]] = {}
+    for trial in finalists:
+        if _scored(trial, setup) is None:
+            todo.setdefault(num_sample_steps(setup, trial), []).append(trial)
+    for num_steps, of_steps in todo.items():
+        _score(setup, trials, of_steps, num_steps)
+
+
+def _score(setup: Setup, trials: Trials, todo: Sequence[Trial], num_steps: int) -> None:
+    """Compute and store the KID of trials that are sampled in `num_steps` steps."""
+    chosen = setup.arguments
     settings = Settings(
         num_images=chosen.drawn_images,
         features=chosen.features,
         sampler=(SAMPLER,),
-        num_sample_steps=(STEPS,),
+        num_sample_steps=(num_steps,),
         num_train_images=0,
         seed=chosen.seed,
     )
@@ -172,8 +176,9 @@ def _scored(trial: Trial, setup: Setup) -> Score | None:
     return score
 
 
-def _num_timesteps(setup: Setup, trial: Trial) -> int:
-    return override(setup.base, trial.changes).schedule.num_timesteps
+def num_sample_steps(setup: Setup, trial: Trial) -> int:
+    """The number of steps in which a finalist is sampled."""
+    return min(STEPS, override(setup.base, trial.changes).schedule.num_timesteps)
 
 
 def _leftover(base: Config, trial: Trial) -> float:

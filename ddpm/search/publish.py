@@ -13,7 +13,7 @@ from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row
-from ddpm.search.publisher import Parent, push_trial
+from ddpm.search.publisher import Parent, push_trial, record_outcome
 from ddpm.search.setup import Setup
 from ddpm.search.trials import Trials
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
@@ -32,7 +32,10 @@ MAX_NOTE = 8000
 def store(
     setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent, trials: Trials
 ) -> Iterator[str]:
-    """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where."""
+    """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where.
+
+    Without tracking nothing is sent.
+    """
     shown = [row.trial for row in rows]
     folder = setup.folder
     metric = setup.arguments.metric
@@ -62,7 +65,11 @@ def store(
     if config is not None and reported is not None:
         value = f"{estimate(*reported)} bits/dim on the reporting split"
         yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
-    yield _publish(setup, rows, trials, files, parent)
+    if parent.is_tracked:
+        yield _publish(setup, rows, trials, files, parent)
+    else:
+        for row in rows:
+            record_outcome(trials, row.trial.name)
 
 
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
@@ -102,7 +109,9 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
             title = score.name
     rankings = [
         Ranking("bits/dim", bits, note),
-        Ranking(title, kid, f"{leaderboard.SAMPLER}, {leaderboard.STEPS} steps, among all finalists"),
+        Ranking(
+            title, kid, f"{leaderboard.SAMPLER}, {leaderboard.STEPS} steps (T at most), among all finalists"
+        ),
     ]
     return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.runs import run_folder
+from ddpm.runs.run_folder import RunFolder
 from ddpm.search.trials import Trials
 from ddpm.tracking import mlflow_run
 from ddpm.tracking.mlflow_client import Connection, tracking_uri
@@ -34,6 +35,8 @@ class Parent:
 
     search: run_folder.Search
     experiment: str
+    is_tracked: bool = True
+    """False: run.tracking is none, so nothing is sent."""
 
     def open(self) -> MlflowRun:
         """Find or create it; raises MlflowError."""
@@ -44,6 +47,8 @@ class Parent:
 
 class Publisher:
     """Pushes the search and its trials to MLflow, in a background thread of the search's driver.
+
+    Without tracking it only records outcomes in the runs' folders.
 
     Args:
         params: of the search, for its own run.
@@ -88,8 +93,11 @@ class Publisher:
                     self._closing.wait(RETRY_S)
 
     def _try(self, name: str) -> bool:
-        """Whether MLflow has the trial now."""
+        """Whether MLflow has the trial now, or need not have it."""
         try:
+            if not self._parent.is_tracked:
+                record_outcome(self._trials, name)
+                return True
             if not self._has_begun:
                 run = self._parent.open()
                 run.log_params(self._params)
@@ -107,17 +115,24 @@ class Publisher:
 
 def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
     """Push a trial's run with its outcome."""
+    run = record_outcome(trials, name)
+    if run is not None:
+        push_patiently(run, timeout_s)
+
+
+def record_outcome(trials: Trials, name: str) -> RunFolder | None:
+    """Write a trial's outcome into its run's status.json; returns the run, or None if the trial never began."""
     try:
         run = run_folder.existing_run(trials.folder.child(name).uri)
-    except UserError:  # the trial never began
-        return
+    except UserError:
+        return None
     trial = trials.get(name)
     status = run_folder.read_status(run.location)
     assert trial is not None, "trials are pushed by name"
     if status is not None and trial.status != "running" and status.status != STATUS[trial.status]:
         now_ms = int(time.time() * 1000)
         run_folder.write_status(run.location, replace(status, status=STATUS[trial.status], ended_ms=now_ms))
-    push_patiently(run, timeout_s)
+    return run
 
 
 def mark_interrupted(parent: Parent, trials: Trials) -> None:
@@ -133,6 +148,8 @@ def mark_interrupted(parent: Parent, trials: Trials) -> None:
             if status is not None:
                 now_ms = int(time.time() * 1000)
                 run_folder.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
+    if not parent.is_tracked:
+        return
 
     def push() -> None:
         with contextlib.suppress(UserError, OSError):

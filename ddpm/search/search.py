@@ -41,7 +41,8 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     # This binds the name to its settings, so wrong flags must be found before.
     trials = Trials(setup.folder, setup.settings, config.run.storage_timeout_s)
     scoreboard = Scoreboard(trials.all, arguments.num_trials)
-    parent = Parent(Search(setup.name, trials.key), config.run.experiment)
+    is_tracked = config.run.tracking == "mlflow"
+    parent = Parent(Search(setup.name, trials.key), config.run.experiment, is_tracked)
     spec = Spec(
         config=config,
         preset=arguments.preset,
@@ -88,7 +89,8 @@ def _report(setup: Setup, parent: Parent, trials: Trials, began: float) -> int:
     rows = leaderboard.ranked(setup, trials)
     results.table(rows).show()
     evaluator = setup.rungs.evaluator
-    remarks = list(results.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images)))
+    levels = grey_levels(evaluator.held_out, evaluator.num_images)
+    remarks = list(results.remarks(rows, setup.arguments.metric, levels))
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):

@@ -61,6 +61,7 @@ def prepare(arguments: Arguments) -> Setup:
     space = spaces.parse(arguments.space, config)
     if arguments.metric != "bits_per_dim" and space.has_schedule:
         raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))
+    run_folder.check_writable(config)
     config = prepare_for_run.prepared(config)
     train = ray_stream.open_configured(config)
     held_out = train.held_out()

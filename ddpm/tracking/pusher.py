@@ -69,11 +69,11 @@ class Pusher:
         self._wake.set()
 
     @property
-    def waiting(self) -> int:
-        """Number of checkpoints announced since the last push that succeeded."""
+    def waiting(self) -> int | None:
+        """Number of checkpoints announced since the last push that succeeded; None: nothing is sent."""
         return self._announced - self._covered
 
-    def close(self, patience_s: float = PATIENCE_S) -> Delivery:
+    def close(self, patience_s: float = PATIENCE_S) -> Delivery | None:
         """Push everything, the run's status included; `ddpm sync` sends later what is left.
 
         Args:
@@ -144,6 +144,21 @@ class Pusher:
 
     def _accept(self) -> None:
         self._accepted_at = time.monotonic()
+
+
+class NoPusher(Pusher):
+    """The pusher of a run with run.tracking none: it sends nothing, and imports no MLflow."""
+
+    waiting = None
+
+    def begin(self) -> None:
+        pass
+
+    def notify(self) -> None:
+        pass
+
+    def close(self, patience_s: float = PATIENCE_S) -> None:
+        pass
 
 
 def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:

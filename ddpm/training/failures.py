@@ -81,7 +81,7 @@ def decide(
         return Done(ended)
     if was_asked and is_idle(values):
         return Done(None)
-    again: dict[str, Any] = {run_state.WORKERS: None}
+    again: dict[str, Any] = {run_state.WORKERS: None, run_state.BEGUN: None}
     if values.get(run_state.STOP) in run_state.ENDS_GROUP:
         again |= {run_state.STOP: None, run_state.ENDED: None}
     if died:
@@ -95,7 +95,7 @@ def decide(
 
 def is_idle(values: Mapping[str, Any]) -> bool:
     """Whether no step is under way, so that a run that is to stop waits for nothing."""
-    return run_state.PROGRESS not in values or values.get(run_state.WORKERS) is None
+    return values.get(run_state.BEGUN) is None
 
 
 def _after_failures(

@@ -28,7 +28,7 @@ from ddpm.runs.lock import DriverLock
 from ddpm.runs.run_folder import Facts, RunFolder, Search, StatusName
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
-from ddpm.tracking.pusher import PATIENCE_S, Delivery, Pusher
+from ddpm.tracking.pusher import PATIENCE_S, Delivery, NoPusher, Pusher
 from ddpm.training import checkpoint_manager
 from ddpm.training.failures import TrainingFailed, last_line
 from ddpm.training.footprint import footprint
@@ -53,8 +53,8 @@ class Result:
     images_seen: int
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
-    delivery: Delivery
-    """Whether MLflow has the run."""
+    delivery: Delivery | None
+    """Whether MLflow has the run; None: run.tracking is none."""
     signal: int | None = None
     """The signal that stopped the run early."""
     was_finished: bool = False
@@ -113,7 +113,7 @@ def fit(
         if card.preset and not origin.is_named:
             settings.check_same(card.changed, origin.changed, run.location.uri, version)
         seen = _begins_at(config, data_set, run, version)
-        pusher = Pusher(run)
+        pusher = Pusher(run) if config.run.tracking == "mlflow" else NoPusher(run)
         if seen >= config.train.total_images:
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
             newest = run_folder.checkpoints(run.location)[-1].uri
@@ -180,7 +180,7 @@ def _drive(
     monitor: DriverMonitor,
     pusher: Pusher,
     lock: DriverLock,
-) -> tuple[int, Delivery]:
+) -> tuple[int, Delivery | None]:
     """Train, record how the run ended, and push it to MLflow; returns images_seen too."""
     status: StatusName = "FAILED"
     ended = None
@@ -263,7 +263,7 @@ def summary(result: Result) -> list[str]:
     with contextlib.suppress(OSError):
         if samples.exists():  # the first checkpoint may exist before the first grid
             lines.append(f"samples     {samples.uri}")
-    if result.signal and not result.checkpoint:
+    if delivery is None or (result.signal and not result.checkpoint):
         return lines
     pushed = delivery.pushed
     where = without_password(tracking_uri())

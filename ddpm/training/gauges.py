@@ -19,10 +19,12 @@ class Gauges:
 
     Args:
         images_seen: position of the run until its workers report one.
-        waiting: returns the number of checkpoints whose curves MLflow does not have yet.
+        waiting: returns the number of checkpoints whose curves MLflow does not have yet; None: nothing is sent.
     """
 
-    def __init__(self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int]) -> None:
+    def __init__(
+        self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int | None]
+    ) -> None:
         self._run = {"run": run}
         self._waiting = waiting
         self._position = {"images_seen": images_seen, "total_images": total_images}
@@ -33,7 +35,10 @@ class Gauges:
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
         workers = values.get(run_state.WORKERS) or 0
-        newest = self._position | {"mlflow_checkpoints_behind": self._waiting(), "workers": workers}
+        newest = self._position | {"workers": workers}
+        waiting = self._waiting()
+        if waiting is not None:
+            newest["mlflow_checkpoints_behind"] = waiting
         metrics = values.get(run_state.METRICS, {})
         newest |= {name: points[-1][1] for name, points in metrics.items()}
         for name, value in newest.items():

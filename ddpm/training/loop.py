@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -66,9 +67,9 @@ def train(config: Config, runtime: Runtime) -> State:
     most = passes.images_that_fit(state, loss_of, config, dropouts, runtime)
     passes.fix_buckets(model, most, loss_of, config, dropouts, runtime.world_size)
     recorder = Recorder(config, runtime, state)
-    batches = recorder.timed(batches)
+    batches = _begun(recorder.timed(batches))
     to_device = HostToDevice(runtime.device)
-    stop = 0
+    stop = 0 if runtime.may_begin() else 1
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
@@ -134,6 +135,12 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(
             f"training cannot begin: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+
+
+def _begun(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """`batches`, after the first one has arrived, which may take long."""
+    first = list(islice(batches, 1))
+    return chain(first, batches)
 
 
 def _count_skipped(state: State, config: Config, skipped: int) -> None:

@@ -176,7 +176,7 @@ class DriverMonitor(StopSignals):
 
     def _may_leave(self, values: Mapping[str, Any]) -> bool:
         """Whether to go on before the workers have left."""
-        if self.signal is not None and is_idle(values):
+        if self._announced and is_idle(values):  # STOP was set before `values` were read
             return True
         if self.signal is None or values.get(run_state.ENDED) is None:
             return False

@@ -34,6 +34,8 @@ PLACEMENT_GROUP = "placement group"
 """The placement group that the workers were last started in."""
 WORKERS = "workers"
 """The number of workers that train; None while a group starts again."""
+BEGUN = "begun"
+"""True once the workers may take steps (`RunState.begin`); None while a group starts."""
 FAILURES = "failures"
 """Failures in a row without a new checkpoint, and COMMITTED at the last of them."""
 PREEMPTIONS = "preemptions"
@@ -64,6 +66,16 @@ class RunState:
                 curves[name] = [*points, (images_seen, number)]
         else:
             self._values[subject] = value
+
+    def begin(self) -> bool:
+        """Let the workers take steps, unless the run was asked to stop; returns whether they may.
+
+        A driver that finds STOP set and BEGUN not set need not wait for the workers: they will take no step.
+        """
+        if self._values.get(STOP) not in (None, *ENDS_GROUP):
+            return False
+        self._values[BEGUN] = True
+        return True
 
     def snapshot(self) -> dict[str, Any]:
         """All values by subject."""

@@ -106,6 +106,10 @@ class Runtime:
         """The newest stored checkpoint as a local folder, the same on every rank."""
         return self.store.latest_checkpoint() if self.store is not None else nullcontext()
 
+    def may_begin(self) -> bool:
+        """Whether to take steps; every rank calls it, before the first one."""
+        return True
+
     def reached(self, rung: Evaluation) -> None:
         """Called by every rank after a rung, whose results and checkpoint will be stored."""
 

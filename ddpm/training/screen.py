@@ -48,10 +48,10 @@ class Screen:
     """A context that shows a run; call `update` repeatedly with the run's state.
 
     Args:
-        waiting: returns the number of checkpoints whose curves MLflow does not have yet.
+        waiting: returns the number of checkpoints whose curves MLflow does not have yet; None: nothing is sent.
     """
 
-    def __init__(self, name: str, total_images: int, waiting: Callable[[], int]) -> None:
+    def __init__(self, name: str, total_images: int, waiting: Callable[[], int | None]) -> None:
         self._name = name
         self._total = total_images
         self._waiting = waiting
@@ -97,6 +97,15 @@ class Screen:
         utilization = f"  MFU {mfu:.0%}" if mfu is not None else ""
         return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
 
+    def _tracked(self) -> str:
+        """How far MLflow is."""
+        waiting = self._waiting()
+        if waiting is None:
+            return ""
+        if waiting == 0:
+            return "MLflow: up to date"
+        return f"MLflow: {waiting} checkpoint{'s' * (waiting > 1)} behind"
+
     def _text(self) -> str:
         """The screen of a terminal."""
         lines = [f"{BOLD}{self._name}{PLAIN}"]
@@ -135,9 +144,7 @@ class Screen:
             add(name, curve, shown, CYAN if name == "loss" else GREEN)
         if self._committed >= 0:
             age = _duration(time.monotonic() - self._committed_at)
-            waiting = self._waiting()
-            state = f"{waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "up to date"
-            add("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
+            add("checkpoint", f"{self._committed:,} images, {age} ago", self._tracked())
         share = self._newest("train/gpu_peak_memory_share")
         if share is not None:
             add("GPU memory", f"{share:.0%} at its peak")

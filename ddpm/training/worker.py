@@ -75,6 +75,8 @@ class RayRuntime(Runtime):
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
+        self.has_begun = False
+        """Whether the workers take steps."""
         self._reported = ""
         self._reported_at = time.monotonic()
         self._stop = threading.Event()
@@ -126,6 +128,18 @@ class RayRuntime(Runtime):
             pointer.mkdir(parents=True, exist_ok=True)
             (pointer / POINTER).write_text(json.dumps({"uri": self._run.location.child(newest).uri}))
         return Checkpoint(str(pointer))
+
+    def is_wanted(self) -> bool:
+        """Whether the run has not been asked to stop; every rank calls it, before it uses the run's folder."""
+        stop = None
+        if self.store is not None:
+            stop = ray.get(self._state.snapshot.remote()).get(run_state.STOP)
+        return ray.train.collective.broadcast_from_rank_zero(stop) in (None, *run_state.ENDS_GROUP)
+
+    def may_begin(self) -> bool:
+        allowed = self.store is None or ray.get(self._state.begin.remote())
+        self.has_begun = bool(ray.train.collective.broadcast_from_rank_zero(allowed))
+        return self.has_begun
 
     def wants_stop(self) -> bool:
         if self.store is not None:

@@ -147,7 +147,7 @@ def work(given: dict[str, Any]) -> None:
 
 
 def train_run(task: Task, state: Any, folder: str) -> int | None:
-    """Train a run on this worker; rank 0 returns images_seen at the end.
+    """Train a run on this worker; rank 0 returns images_seen at the end, None if it was stopped before the first step.
 
     Args:
         state: the run's RunState actor.
@@ -160,7 +160,11 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
     runtime = RayRuntime(task.config, task.data_set, task.run, state, store, folder)
     runtime.rungs = task.rungs
     try:
+        if not runtime.is_wanted():
+            return None
         images_seen = loop.train(task.config, runtime).images_seen
+        if not runtime.has_begun:  # the driver may have left, and another one have the run
+            return None
         if store is not None:
             store.flush()
         runtime.report()  # the last checkpoint
@@ -168,6 +172,10 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
         ray.get(state.set.remote(run_state.FAILURE, error))
         if store is not None:
             store.flush_on_error()
+        if isinstance(
+            error, loop.NonFinite
+        ):  # raised by all workers: the first to leave would end rank 0's writes
+            ray.train.collective.barrier()
         raise
     finally:
         runtime.close()

@@ -1,4 +1,4 @@
-"""Progress display, with rich on a terminal: a bar, or text that is drawn anew; one line per interval elsewhere."""
+"""Progress display, with rich on a terminal: a bar, or text that is redrawn; one line per interval elsewhere."""
 
 import sys
 import time
@@ -37,7 +37,7 @@ def shortened(line: str, most: int) -> str:
 
 
 class LiveText:
-    """A context that shows the lines of `text` on a terminal, drawn anew by `refresh`; they may have ANSI colours."""
+    """A context that shows the lines of `text` on a terminal, redrawn by `refresh`; they may have ANSI colours."""
 
     def __init__(self, text: Callable[[], str]) -> None:
         from rich.live import Live  # imported here, since most processes show nothing

@@ -1,6 +1,7 @@
 """Exit codes and messages of jobs, for people and scripts."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,29 @@ def test_a_long_line_keeps_its_ends(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         parsing.run(raising(ZeroDivisionError()))
+
+
+STARTED = """
+import time
+from ddpm.cli import parsing
+from ddpm.cluster import ray_init
+
+def main():
+    ray_init.connect()
+    print("started", flush=True)
+    time.sleep(600)
+
+parsing.run(main)
+"""
+
+
+def test_sigterm_after_ray_has_started(tmp_path: Path) -> None:
+    """Ray's own handler exits with 15."""
+    with processes.Background([sys.executable, "-c", STARTED], log=tmp_path / "log") as job:
+        job.wait_for(lambda: "started" in job.output)
+        job.process.terminate()
+        assert job.wait() == 128 + signal.SIGTERM, job.output
+    assert "Traceback" not in job.output
 
 
 @pytest.mark.parametrize(

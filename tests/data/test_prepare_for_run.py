@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,26 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{config.data.shards}/duplicates.png, " in out
     prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_ray_starts_while_images_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "pets", 10)
+    config = config_of(tmp_path, tmp_path / "pets")
+    calls = []
+    prepared = prepare_for_run.prepared(config, connect=lambda: calls.append("connected"))
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        if not thread.daemon:
+            thread.join()  # the search for near-duplicates
+    assert "duplicates  " in capsys.readouterr().out
+    assert prepare_for_run.prepared(config, connect=lambda: calls.append("again")) == prepared
+    assert calls == ["connected"]
+
+
+def test_a_folder_that_cannot_be_prepared_is_an_error_of_the_caller(tmp_path: Path) -> None:
+    write_images(tmp_path / "pets", 10)
+    (tmp_path / "pets/cat/broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be read"):
+        prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"), connect=lambda: None)
 
 
 def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_reading_waits_for_the_end_of_an_outage(
     for k, expected in enumerate(undisturbed):
         if k == 1:
             faulty.switch(mode)
-            threading.Timer(3, faulty.switch, ["pass"]).start()
+            threading.Timer(1, faulty.switch, ["pass"]).start()
         assert equal(data_set.read(plan, 20 * k, 20 * k + 20), expected)
     assert faulty.mode == "pass", "the outage was not waited out"
 
@@ -96,13 +96,13 @@ def test_reading_waits_for_the_end_of_an_outage(
 def test_a_permanent_outage_is_an_error_with_bucket_and_last_answer(
     faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, answer: str
 ) -> None:
-    data_set = damaged.opened(location, timeout_s=1.0)
+    data_set = damaged.opened(location, timeout_s=0.5)
     faulty.switch(mode)
     with pytest.raises(StorageError) as caught:  # not CorruptData
         read_all(data_set)
     message = str(caught.value)
     assert message.startswith(f"{location.uri}: storage has failed for ") and "\n" not in message
-    assert "--run.storage-timeout-s 1)" in message and answer in message
+    assert "--run.storage-timeout-s 0.5)" in message and answer in message
 
 
 @pytest.mark.parametrize("mode", ["reset", "slow_down"])

@@ -9,7 +9,7 @@ from support.exact_denoisers import normal
 
 from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process, schedules
-from ddpm.diffusion.objectives import Edm, Eps, Flow, Labels, V
+from ddpm.diffusion.objectives import Edm, Eps, Flow, LabelConditioning, V
 from ddpm.diffusion.samplers import ddim, heun
 from ddpm.diffusion.timesteps import karras, uniform
 from ddpm.utils.generators import PhiloxGenerator
@@ -175,7 +175,7 @@ def denoiser(objective, net):
 )
 def test_sigma_is_log_normal_and_so_is_u_logit_normal(changes, schedule, mean, std):
     """Karras et al. 2022, Table 1: log sigma ~ N(mean, std^2). Esser et al. 2024: logit u ~ N(mean, std^2)."""
-    objective = objectives.gaussian(ObjectiveConfig(**changes), schedule, Labels(), Eps)
+    objective = objectives.gaussian(ObjectiveConfig(**changes), schedule, LabelConditioning(), Eps)
     n = 20_000
     sigma = schedule.sigma[objective.draw_t(n, PhiloxGenerator(5))]
     u = sigma / (1 + sigma)

@@ -11,7 +11,7 @@ from ddpm.config import kinds
 from ddpm.config.tree import SampleConfig
 from ddpm.diffusion import likelihood, process, samplers, schedules
 from ddpm.diffusion.guidance import guided
-from ddpm.diffusion.objectives import Eps, Labels, UniformMix
+from ddpm.diffusion.objectives import Eps, LabelConditioning, UniformMix
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import ddim, dpmpp_2m, heun, mix
 from ddpm.diffusion.schedules import Schedule
@@ -65,8 +65,8 @@ PROCESS = [
     (lambda: process.q_sample(A, X.half(), T, X.half()), "needs float32 or float64"),
 ]
 OBJECTIVES = [
-    (lambda: Labels(0, 1.1), "label_dropout is 1.1"),
-    (lambda: Labels(-1), "num_classes is -1"),
+    (lambda: LabelConditioning(0, 1.1), "label_dropout is 1.1"),
+    (lambda: LabelConditioning(-1), "num_classes is -1"),
     (lambda: Eps(LINEAR, min_snr_gamma=0.0), "min_snr_gamma is 0.0"),
     (lambda: Eps(LINEAR, sigma_data=0.0), "sigma_data is 0.0"),
     (

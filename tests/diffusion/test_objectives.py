@@ -9,7 +9,7 @@ from ddpm.build import build_objective
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.diffusion import process, schedules
-from ddpm.diffusion.objectives import X0, Edm, Eps, Flow, Gaussian, Labels, UniformMix, V
+from ddpm.diffusion.objectives import X0, Edm, Eps, Flow, Gaussian, LabelConditioning, UniformMix, V
 from ddpm.utils.generators import PhiloxGenerator
 
 SCHEDULE = schedules.linear(1000, 1e-4, 0.02)
@@ -171,7 +171,7 @@ class TestLabels:
     def test_are_dropped_image_by_image(self, make, dropout):
         spy = RecordingModel()
         label = torch.arange(4000) % 10
-        make(Labels(10, dropout)).loss(spy, images(4000, (1, 1, 1)), label, generator())
+        make(LabelConditioning(10, dropout)).loss(spy, images(4000, (1, 1, 1)), label, generator())
         given = spy.calls[0][2]
         dropped = given == 10
         assert torch.equal(given[~dropped], label[~dropped])
@@ -181,7 +181,7 @@ class TestLabels:
 
     def test_no_label_in_sampling_is_the_null_label(self, make):
         spy = RecordingModel()
-        objective = make(Labels(10, 0.5))
+        objective = make(LabelConditioning(10, 0.5))
         t = torch.tensor([5, 6]) if isinstance(objective, Eps) else torch.tensor([0.5, 0.6])
         objective.denoise(spy, images(2), t, None)
         objective.denoise(spy, images(2), t, torch.tensor([3, 10]))
@@ -190,12 +190,12 @@ class TestLabels:
 
     def test_do_not_reach_an_unconditional_net(self, make):
         spy = RecordingModel()
-        make(Labels(0, 0.5)).loss(spy, images(4), torch.arange(4), generator())
+        make(LabelConditioning(0, 0.5)).loss(spy, images(4), torch.arange(4), generator())
         assert spy.calls[0][2] is None
 
     def test_missing_in_training_are_an_error(self, make):
         with pytest.raises(ValueError, match="label is None; with num_classes = 10"):
-            make(Labels(10)).loss(RecordingModel(), images(4), None, generator())
+            make(LabelConditioning(10)).loss(RecordingModel(), images(4), None, generator())
 
 
 def test_uniform_mix_draws_amount_and_u_uniformly_and_gives_no_timestep():
@@ -238,17 +238,17 @@ def test_uniform_mix_denoise_implies_u():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Eps(SCHEDULE, Labels(0, 0.1))),
+        ({}, Eps(SCHEDULE, LabelConditioning(0, 0.1))),
         (
             {"model.num_classes": 10, "objective.predict": "x_0", "objective.label_dropout": 0.2},
-            X0(SCHEDULE, Labels(10, 0.2)),
+            X0(SCHEDULE, LabelConditioning(10, 0.2)),
         ),
         (
             {"objective.predict": "v", "objective.weight": "min_snr", "objective.min_snr_gamma": 3.0},
-            V(SCHEDULE, Labels(0, 0.1), "min_snr", 3.0),
+            V(SCHEDULE, LabelConditioning(0, 0.1), "min_snr", 3.0),
         ),
         # whatever `predict` is
-        ({"model.num_classes": 3, "objective.process": "uniform_mix"}, UniformMix(Labels(3, 0.1))),
+        ({"model.num_classes": 3, "objective.process": "uniform_mix"}, UniformMix(LabelConditioning(3, 0.1))),
     ],
 )
 def test_build(changes, expected):

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.reported import drawn, made, near, result
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation import save_results
 from ddpm.evaluation.compared_run import RATE, ComparedRun, read
+from ddpm.evaluation.comparison import results_alike
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.sampling import generate
@@ -127,3 +129,16 @@ def test_hours_count_training_time_only() -> None:
     hours = [a.hours(at) for at in (0, 1800, 3600, 7200, 7201)]
     assert hours == pytest.approx([0, 0.005, 0.01, 0.03, None])
     assert run("b").hours(100) is None
+
+
+def test_a_built_in_net_beside_a_run(tmp_path: Path) -> None:
+    uri, _ = make_run(str(tmp_path), "a")
+    name = "builtin:digits"
+    net, of_folder = read([name, uri], sample=True)
+    assert (net.name, net.key, net.where, net.images_seen) == (name, name, name, 144_000)
+    assert list(net.grids) == [144_000] and next(iter(net.grids.values()))().startswith(b"\x89PNG")
+    assert net.settings["schedule.num_timesteps"] == "500" and of_folder.where == uri
+    assert read([name])[0].grids == {}
+    evaluated = replace(net, evaluations=[made(replace(result(144), run_key="", checkpoint=name))])
+    found, _ = results_alike([evaluated])
+    assert list(found[name]) == [144_000]

@@ -20,7 +20,7 @@ from ddpm.evaluation import bits_per_dim, evaluate, inputs, memorisation
 from ddpm.evaluation.bits_per_dim import bound_scores
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of, images_of
-from ddpm.evaluation.nets import Pixels
+from ddpm.evaluation.nets import PixelFeatures
 from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
 from ddpm.runs import storage
@@ -83,7 +83,7 @@ def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, sh
         assert found.value == pytest.approx(expected.value, rel=1e-5)
         assert found.error == pytest.approx(expected.error, rel=1e-4)
     image = generate.draw(candidate, range(150))
-    drawn = features_of(Pixels((8, 8, 1)), image)
+    drawn = features_of(PixelFeatures((8, 8, 1)), image)
     *scores, share = last.drawn[1].scores
     for found, expected in zip(
         scores, score_features("pixels", drawn, chosen.real, chosen.other_real), strict=True
@@ -276,7 +276,7 @@ def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, sha
     chosen = inputs.prepare_reference([candidate], Settings(**FEW))  # type: ignore[arg-type]
     classes = np.resize(images_of(chosen.held_out, 0, 150).label, 150)
     assert len({*np.bincount(classes)}) > 1
-    drawn = features_of(Pixels((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
+    drawn = features_of(PixelFeatures((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
     held, free = (score_features("pixels", drawn, chosen.real, label=label) for label in (classes, None))
     found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)

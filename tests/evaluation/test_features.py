@@ -11,7 +11,7 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Cache, digest_of, features_of, real_features
-from ddpm.evaluation.nets import Lite0, Pixels
+from ddpm.evaluation.nets import Lite0, PixelFeatures
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import to_model
 
@@ -23,7 +23,7 @@ def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:
 
 def test_pixels_are_pixels() -> None:
     image = noise(3)
-    net = Pixels((8, 8, 1))
+    net = PixelFeatures((8, 8, 1))
     found = features_of(net, image, batch_size=2)
     assert net.size == 64
     np.testing.assert_allclose(found, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
@@ -87,7 +87,7 @@ def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> 
         nets.build("vgg", train_digits, cache)
 
 
-class CountingPixels(Pixels):
+class CountingPixels(PixelFeatures):
     """It counts the images whose features it computed."""
 
     computed = 0

@@ -20,11 +20,9 @@ export = examples.load("torch_export", "export_program")
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
+        {"train.precision": "bfloat16", "schedule.num_timesteps": 20, "objective.variance": "learned"},
         {"model.net": "dit", "model.num_classes": 3},
-        {"model.net": "dit", "objective.process": "uniform_mix", "sample.sampler": "mix"},
         {"model.num_classes": 3, "data.augment": 0.1},
-        {"objective.variance": "learned"},
         {"objective.process": "uniform_mix", "sample.sampler": "mix"},
     ],
     ids=str,

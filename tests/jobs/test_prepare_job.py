@@ -101,7 +101,7 @@ def test_a_bucket_without_list_permission_is_a_one_line_error(
 def test_resuming_after_a_kill_between_shards_gives_the_same_bytes(
     run_job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = ["--num-images", "40000", "--size", "16"]
+    words = ["--num-images", "26000", "--size", "16"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     env = examples.env("glyphs")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,10 @@ from support.processes import Job, kill_tree
 from support.servers import RayHead
 from support.tiny import TINY_NET
 
+import ddpm
+from ddpm.build import with_sampler
 from ddpm.config.json import override
+from ddpm.config.tree import SampleConfig
 from ddpm.runs import checkpoint
 from ddpm.training.state import State
 
@@ -106,3 +110,32 @@ def test_a_cluster_samples_the_same_images_as_one_core(
         done = run_job("sample", *flags, *more, "--out", out, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
     assert files(tmp_path / "cluster") == files(tmp_path / "alone")
+
+
+def test_ddpm_takes_all_steps_of_a_run_that_samples_in_few(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    drawn = []
+    for name, flags in (
+        ("all", []),
+        ("same", ["--num-sample-steps", "50"]),
+        ("few", ["--num-sample-steps", "20"]),
+    ):
+        words = ("sample", "run", "--num-images", "2", "--sampler", "ddpm", "--out", name, *flags)
+        done = run_job(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        drawn.append({key: data for key, data in files(tmp_path / name).items() if key.startswith("images/")})
+        assert ("--num-sample-steps" in done.stdout) == (name == "all")
+    assert drawn[0] == drawn[1] != drawn[2]
+    pixels = ddpm.Run(str(tmp_path / "run")).sample(2, sampler="ddpm")
+    assert (pixels[0, ..., 0] == np.asarray(Image.open(tmp_path / "all/images/000000.png"))).all()
+
+
+@pytest.mark.parametrize(
+    ("own", "sampler", "steps"),
+    [("auto", "ddpm", None), ("ddpm", "ddpm", 20), ("ddim", "dpmpp_2m", 20), ("ddim", None, 20)],
+)
+def test_the_steps_of_another_sampler(own: str, sampler: str | None, steps: int | None) -> None:
+    sample = SampleConfig(sampler=own, num_sample_steps=20)
+    changed = with_sampler(sample, sampler, TINY.objective)
+    assert (changed.sampler, changed.num_sample_steps) == (sampler or own, steps)

@@ -1,6 +1,7 @@
 """python jobs/train.py from the command line: what it imports before it may start; the same command is the same run."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -64,6 +65,24 @@ def train(run_job: Callable[..., Any], digits_uri: str, tmp_path: Path) -> Calla
         return str(done.stdout + done.stderr)
 
     return train
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_without_tracking_mlflow_is_not_even_imported_and_the_run_can_be_sent_later(
+    run_job: Callable[..., Any], digits_uri: str, tmp_path: Path
+) -> None:
+    words = ("--data.shards", digits_uri, *TINY, "--name", "a", "--run.tracking", "none")
+    env = {"MLFLOW_TRACKING_URI": "", "PYTHONPROFILEIMPORTTIME": "1"}
+    done = run_job("train", "digits", *words, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "trained     128 images" in done.stdout and "MLflow" not in done.stdout + done.stderr
+    assert not re.findall(r"\| +mlflow$", done.stderr, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir() if "mlflow" in path.name or path.name == "mlruns"] == []
+    done = run_job("sync", "runs/a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    key = run_folder.existing_run(str(tmp_path / "runs/a")).key
+    assert tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], key).info.status == "FINISHED"
 
 
 def names(folder: Path) -> set[str]:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from support import evaluated, reported
 
-from ddpm.runs import checkpoint, run_folder
 from ddpm.config.json import override
-from ddpm.export import card
-from ddpm.runs import builtin_nets
-from ddpm.tracking import names
 from ddpm.config.presets import PRESETS
+from ddpm.export import card
+from ddpm.runs import builtin_nets, checkpoint, run_folder
+from ddpm.tracking import names
 from ddpm.utils.errors import UserError
 
 
@@ -58,7 +57,7 @@ def test_a_card_has_data_training_and_the_scores_of_the_newest_checkpoint(
 ) -> None:
     run = evaluated.make_run(tmp_path, digits_uri, override(evaluated.CONFIG, {"data.source": "digits"}))
     tags = {"command": "python x.py\n- licence: free", "version.ddpm": "0.1.0"}
-    run.location.child(run_folder.STATUS).write(run_folder.status_json(run_folder.Status("FINISHED", 192, 0, 1.5, tags=tags)))
+    run_folder.write_status(run.location, run_folder.Status("FINISHED", 192, 0, 1.5, tags=tags))
     for i, images_seen in ((1, 192), (7, 128)):
         result = reported.result(i, reported.drawn(i), run_key=run.key, images_seen=images_seen)
         file = run.location.child(run_folder.EVALUATIONS).child(f"{i}.json")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save
 from support.trained import alter_json, replace, write_trained
 from torch import Tensor
 
-from ddpm.runs import checkpoint
-from ddpm.config.tree import Config
 from ddpm.config.json import override
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -157,7 +157,10 @@ def test_json_with_wrong_content_is_rejected(
     folder: Path, tiny: Config, name: str, wrong: bytes | dict[str, Any], message: str
 ) -> None:
     """Every reader rejects it: resume, registry and sampling."""
-    alter_json(folder, name, wrong) if isinstance(wrong, dict) else replace(folder, name, wrong)
+    if isinstance(wrong, dict):
+        alter_json(folder, name, wrong)
+    else:
+        replace(folder, name, wrong)
     readers: list[Callable[[], object]] = [lambda: State.create(tiny, CPU).restore(folder, tiny)]
     if name == "state.json":
         readers.append(lambda: checkpoint.images_seen_at(folder))

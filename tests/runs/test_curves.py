@@ -14,12 +14,11 @@ import pytest
 import torch
 from support.local import finished
 
-from ddpm.runs import checkpoint, curves
-from ddpm.runs.curves import Point, CurveRow
-from ddpm.runs.run_folder import RunFolder
-from ddpm.config.tree import Config
 from ddpm.config.json import override
-from ddpm.runs import storage
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, curves, storage
+from ddpm.runs.curves import CurveRow, Point
+from ddpm.runs.run_folder import RunFolder
 from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager, run_state, store
 from ddpm.training.state import State

@@ -41,7 +41,7 @@ def location(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> Location:
 @pytest.fixture
 def patience(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a live holder may be late by a second."""
-    monkeypatch.setattr(driver_lock, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(driver_lock, "PATIENCE_S", 3.0)
 
 
 @pytest.fixture
@@ -64,7 +64,12 @@ def foreign_lock_file(**changes: object) -> bytes:
 
 
 @pytest.mark.usefixtures("patience")
-def test_a_second_driver_is_rejected_while_the_first_is_alive(location: Location) -> None:
+def test_a_second_driver_is_rejected_while_the_first_is_alive(
+    location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their clocks show."""
+    jumps = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(time, "time", lambda: next(jumps) * (-1) ** next(jumps))
     with lock(location) as first:
         with pytest.raises(UserError, match=r"driver\.json.*host .*, pid \d+, since 20.* UTC"):
             lock(location).__enter__()
@@ -103,16 +108,6 @@ def test_the_lock_of_a_dead_process_on_another_machine_is_taken(location: Locati
     with lock(location, lines.append):
         assert "waiting" in lines[0] and len(lines) == 1
         assert b'"beats"' in location.child(driver_lock.FILE).read()
-
-
-@pytest.mark.usefixtures("patience")
-def test_different_clocks_do_not_matter(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    jumps = iter(range(0, 10**9, 3600))
-    monkeypatch.setattr(time, "time", lambda: next(jumps) * (-1) ** next(jumps))
-    with lock(location) as first:
-        with pytest.raises(UserError, match="another process drives this run"):
-            lock(location).__enter__()
-        assert not first.is_lost
 
 
 def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:

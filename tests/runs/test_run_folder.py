@@ -2,20 +2,23 @@
 
 import json
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from support import servers
+from support.front_end import Answer, FrontEnd
 from support.proxy import FaultyProxy
 
-from ddpm.runs import checkpoint, run_folder
-from ddpm.runs.run_folder import Data, Facts, Search, Status
-from ddpm.config.tree import Config
 from ddpm.config.json import override
-from ddpm.tracking import names as resolve
-from ddpm.runs import storage
+from ddpm.config.tree import Config
+from ddpm.runs import checkpoint, run_folder, storage
+from ddpm.runs.run_folder import Data, Facts, Search, Status
 from ddpm.runs.storage import Location
+from ddpm.tracking import names as resolve
 from ddpm.training import checkpoint_manager
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
@@ -132,15 +135,92 @@ def test_the_status_of_version_0_1_is_read(root_uri: str) -> None:
 )
 def test_the_status_is_typed(root_uri: str, change: dict[str, Any]) -> None:
     run = storage.resolve(root_uri)
-    run.child(run_folder.STATUS).write(json.dumps(json.loads(run_folder.status_json(STATUS)) | change).encode())
+    run.child(run_folder.STATUS).write(
+        json.dumps(json.loads(run_folder.status_json(STATUS)) | change).encode()
+    )
     with pytest.raises(UserError, match=rf"status\.json is damaged: .*{next(iter(change))}"):
         run_folder.read_status(run)
+
+
+class Replacing(FrontEnd):
+    """S3 where a file is replaced between a reader's question for its size and its question for its content."""
+
+    def __init__(self, upstream: str, file: Location, contents: list[bytes]) -> None:
+        super().__init__(upstream)
+        self.file, self.contents = file, contents
+
+    def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
+        if method == "GET" and path.endswith(run_folder.STATUS) and self.contents:
+            self.file.write(self.contents.pop(0))
+        return None
+
+
+@pytest.mark.parametrize("times", range(1, run_folder.STATUS_TRIES + 1))
+def test_a_status_that_is_replaced_on_s3_while_it_is_read(
+    s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A longer one is cut off, and read again; each replaces the one before."""
+    longer = [replace(STATUS, hardware="cores " * 10**i) for i in range(times + 1)]
+    direct = storage.resolve(s3_bucket)
+    run_folder.write_status(direct, longer[0])
+    contents = [run_folder.status_json(status) for status in longer[1:]]
+    with Replacing(s3_server.endpoint, direct.child(run_folder.STATUS), contents) as front_end:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", front_end.uri)
+        run = storage.resolve(s3_bucket)
+        if times < run_folder.STATUS_TRIES:
+            assert run_folder.read_status(run) == longer[-1]
+        else:
+            with pytest.raises(UserError, match=run_folder.STATUS):
+                run_folder.read_status(run)
+        assert front_end.contents == []
+
+
+class ReadOnly(FrontEnd):
+    """S3 whose rights allow reading only."""
+
+    def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
+        if method in ("GET", "HEAD"):
+            return None
+        error = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        return 403, error, {"Content-Type": "application/xml"}
+
+
+def writing_to(uri: str) -> Config:
+    return run_folder.with_storage(override(Config(), {"run.storage": uri}))
+
+
+def test_the_check_of_storage_leaves_nothing(root_uri: str) -> None:
+    root = storage.resolve(root_uri)
+    run_folder.check_writable(writing_to(root_uri))
+    assert root.files() == [] and not (root.is_local and root.exists())
+    root.child("run/run.json").write(b"")
+    run_folder.check_writable(writing_to(root_uri))
+    assert root.files() == [] and root.folders() == ["run"]
+
+
+def test_a_bucket_that_refuses_writes_is_found_before_anything_is_prepared(
+    s3_server: servers.S3Server,
+    s3_bucket: str,
+    user_error: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ReadOnly(s3_server.endpoint) as front_end:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", front_end.uri)
+        for job in ("train", "search"):
+            refused = user_error(job, "digits", "--run.storage", f"{s3_bucket}/runs")
+            assert f"run.storage {s3_bucket}/runs" in refused
+    assert capsys.readouterr().out == ""
+    assert not ray.is_initialized()
 
 
 def test_storage_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to run\.storage .*/file"):
         run_folder.open_run("a", str(tmp_path / "file"))
+    for uri in (tmp_path / "file", tmp_path / "file/runs"):
+        with pytest.raises(UserError, match=rf"run\.storage {uri}"):
+            run_folder.check_writable(writing_to(str(uri)))
 
 
 def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:

@@ -9,10 +9,10 @@ from PIL import Image
 
 from ddpm.cli import parsing
 from ddpm.config import presets
-from ddpm.runs import run_folder, settings
-from ddpm.data.sources import folder_preset
 from ddpm.config.json import override
 from ddpm.config.presets import PresetArguments
+from ddpm.data.sources import folder_preset
+from ddpm.runs import run_folder, settings
 from ddpm.utils.errors import UserError
 
 OWN = "1" * 64

@@ -126,6 +126,8 @@ def test_ranks_ties_and_flags(trials: Trials) -> None:
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
+    chosen, *_ = results.remarks(found)
+    assert all(word in chosen for word in ("digits-1", "lowest bits_per_dim", "3 trials", "KID"))
     lines = "\n".join(results.remarks(found, grey_levels=17))
     assert "held-out images have 17 grey levels" in lines and lines.count("log2(17) = 4.09.") == 1
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
@@ -149,6 +151,7 @@ def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None
     assert best.mean and best.reported and lucky.reported and best.mean.error > 0.02 / 3**0.5
     assert (best.mean.value, best.reported.value, lucky.reported.value) == pytest.approx((2.5, 2.625, 2.825))
     lines = "\n".join(results.remarks(rows))
+    assert all(word in lines.splitlines()[0] for word in ("digits-0", "mean", "2 finalists"))
     assert "grey levels" not in lines
     assert "digits-0, has 2.6250 ± " in lines and "trained again after the search" in lines
     assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
@@ -235,9 +238,22 @@ def test_kid_of_another_feature_net_is_not_ranked(trials: Trials) -> None:
     assert [line[-2:] for line in results.table(found).rows[2:3]] == [["", ""]]
 
 
+def test_a_finalist_of_few_timesteps_takes_as_many_steps(place: Location) -> None:
+    trials = make_trials(
+        place,
+        [
+            ({**COSINE, "schedule.num_timesteps": 12}, "finished", {128: 2.5}),
+            (LINEAR, "finished", {128: 2.25}),
+        ],
+    )
+    setup = setup_of(place)
+    assert [leaderboard.num_sample_steps(setup, trial) for trial in trials.all()] == [12, leaderboard.STEPS]
+
+
 def test_a_search_without_finished_trials(place: Location) -> None:
     found = rows_of(make_trials(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})]))
     assert [s.by_bits for s in found] == [None, None]
+    assert not any("chosen" in line for line in results.remarks(found))
     assert results.best_config(found, GIVEN) is None
     assert results.parquet(found) and len(results.table(found).rows) == 2
 
@@ -251,6 +267,17 @@ def test_plots(trials: Trials) -> None:
         plots.scatter(shown),
     ]
     assert all(png.startswith(b"\x89PNG") for png in rendered)
+
+
+def test_a_search_that_is_not_tracked_sends_nothing(
+    place: Location, without_finalists: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///never.db")
+    trials = without_finalists
+    parent = Parent(Search("search", trials.key), "searches", is_tracked=False)
+    lines = list(publish.store(setup_of(place), rows_of(trials), ["a remark"], parent, trials))
+    assert [line.split()[0] for line in lines] == ["results", "best"]
+    assert not Path("never.db").exists()
 
 
 def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_finalists: Trials) -> None:

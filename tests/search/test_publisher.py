@@ -7,9 +7,9 @@ from mlflow import MlflowClient
 from support import servers, tracked
 from support.processes import wait_for
 
-from ddpm.runs import storage
+from ddpm.runs import run_folder, storage
 from ddpm.runs.run_folder import RunFolder, Search
-from ddpm.search.publisher import Parent, Publisher
+from ddpm.search.publisher import Parent, Publisher, mark_interrupted
 from ddpm.search.trials import Trials
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_run import PARENT_TAG, RUN_KEY_TAG
@@ -63,6 +63,19 @@ def test_a_trial_is_sent_once_mlflow_answers(
     assert (parent.info.status, parent.data.params) == ("RUNNING", {"search.seed": "0"})
     child = tracked.run_with_key(tracking_uri(), run.key)
     assert child.data.tags[PARENT_TAG] == parent.info.run_id
+
+
+def test_without_tracking_the_outcome_is_in_the_run_folder(
+    trials: Trials, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/never.db")
+    parent = Parent(Search("s", trials.key), tracked.EXPERIMENT, is_tracked=False)
+    publisher = Publisher(parent, trials, {}, print)
+    publisher.notify("one")
+    wait_for(lambda: (status := run_folder.read_status(run.location)) and status.status == "PRUNED")
+    publisher.close(LONG_S)
+    mark_interrupted(parent, trials)
+    assert not (tmp_path / "never.db").exists()
 
 
 def test_close_does_not_wait_for_mlflow(

@@ -1,5 +1,6 @@
 """python tune/search.py from the command line: interrupted, killed, and run to its end."""
 
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import tracked
-from support.processes import Job, paused
+from support.processes import Job, members, paused
 from support.servers import RayHead
 
 from ddpm.config.json import from_json
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation import rung
-from ddpm.runs import checkpoint, storage
+from ddpm.runs import checkpoint, run_folder, storage
 from ddpm.search.trials import Trial, Trials
 from ddpm.tracking.mlflow_client import tracking_uri
 
@@ -132,12 +133,13 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
     ray_head: RayHead, tmp_path: Path
 ) -> None:
     place = tmp_path / "runs" / "s"
-    with Job("search", *TWO_TRIALS, log=tmp_path / "first.log") as job:
+    env = {"RAY_ADDRESS": ray_head.address}
+    with Job("search", *TWO_TRIALS, log=tmp_path / "first.log", env=env) as job:
         (stored,) = job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
         killed = stored.parents[1]
         measured = killed / rung.file_name(640)
         measured_ns = measured.stat().st_mtime_ns
-        (process,) = job.members(TRIAL)
+        (process,) = members(ray_head.process.pid, TRIAL)
         process.kill()
         assert job.wait() == 0, job.output
         output = job.output
@@ -150,13 +152,32 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
         assert output.count(f"{trial.name} after 640 images") == 1
     assert measured.stat().st_mtime_ns == measured_ns
 
-    env = {"RAY_ADDRESS": ray_head.address}
     with Job("search", *TWO_TRIALS, log=tmp_path / "second.log", env=env) as job:
         assert job.wait() == 0, job.output
         assert not any(
             f"{trial.name} {what}" in job.output for trial in found for what in ("begins", "resumes")
         )
     assert trials_in(tmp_path) == found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_a_search_of_few_timesteps_without_tracking(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    """The finalist is sampled in its 12 steps, and MLflow is not even imported."""
+    flags = """digits --name s --num-trials 1 --max-concurrent 1 --num-rungs 1 --num-images 40 --finalists 1
+        --drawn-images 40 --features pixels --run.tracking none --space optim.lr=2e-3""".split()
+    env = {"MLFLOW_TRACKING_URI": "", "PYTHONPROFILEIMPORTTIME": "1"}
+    done = run_job("search", *flags, *TINY.split(), "--schedule.num-timesteps", "12", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "MLflow" not in done.stdout + done.stderr
+    assert not re.findall(r"\| +mlflow$", done.stderr, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir() if "mlflow" in path.name or path.name == "mlruns"] == []
+    (row,) = leaderboard(tmp_path)
+    assert row["kid"] is not None and row["rank_by_kid"] == "1"
+    (line,) = [line for line in done.stdout.splitlines() if "chosen" in line]
+    assert row["trial"] in line and line in (tmp_path / "runs/s/results.md").read_text()
+    status = run_folder.read_status(storage.resolve(str(tmp_path / "runs/s" / row["trial"])))
+    assert status is not None and status.status == "FINISHED"
 
 
 def test_a_user_error_is_one_line_and_nothing_is_written(

@@ -15,7 +15,6 @@ from ddpm.runs.storage import Location, resolve
 
 SIDE = 4
 ROWS = 8
-NUM_SHARDS = 3
 NUM_IMAGES = 60
 """Shards of 24, 24 and 12 images, in row groups of 8; the last one has 4."""
 PLAN = (3, 32)
@@ -77,4 +76,7 @@ def rewrite(root: Path, shard: int, change: Callable[[bytes], bytes | None]) -> 
     """Replace a shard's bytes; None removes it."""
     path = root / f"train/{shard:05d}.parquet"
     data = change(path.read_bytes())
-    path.unlink() if data is None else path.write_bytes(data)
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)

@@ -3,13 +3,16 @@
     PYTHONPATH=tests python tests/support/recording_job.py FOLDER RANK:STEP ... -- digits --run.name ...
 
 FOLDER gets one file per rank with one line per micro-batch: its step, its place in the global batch, and a digest of
-x_0, x_t and t (so of the noise too). At each STEP given, the loss of RANK is NaN.
+x_0, x_t and t (so of the noise too). At each STEP given, the loss of RANK is NaN. FLUSH_AFTER_S in the environment
+delays what the run's store writes after an error.
 """
 
 import hashlib
 import json
+import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ddpm.training import worker_group
 from support.processes import REPO
 
 FOLDER = Path(sys.argv[1]).absolute()
+FLUSH_AFTER_S = float(os.environ.get("FLUSH_AFTER_S", "0"))
 BAD = [tuple(map(int, word.split(":"))) for word in sys.argv[2 : sys.argv.index("--")]]
 work = worker_group.work
 
@@ -57,8 +61,15 @@ class Recording:
 def recording_work(spec: dict[str, Any]) -> None:
     import ray.train
 
-    from ddpm.training import loop
+    from ddpm.training import loop, store
 
+    flush = store.RunStore.flush_on_error
+
+    def flush_late(self: Any) -> None:
+        time.sleep(FLUSH_AFTER_S)
+        flush(self)
+
+    store.RunStore.flush_on_error = flush_late  # type: ignore[method-assign]
     context, build = ray.train.get_context(), loop.build_objective
     ranks = context.get_world_rank(), context.get_world_size()
     loop.build_objective = lambda config: Recording(build(config), config, *ranks)

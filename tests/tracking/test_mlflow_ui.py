@@ -1,13 +1,16 @@
 """The links that a run and jobs/ui.py print open MLflow's pages, and these show the run: in a real browser."""
 
+import os
 import re
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import processes, tracked
-from support.servers import free_ports
+from support.servers import LOOPBACK, free_ports
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
@@ -70,3 +73,17 @@ def test_the_link_of_an_experiment_leads_to_a_stopped_run(page: Any, database: P
         page.get_by_text("Stopped at 256 of 144,000 images").first.wait_for()
         page.get_by_text("Resume: ").first.wait_for()
         assert not page.get_by_text("Killed").count() + page.get_by_text("Failed").count()
+
+
+@pytest.mark.parametrize("sign", ["http://", "Uvicorn running"], ids=["while it starts", "while it serves"])
+def test_ctrl_c_ends_the_pages_without_a_traceback(database: Path, tmp_path: Path, sign: str) -> None:
+    """A terminal sends SIGINT to all processes of its foreground group."""
+    (port,) = free_ports(1)
+    env = {"MLFLOW_TRACKING_URI": tracking_uri()}
+    with processes.Job("ui", "--port", port, log=tmp_path / "ui.log", env=env) as job:
+        job.wait_for(lambda: sign in job.output)
+        os.killpg(job.process.pid, signal.SIGINT)
+        assert job.wait() == 128 + signal.SIGINT, job.output
+    assert "Traceback" not in job.output
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, port))  # nobody listens there any more

@@ -20,6 +20,7 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.runs import run_folder, storage
 from ddpm.runs.run_folder import RunFolder
+from ddpm.tracking import pusher as pusher_module
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import push
 from ddpm.tracking.pusher import MIN_BEGIN_S, Delivery, Pusher
@@ -27,6 +28,12 @@ from ddpm.utils.errors import UserError
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
 LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push that failed is repeated soon."""
+    monkeypatch.setattr(pusher_module, "FIRST_WAIT_S", 0.2)
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def test_a_server_that_is_down_blocks_nothing(
     train_on(run, pusher, 96)
     train_on(run, pusher, 128)
     assert pusher.waiting == 2
-    assert within(LONG_S, lambda: pusher.close(patience_s=2)) == Delivery(None, False)
+    assert within(LONG_S, lambda: pusher.close(patience_s=0.9)) == Delivery(None, False)
     (line,) = warnings_of(caplog)
     assert absent_server in line and "\n" not in line
 
@@ -130,7 +137,7 @@ def test_a_server_that_hangs_blocks_nothing(run: RunFolder, hanging_server: str)
     pusher = Pusher(run)
     within(LONG_S, pusher.begin)
     train_on(run, pusher, 96)
-    assert within(LONG_S, lambda: pusher.close(patience_s=2)) == Delivery(None, False)
+    assert within(LONG_S, lambda: pusher.close(patience_s=0.9)) == Delivery(None, False)
 
 
 def test_close_with_little_patience_does_not_import_mlflow(run: RunFolder, absent_server: str) -> None:
@@ -227,6 +234,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_everything(
 # A database as a file.
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_waited_for(
     run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from ray.train import ControllerError
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.training import run_state
-from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, TrainingFailed, decide
+from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, TrainingFailed, decide, is_idle
 from ddpm.training.loop import NonFinite
 from ddpm.training.run_state import MORE_WORKERS, PREEMPTION
 
@@ -49,7 +49,7 @@ class Wrapped(Exception):
         ({"ended": 320}, True, Done(320)),
         ({}, True, Done(None)),  # stopped before the first step
         (
-            {"progress": 1, "workers": None, "committed": 64},
+            {"progress": 1, "begun": None, "committed": 64},
             True,
             Done(None),
         ),  # stopped while it waits for nodes
@@ -117,7 +117,7 @@ def test_new_workers_resume(
     assert isinstance(restart, Restart) and restart.line.startswith(line)
     # Else the new group would leave as well, or a later signal end the run where the old one left.
     left = {run_state.STOP: None, run_state.ENDED: None} if "stop" in values else {}
-    assert restart.values == {run_state.WORKERS: None, **left, **counted}
+    assert restart.values == {run_state.WORKERS: None, run_state.BEGUN: None, **left, **counted}
 
 
 @pytest.mark.parametrize(
@@ -149,3 +149,12 @@ def test_a_run_ends_after_too_many_failures(
     fail = decide(died, values, CONFIG)
     assert isinstance(fail, Fail) and isinstance(fail.error, TrainingFailed)
     assert str(fail.error).startswith(line) and len(str(fail.error)) < 500 and "\n" not in str(fail.error)
+
+
+@pytest.mark.parametrize(
+    ("stop", "begins"), [(None, True), (PREEMPTION, True), (MORE_WORKERS, True), ("SIGTERM", False)]
+)
+def test_either_the_workers_begin_or_the_driver_may_leave(stop: str | None, begins: bool) -> None:
+    state = run_state.RunState({run_state.STOP: stop})
+    assert state.begin() == begins
+    assert is_idle(state.snapshot()) != begins

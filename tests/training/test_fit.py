@@ -5,7 +5,7 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from ddpm.cluster import resources
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
+from ddpm.runs import curves, run_folder, storage
 from ddpm.runs import lock as driver_lock
-from ddpm.runs import run_folder, storage
 from ddpm.runs.lock import DriverLock
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import Pushed
@@ -103,6 +103,7 @@ def test_the_summary_links_to_the_page_of_the_run(
     if uri is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     run = run_folder.open_run("one", str(tmp_path))
+    assert fit.summary(fit.Result(run, 64, None, None)) == []  # without tracking
     lines = fit.summary(fit.Result(run, 64, None, Delivery(Pushed(tracking_uri(), "7", "r", 0), True)))
     assert lines[-1].strip() == f"{server}/#/experiments/7/runs/r?workflowType=machine_learning"
     assert [line.strip() for line in lines[1:-1]] == ([command] if command else [])
@@ -158,7 +159,7 @@ def test_a_finished_run_whose_driver_was_killed_is_reported(
     assert run_folder.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
     for _ in range(2):
         result = fit.fit(config, train_set)
-        assert result.was_finished and result.delivery.is_complete
+        assert result.was_finished and result.delivery and result.delivery.is_complete
         status = run_folder.read_status(run.location)
         found = tracked.run_with_key(tracking_uri(), run.key).info
         assert status is not None and (status.status, found.status) == ("FINISHED",) * 2
@@ -186,13 +187,15 @@ def test_a_folder_of_another_run_is_refused_unless_it_was_named(
 
 @pytest.fixture
 def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
-    def record(name: str, *flags: str, bad: tuple[str, ...] = ()) -> Any:
+    def record(
+        name: str, *flags: str, bad: tuple[str, ...] = (), env: Mapping[str, str] | None = None
+    ) -> Any:
         """Run recording_job.py, which records micro-batches in the folder `name`; `bad`: RANK:STEP of NaN losses."""
         where = ("--data.shards", digits_uri, "--run.name", name, "--run.storage", str(tmp_path / "runs"))
         job = ("digits", *where, "--train.total-images", "256", *FLAGS, *flags)
         script = REPO / "tests/support/recording_job.py"
         words = (sys.executable, script, tmp_path / name, *bad, "--", *job)
-        return run(words, cwd=tmp_path, env=python_path(REPO / "tests"))
+        return run(words, cwd=tmp_path, env={**python_path(REPO / "tests"), **(env or {})})
 
     return record
 
@@ -289,6 +292,18 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
         patch.setattr(loop, "build_objective", lambda config: NanLoss(build(config)))
         local.fit(config, train_set, tmp_path / "local")
     assert_close(tmp_path / "local/checkpoint-000000000256", newest(tmp_path, "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_what_was_recorded_before_a_non_finite_step_is_kept(
+    recording_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rank 0 takes its time to write it; the other rank, which fails in the same step, does not leave before."""
+    done = recording_job("two", "--cluster.num-workers", "2", bad=("1:6",), env={"FLUSH_AFTER_S": "3"})
+    assert_error(done, "step 6 (192 images): ", 1)
+    found = curves.read(storage.resolve(str(tmp_path / "runs/two")))
+    assert [point.images_seen for point in found["train/loss"]] == [64, 128, 192]
 
 
 def assert_error(done: Any, message: str, code: int) -> None:

@@ -109,7 +109,7 @@ class HuggingFace(ImageFiles):
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        """The files of each part; "train" if a name tells no part."""
+        """The files of each part; "train" for a name without a part."""
         parts: dict[str, list[Path]] = {}
         for file in sorted(self._listing.files):
             part = "train" if self._is_saved else _part_of(file.relative_to(self._top))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm.config.tree import ObjectiveConfig
 from ddpm.diffusion import objectives, process
-from ddpm.diffusion.objectives import Denoised, Gaussian, Labels, Loss, Model, per_image
+from ddpm.diffusion.objectives import Denoised, Gaussian, LabelConditioning, Loss, Model, per_image
 from ddpm.diffusion.rng import Rng
 from ddpm.diffusion.schedules import Schedule
 
@@ -23,7 +23,7 @@ HUBER_C = 0.00054
 
 
 def consistency(
-    config: ObjectiveConfig, schedule: Schedule, labels: Labels, prediction: type[Gaussian]
+    config: ObjectiveConfig, schedule: Schedule, labels: LabelConditioning, prediction: type[Gaussian]
 ) -> "Consistency":
     """Consistency tuning of a net with this prediction."""
     if config.predict == "x_0":
