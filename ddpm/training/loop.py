@@ -16,6 +16,7 @@ from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.config.json import check_values
 from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, check_batches
+from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.augmentation import augmented
 from ddpm.models import dropout
 from ddpm.models.compile import compile_blocks
