@@ -17,12 +17,12 @@ help:
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/runs/nets): twenty to fifty minutes on two cores'
 	@echo 'make check            format, lint, types, and which module may import which'
+	@echo 'make reference        write the generated pages of docs/reference again'
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
-# Two workers of one thread each train so small a net faster than one of two (benchmarks/runtime.md).
 train: $(VENV)/installed
-	$(BIN)/python jobs/train.py digits --name digits --storage runs --workers 2
+	$(BIN)/ddpm train digits
 
 ui: $(VENV)/installed
 	@$(BIN)/python jobs/ui.py
@@ -69,12 +69,16 @@ check: $(VENV)/installed-check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+reference: $(VENV)/installed
+	$(BIN)/python docs/write_reference.py
+
 # Built from a copy: Zensical 0.0.73 looks into all folders of its docs_dir, and waits for ever with .venv among them.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md zensical.toml docs benchmarks
 docs: $(VENV)/installed-docs
 	rm -rf build/pages build/pages-source
 	mkdir -p build/pages-source
 	cp -R $(PAGES) build/pages-source
+	cp --parents examples/*.md examples/*/*.md build/pages-source
 	ln -s ../../ddpm build/pages-source/ddpm
 	cd build/pages-source && PYTHONPATH=docs ../../$(BIN)/zensical build --strict
 	mv build/pages-source/build/pages build/pages
@@ -121,4 +125,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check docs clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check reference docs clean

@@ -105,7 +105,7 @@ def write(arguments: Arguments, parameters: int, found: dict[str, dict[str, Any]
     names = ["checkpoints", "steps/s", "training stopped, a checkpoint", "share of wall time"]
     lines = [how, "", *tables.table([*names, "the run is longer by, a checkpoint"], rows)]
     if on_gpu:
-        lines += ["", "Its last column replaces the time of the copy in docs/scale.md, Checkpoints."]
+        lines += ["", "Its last column replaces the time of the copy in docs/design/scale.md, Checkpoints."]
     script = Path(__file__).with_stem("checkpoints-gpu" if on_gpu else "checkpoints")
     tables.write(str(script), "What a checkpoint costs", *lines)
 

@@ -343,12 +343,9 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
         "",
         *tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
         "",
-        "Images of the averaged weights of seed 0 at the end, below held-out ones, in the order of the next table:",
+        "Images of the averaged weights of seed 0 at the end, below held-out ones, in the order of the last table:",
         *shown,
-        "",
-        "All trainings:",
-        "",
-        *tables.table(columns.split(", "), every),
+        raw=["## All trainings", "", *tables.table(columns.split(", "), every)],
     )
 
 

@@ -1,4 +1,4 @@
-"""Computes docs/scale.md: what changes from 1 to 256 GPUs and from 1 GB to 100 TB.
+"""Computes docs/design/scale.md: what changes from 1 to 256 GPUs and from 1 GB to 100 TB.
 
     PYTHONPATH=benchmarks python benchmarks/scale.py
 
@@ -38,7 +38,7 @@ from ddpm.training import mfu
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
 
-OUT = Path(__file__).parent.parent / "docs/scale.md"
+OUT = Path(__file__).parent.parent / "docs/design/scale.md"
 GPUS = (1, 8, 256)
 SIZES = {"1 GB": 1e9, "1 TB": 1e12, "100 TB": 1e14}
 IMAGES_PER_GPU = 128
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def page(measured: Measured, utilisation: float) -> str:
-    """docs/scale.md."""
+    """docs/design/scale.md."""
     plans = {
         (name, gpus): plan(config, gpus, utilisation, measured)
         for name, config in {"cifar10": CIFAR10, "celeba64": CELEBA64}.items()
@@ -251,8 +251,8 @@ def page(measured: Measured, utilisation: float) -> str:
     return f"""\
 # From 1 to 256 GPUs, from 1 GB to 100 TB
 
-Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this page
-was run on GPUs: it shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
+Computed by [benchmarks/scale.py](../../benchmarks/scale.py), a model with a line or two per quantity. Nothing on this
+page was run on GPUs. It shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
 
 ## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3
 
@@ -260,20 +260,20 @@ was run on GPUs: it shows where the next bottleneck is, not how soon it is reach
 |---|---|---|---|---|---|---|---|---|---|
 {gpu_rows}
 
-The cores are those that read, check and decode, from a local file: what TLS, the object store and dealing out
-take comes on top and is not known, so provide several times as many.
+The cores read, check and decode a local file. TLS, the object store and the dealing of blocks need more cores; how
+many is not known, so provide several times as many.
 
-- **1 GPU.** Its machine has enough cores to read for it. Nothing to set.
+- **1 GPU.** Its machine has enough cores to read. There is nothing to set.
 - **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
   free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
 - **Reading ahead** may take {human(BYTES_PER_WORKER)} of the object store for each worker, and
-  {OBJECT_STORE_SHARE:.0%} of it in all; a task reads {CHUNK_IMAGES:,} images. So for each worker {tasks} tasks of
-  `cifar10` and {tasks // 4} of `celeba64` may run at once; the column `object store` asks for {human(worst)} a worker
-  at most.
-- **256 GPUs.** The global batch is {GPUS[-1] * IMAGES_PER_GPU:,}: another learning rate and warm-up, or fewer images a
-  GPU. At least {math.ceil(largest.cores)} cores read, on separate machines. {largest.requests:,.0f} requests a
-  second are {than} the {limit:,.0f} that S3 answers for one prefix at once: larger row groups need fewer. One actor
-  deals the stream out to all workers: this has not been measured with so many.
+  {OBJECT_STORE_SHARE:.0%} of it in all; a task reads {CHUNK_IMAGES:,} images. So {tasks} tasks of
+  `cifar10` and {tasks // 4} of `celeba64` may run at once for each worker. The column `object store` needs
+  {human(worst)} a worker at most.
+- **256 GPUs.** The global batch is {GPUS[-1] * IMAGES_PER_GPU:,}. It needs another learning rate and warm-up, or fewer
+  images a GPU. At least {math.ceil(largest.cores)} cores read, on separate machines. {largest.requests:,.0f} requests
+  a second are {than} the {limit:,.0f} that S3 answers for one prefix; larger row groups need fewer. One actor deals
+  the stream to all workers, which has not been measured with so many.
 
 ## More data: raw 32x32 colour images, row groups of {rows_of(image):,}
 
@@ -284,17 +284,18 @@ take comes on top and is not known, so provide several times as many.
 - **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
 - **100 TB.** The manifest is the bottleneck: JSON with a checksum per row group, which every process reads completely,
   and 256 MiB of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
-  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs in Parquet, one part per split.
-  Merely to read the images once, as checking them does,
-  takes one core {days:,.1f} days; `jobs/prepare.py` uses all cores of a cluster.
+  `ddpm.data.prepare.prepare`), and tasks sixteen times as large. Larger manifests would need Parquet, one part per
+  split. To read all images once takes one core {days:,.1f} days; `ddpm prepare` uses all cores of a cluster
+  (`--parallel` for files in a folder that all nodes see).
 
 ## Checkpoints
 
-`cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, AdamW), with any
-number of GPUs: rank 0 writes. A GPU copies them to pinned memory beside the next step:
+`cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, AdamW). Rank 0
+writes them, with any number of GPUs. A GPU copies them to pinned memory beside the next step:
 {size / public("pcie") * 1e3:.0f} ms of {cifar10[1].step_s * 1e3:.0f}. A CPU waits for the copy,
-{size / measured.copy:.2f} s here. In parallel, there are {write_s:.1f} s of writing and hashing, and
-{upload_s:.0f} s to S3 over one connection. The preset asks for one every {every:,} images, which would be every
+{size / measured.copy:.2f} s here. Writing and hashing take {write_s:.1f} s beside the
+next steps, and sending to S3 over one connection {upload_s:.0f} s. The preset asks for one
+every {every:,} images, which would be every
 {due} GPUs: with many GPUs ask for fewer (`--train.checkpoint-every-images`), not more often than every
 {write_s + upload_s:.0f} s.
 {CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those deleted cost money until they expire.

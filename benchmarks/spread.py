@@ -77,13 +77,13 @@ def cells(bits: np.ndarray) -> list[object]:
 
 def main() -> None:
     arguments = read(Arguments, __doc__, presets=("digits",), budgets=(640,), seeds=3)
-    names = ["preset", "images seen", "trainings", "held-out images", "mean bits/dim"]
-    names += ["standard deviation between trainings (95 %)", "error over images", "pairs of nets that differ"]
+    names = ["preset", "images seen", "runs", "held-out images", "mean bits/dim"]
+    names += ["standard deviation between runs (95 %)", "error over images", "pairs of nets that differ"]
     tables.write(
         __file__,
-        "How much two trainings of one configuration differ",
+        "How much two runs of one configuration differ",
         f"{tables.machine()}; `python benchmarks/spread.py`. Only `train.seed` differs: initial weights, order of "
-        "images, noise. All trainings of a line are measured on the same images with the same noise, so the error over "
+        "images, noise. All runs of a line are measured on the same images with the same noise, so the error over "
         "images is common to them. Pairs of nets that differ: by the paired test of a search, corrected for their "
         "number (Holm). They are differences between nets; between configurations there is none.",
         "",

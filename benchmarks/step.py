@@ -301,7 +301,7 @@ def utilisation(arguments: Arguments, median: dict[str, float], flops: float) ->
     share = median[ours] * flops * 1e9 / known
     return [
         "",
-        f"MFU of {ours}: {share:.1%} of the peak in the data sheet. For docs/scale.md:",
+        f"MFU of {ours}: {share:.1%} of the peak in the data sheet. For docs/design/scale.md:",
         f"`python benchmarks/scale.py --utilisation {share:.3f}`.",
     ]
 

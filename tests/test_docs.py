@@ -6,6 +6,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from support.processes import REPO
 
-from ddpm.cli import parsing
+from ddpm.cli import parsing, program
 from ddpm.utils.errors import UserError
 
 PAGES = [
@@ -25,8 +26,10 @@ PAGES = [
 SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
 ENDS = {"&&", ";", "|", ">"}
 PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs|examples)/[\w./-]*")
-RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
+RUN_BY_ITS_OWN_TEST = REPO / "docs/design/extending.md"
 """Its commands and files are those of diffs and a package that tests/test_extending.py applies."""
+GENERATED = [REPO / f"docs/reference/{name}.md" for name in ("commands", "configuration", "presets")]
+"""Their commands are synopses, which tests/test_reference.py compares with the help."""
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -57,24 +60,33 @@ def commands(text: str) -> Iterator[list[str]]:
 COMMANDS = {
     " ".join(words): words
     for page in PAGES
-    if page != RUN_BY_ITS_OWN_TEST
+    if page not in (RUN_BY_ITS_OWN_TEST, *GENERATED)
     for words in commands(page.read_text())
     if words
 }
 
 
-def scripts() -> Iterator[tuple[str, list[str], str]]:
-    """Module, arguments and PYTHONPATH of every command that is one of our jobs, also behind `ray job submit`."""
+def our_commands() -> Iterator[tuple[str, list[str], str]]:
+    """Name, arguments and PYTHONPATH of every command of ours, also as a script, and behind `ray job submit`.
+
+    A mention without arguments, or with "..." among them, is no command.
+    """
     for words in COMMANDS.values():
         path = words[0].removeprefix("PYTHONPATH=") if words[0].startswith("PYTHONPATH=") else ""
-        for i, word in enumerate(words):
-            if (match := SCRIPT.fullmatch(word)) and i > 0 and words[i - 1].endswith("python"):
-                yield f"{match[1]}.{match[2]}", words[i + 1 :], path
+        for i, (program_name, word) in enumerate(pairwise(words)):
+            name = ""
+            arguments = words[i + 2 :]
+            if program_name == "ddpm" and word in program.COMMANDS:
+                name = word
+            elif program_name.endswith("python") and (match := SCRIPT.fullmatch(word)):
+                name = match[2]
+            is_whole = name == "ui" or (arguments and not any("..." in argument for argument in arguments))
+            if name and is_whole:
+                yield name, arguments, path
 
 
 def test_commands_are_found() -> None:
-    modules = {f"jobs.{path.stem}" for path in (REPO / "jobs").glob("*.py")}
-    assert {module for module, _, _ in scripts()} == modules | {"tune.search"}
+    assert {name for name, _, _ in our_commands()} == program.COMMANDS.keys()
     assert "make train" in COMMANDS and "ray up -y cluster.yaml" in COMMANDS
 
 
@@ -82,9 +94,9 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("module", "arguments", "path"), list(scripts()), ids=str)
-def test_jobs_take_their_arguments(
-    module: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("name", "arguments", "path"), list(our_commands()), ids=str)
+def test_commands_take_their_arguments(
+    name: str, arguments: list[str], path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     parse = parsing.parse
 
@@ -99,17 +111,17 @@ def test_jobs_take_their_arguments(
         file = Path(arguments[arguments.index("--config") + 1])
         file.parent.mkdir(parents=True)
         file.write_text("{}")
-    (tmp_path / "~/pictures").mkdir(parents=True)
-    for name in ("one", "two"):
-        Image.new("L", (8, 8)).save(tmp_path / f"~/pictures/{name}.png")
+    for kind in ("flower", "temple"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"photos/{kind}/one.png")
     monkeypatch.setattr(parsing, "parse", parse_only)
-    monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"ddpm {name}", *arguments])
     try:
-        importlib.import_module(f"ddpm.cli.{module.rpartition('.')[2]}").main()
+        importlib.import_module(f"ddpm.cli.{name}").main()
     except (Parsed, UserError) as error:  # files of a source, which are not in the repository
-        assert isinstance(error, Parsed) or module == "jobs.prepare"
+        assert isinstance(error, Parsed) or name == "prepare"
     except SystemExit as error:
-        assert error.code == 0 and "--help" in arguments
+        assert error.code == 0 and {"--help", "--help-all"} & {*arguments}
 
 
 def test_other_commands_name_what_exists() -> None:
@@ -153,12 +165,14 @@ def leaves(navigation: Any) -> Iterator[str]:
 def test_each_page_is_in_the_navigation_once() -> None:
     """`make docs` finds dead links, but no page that is missing."""
     navigation = tomllib.loads((REPO / "zensical.toml").read_text())["project"]["nav"]
-    pages = [*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / "benchmarks").glob("*.md")]
+    folders = ("docs", "benchmarks", "examples")
+    pages = [*REPO.glob("*.md"), *(page for folder in folders for page in (REPO / folder).rglob("*.md"))]
     assert sorted(leaves(navigation)) == sorted(str(page.relative_to(REPO)) for page in pages)
 
 
 def test_the_file_tree_is_the_tree() -> None:
-    (tree,) = (block for block in blocks((REPO / "README.md").read_text()) if block.startswith("ddpm/"))
+    page = REPO / "docs/design/architecture.md"
+    (tree,) = (block for block in blocks(page.read_text()) if block.startswith("ddpm/  "))
     listed, folder = set(), ""
     for line in tree.splitlines():
         names = re.match(r" *(?:[\w.]+/? {2,})+", line)

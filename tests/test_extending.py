@@ -1,4 +1,4 @@
-"""docs/extending.md: a package outside the tree adds one of each kind, and a config.json brings no code."""
+"""docs/design/extending.md: a package outside the tree adds one of each kind, and a config.json brings no code."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from ddpm.config.json import from_json
 from ddpm.data.sources import catalog
 from ddpm.utils.errors import UserError
 
-DOC = (processes.REPO / "docs/extending.md").read_text()
+DOC = (processes.REPO / "docs/design/extending.md").read_text()
 ADDED = {
     "schedule.kind": "constant",
     "objective.process": "l1",

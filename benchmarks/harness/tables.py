@@ -11,8 +11,14 @@ from ddpm.utils.tables import Table
 
 folder: Path | None = None
 """Where results go instead of to their own places; None: they do not."""
+NOTEBOOK = (
+    "A measurement notebook: findings first, then what was measured, and how. "
+    "[Results](../docs/results.md) has the findings of all notebooks."
+)
+MEASURED = "<!-- written by the program from here on -->"
 BY_HAND = "<!-- by hand from here on -->"
-"""The mark in a result file; text below it is written by hand and kept."""
+RAW = "<!-- written by the program again: raw data -->"
+"""Marks in a page. What is written by hand, the findings before MEASURED and the notes after BY_HAND, is kept."""
 
 
 def table(names: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -45,10 +51,26 @@ def result(file: Path) -> Path:
     return folder / file.name if folder else file
 
 
-def write(script: str, title: str, *lines: str) -> None:
-    """Write a benchmark's result beside it, as Markdown, and print it; text below BY_HAND is kept."""
+def write(script: str, title: str, *lines: str, raw: Sequence[str] = ()) -> None:
+    """Write a benchmark's page beside it, as Markdown, and print what was measured; what is written by hand is kept.
+
+    Args:
+        raw: lines for the end of the page.
+    """
     file = result(Path(script).with_suffix(".md"))
-    text = "\n".join([f"# {title}", "", *lines]) + "\n"
-    print(text)
-    _, mark, by_hand = (file.read_text() if file.exists() else "").partition(BY_HAND)
-    file.write_text(text + (f"\n{mark}{by_hand}" if mark else ""))
+    findings, notes = by_hand(file.read_text() if file.exists() else "")
+    parts = [f"# {title}", NOTEBOOK, findings, MEASURED, "\n".join(lines)]
+    if notes:
+        parts += [BY_HAND, notes]
+    if raw:
+        parts += [RAW, "\n".join(raw)]
+    print("\n".join([f"# {title}", "", *lines, *raw]))
+    file.write_text("\n\n".join(filter(None, parts)) + "\n")
+
+
+def by_hand(page: str) -> tuple[str, str]:
+    """What is written by hand in a page: its findings and its notes; either may be empty."""
+    before, is_marked, after = page.partition(MEASURED)
+    findings = before.partition(NOTEBOOK)[2] if is_marked else ""
+    _, _, notes = (after or before).partition(BY_HAND)
+    return findings.strip(), notes.partition(RAW)[0].strip()

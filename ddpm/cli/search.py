@@ -1,9 +1,8 @@
 """Search noise schedule and learning rate: ddpm search PRESET [--num-trials 16] [--max-concurrent 2] ...
 
-Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the full variational bound of
-held-out images in bits/dim, with the same images and noise for all, never by a loss; the best few also by KID of
-generated images. Run the same command again, with the same --name, to continue the search. `ddpm search
-PRESET --help` lists the flags that people change first, `--help-all` every flag; the preset's apply to every trial.
+Each trial is a run in the folder STORAGE/NAME. Trials are ranked by the variational bound of held-out images, in
+bits/dim, with the same images and noise for all; the best few also by KID. The same command continues the search.
+`ddpm search PRESET --help` lists common flags, `--help-all` every flag. Flags of the preset apply to every trial.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Send a run to MLflow: ddpm sync RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. What MLflow at MLFLOW_TRACKING_URI lacks is sent to the run's own MLflow run,
-which is created if there is none, as for a run that was trained with --run.tracking none. It may be repeated at any
-time, also while the run trains, and to another server.
+RUN is the folder or s3:// URI of a run. Sends what MLflow at MLFLOW_TRACKING_URI lacks to the run's own MLflow run,
+and creates that run if there is none, as for a run that was trained with --run.tracking none. It may be repeated at any
+time, also while the run trains, to any server.
 """
 
 from dataclasses import dataclass

@@ -5,19 +5,53 @@ The same command resumes its run. Without --name a run is named by its preset, a
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ddpm.cli import parsing
+from ddpm.config.json import flatten
 from ddpm.config.presets import PresetArguments
 from ddpm.data.sources import folder_preset
 from ddpm.utils import command_line
 
 
+@dataclass(frozen=True)
+class TrainArguments(PresetArguments):
+    """A preset and its changes, and whether to train."""
+
+    dry_run: bool = False
+    """Print the size of training and the configuration; start nothing."""
+
+
 def main() -> int:
-    result = launch(parsing.parse_preset(PresetArguments, __doc__, folder_preset.preset))
+    arguments: TrainArguments = parsing.parse_preset(TrainArguments, __doc__, folder_preset.preset)
+    if arguments.dry_run:
+        return show(arguments)
+    result = launch(arguments)
     return 128 + result.signal if result.signal else 0
+
+
+def show(arguments: PresetArguments) -> int:
+    """Print what training takes, and the configuration, a key a line; returns the exit code."""
+    from ddpm.data import plan
+
+    plan.check_batches(arguments.config)
+
+    from ddpm.runs import run_folder, settings
+    from ddpm.training import footprint, loop
+
+    loop.check(arguments.config)
+    config = run_folder.with_storage(arguments.config)
+    preset = arguments.base or arguments.config
+    if config.run.name is None and settings.has_own_data(config, preset):
+        changed = settings.differences(config, preset)
+        name = settings.run_name(arguments.preset, preset.data.images, changed)
+        config = replace(config, run=replace(config.run, name=name))
+    print(f"net         {footprint.footprint(config)}")
+    for key, value in flatten(config).items():
+        print(f"{key} = {value}")
+    return 0
 
 
 def launch(arguments: PresetArguments, items: Any = None) -> Any:

@@ -3,7 +3,7 @@
 A table for each field that holds such a name. The tables are data: nothing here imports what builds a kind before it
 is needed, so a command line is checked, and its help shown, without PyTorch.
 
-An installed package adds a `Kind` to a table by an entry point of the table's group (docs/extending.md). A name
+An installed package adds a `Kind` to a table by an entry point of the table's group (docs/design/extending.md). A name
 selects a line of the table or such an entry point. It is not an import path: a config.json brings no code.
 """
 

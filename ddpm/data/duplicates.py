@@ -1,7 +1,7 @@
 """Near-duplicates in a data set: images that look like another one of the same split, or of another (a leak).
 
 Two images look alike if the root mean square of the differences of their thumbnails, of SIDE x SIDE pixels, is at most
-THRESHOLD grey levels; one of them may be mirrored. docs/data.md says what this finds, and what it does not.
+THRESHOLD grey levels; one of them may be mirrored. docs/recipes/reading.md says what this finds, and what it does not.
 
 Axes: N images, H W, C channels.
 """

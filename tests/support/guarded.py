@@ -125,7 +125,7 @@ class GuardedMlflowServer(Server):
         return requests.get(url, auth=user_and_password or None, timeout=120).status_code
 
     def add_user(self, name: str, password: str) -> None:
-        """Add a user as the admin, as docs/cluster.md says."""
+        """Add a user as the admin, as docs/recipes/operate.md says."""
         client = f"get_app_client('basic-auth', tracking_uri={self.uri!r})"
         code = f"from mlflow.server import get_app_client; {client}.create_user({name!r}, {password!r})"
         done = run([sys.executable, "-c", code], cwd=self.folder, env=self.client_env())

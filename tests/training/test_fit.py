@@ -39,7 +39,7 @@ FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width
     --model.norm-groups 4 --optim.lr 2e-3 --optim.lr-warmup-images 64 --train.batch-size 32 --train.micro-batch-size 8
     --train.log-every-images 64 --train.checkpoint-every-images 128 --train.sample-every-images 128
     --train.held-out-images 40 --sample.num-images 4 --sample.num-sample-steps 5
-    --cluster.threads-per-worker 1""".split()
+    --cluster.num-workers 1 --cluster.threads-per-worker 1""".split()
 """The fixture `tiny`, as flags."""
 GRID = "samples/latest.png"
 

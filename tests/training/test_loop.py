@@ -73,7 +73,7 @@ def test_training_depends_only_on_the_seeds(tiny: Config, train_set: DataSet, tm
     assert any(not torch.equal(tensor, other[name]) for name, tensor in tensors(first).items())
 
 
-@pytest.mark.parametrize("forward_images", [8, 24])
+@pytest.mark.parametrize("forward_images", [3, 8, 12, 24])
 def test_the_size_of_a_forward_pass_does_not_change_training(
     tiny: Config, train_set: DataSet, tmp_path: Path, forward_images: int
 ) -> None:
@@ -394,7 +394,6 @@ def test_training_never_sees_held_out_images(tiny: Config, train_set: DataSet, r
     ("change", "message"),
     [
         ({"train.micro_batch_size": 5}, "micro_batch_size 5"),
-        ({"train.forward_images": 12}, "forward_images is 12"),
         ({"train.forward_images": 0}, "forward_images is 0"),
         ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
         ({"model.norm_groups": 3}, "norm_groups"),

@@ -34,7 +34,7 @@ def test_a_stream_depends_only_on_its_counters() -> None:
 
 def test_the_draws_of_a_micro_batch_do_not_depend_on_other_batches() -> None:
     def draws(*micro_batches: int) -> list[torch.Tensor]:
-        noise, n = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches]), 2 * len(micro_batches)
+        noise, n = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches], 2), 2 * len(micro_batches)
         return [noise.uniform([n]), noise.integers(9, [n]), noise.normal([n, 1, 4, 4], torch.float64)]
 
     for together, *alone in zip(draws(3, 1, 4), draws(3), draws(1), draws(4), strict=True):

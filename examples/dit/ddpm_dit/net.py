@@ -27,7 +27,7 @@ from ddpm.models.layers import (
     sinusoids,
     zero,
 )
-from ddpm.models.precision import supported_dtype
+from ddpm.models.precision import autocast
 from ddpm_dit.config import DiTConfig
 
 SINUSOID_WIDTH = 256
@@ -78,8 +78,7 @@ class DiT(nn.Module):
         """The net's prediction for each image; arguments, result and errors as in `UNet.forward`."""
         label, augmented = check_conditions(self, x_t, t, label, augmented)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
-        dtype = supported_dtype(self.autocast_dtype, x_t.device)
-        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
+        with autocast(x_t.device, self.autocast_dtype):
             width = self.embed.out_features
             condition = x_t.new_zeros(x_t.shape[0], width)  # len(x_t) would fix the batch in torch.export
             if t is not None:
