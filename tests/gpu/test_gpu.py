@@ -212,7 +212,8 @@ def test_a_gpu_of_less_memory_trains_the_same_in_smaller_passes(
     changes |= {"train.batch_size": 4096, "train.micro_batch_size": 1024, "train.total_images": 12_288}
     changes |= {"train.held_out_images": 0, "train.log_every_images": 4096, "train.sample_every_images": 0}
     config = override(config, changes)
-    whole, parts = Logged(), Logged()
+    whole = Logged()
+    parts = Logged()
     one = {
         name: tensor.cpu()
         for name, tensor in tensors(fit(config, train_set, tmp_path / "whole", whole)).items()

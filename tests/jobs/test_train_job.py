@@ -105,7 +105,8 @@ def test_the_same_command_is_the_same_run(
     (name,) = names(tmp_path)
     assert re.fullmatch(r"digits-[0-9a-f]{8}", name) and "trained     128 images" in text
     run = run_folder.existing_run(str(tmp_path / "runs" / name))
-    card, status = run_folder.read_card(run.location), run_folder.read_status(run.location)
+    card = run_folder.read_card(run.location)
+    status = run_folder.read_status(run.location)
     assert status is not None and (status.status, status.images_seen) == ("FINISHED", 128)
     assert card.preset == "digits" and card.command.endswith(" ".join(TINY))
     assert card.changed["model.base_width"] == 8 and card.changed["train.total_images"] == 128
@@ -166,7 +167,8 @@ def test_a_stopped_command_is_resumed_by_itself_and_in_python(digits_uri: str, t
         assert job.wait() == 128 + signal.SIGTERM, job.output
     (name,) = names(tmp_path)
     run = run_folder.existing_run(str(tmp_path / "runs" / name))
-    card, status = run.location.child(run_folder.CARD).read(), run_folder.read_status(run.location)
+    card = run.location.child(run_folder.CARD).read()
+    status = run_folder.read_status(run.location)
     assert status is not None and status.status == "STOPPED" and status.ended_ms is not None
     assert 0 < status.images_seen < 6400
     cluster = run_folder.read_card(run.location).config["cluster"]

@@ -50,11 +50,13 @@ class DiT(nn.Module):
         check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
-        self.num_classes, self.num_conditions = config.num_classes, num_conditions
+        self.num_classes = config.num_classes
+        self.num_conditions = num_conditions
         self.autocast_dtype = autocast_dtype
         self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
         self.patch_size = config.patch_size
-        width, pixels = config.width, config.patch_size**2
+        width = config.width
+        pixels = config.patch_size**2
         self.embed = nn.Linear(pixels * config.channels, width)
         # A condition that is not used has no weights: DDP would wait for their gradients.
         if time_conditional:
@@ -101,7 +103,8 @@ class Block(nn.Module, Region):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.width * config.mlp_ratio
+        width = config.width
+        hidden = config.width * config.mlp_ratio
         self.head_dim = width // config.num_heads
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
