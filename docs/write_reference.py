@@ -37,7 +37,7 @@ FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/write_reference.py: `make reference` renews this page. -->"
 DATA_FIELDS = (*settings.PATHS, "data.source")
 """Where the images come from. A run that resumes compares the fingerprint of the images instead."""
-SAME_IMAGES, NO, NAMED, UNUSED, YES = "same images", "no", "with `--name`", "no effect", "yes"
+SAME_IMAGES, NO, NAMED, UNUSED, YES = "same images", "no", "with a name", "no effect", "yes"
 GROUP_TITLES = {
     "data": "Data",
     "schedule": "Noise schedule",
