@@ -77,7 +77,7 @@ def old_kid_error(x: Array, y: Array) -> float:
 
 
 def old_errors(generated: Features, real: Features) -> list[float]:
-    """[6], in the order of `score`: groups i mod 10 of the generated images, with fixed real ones."""
+    """[4], in the order of `score`: groups i mod 10 of the generated images, with fixed real ones."""
     rows = np.arange(len(generated))
     of_real = Moments.of(real)
     distances = Distances(generated, real)

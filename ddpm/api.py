@@ -16,7 +16,7 @@ from ddpm.config.presets import PRESETS, PresetArguments
 from ddpm.config.tree import Config
 from ddpm.diffusion.samplers import Sampler
 from ddpm.runs import checkpoint
-from ddpm.sampling import workers
+from ddpm.sampling import generate, workers
 from ddpm.tracking import names, run_params
 from ddpm.utils import command_line, images
 from ddpm.utils.errors import UserError
@@ -39,11 +39,11 @@ class Run:
         self,
         num_images: int = 16,
         seed: int = 0,
-        label: int | None = None,
+        label: int | str | None = None,
         sampler: str | Sampler | None = None,
         **settings: Any,
     ) -> Pixels:
-        """The images of ddpm sample, uint8 [N, H, W, C].
+        """The images of ddpm sample, uint8 [N, H, W, C]; `label` is the name or the number of a class.
 
         `sampler` is the name of one, or a function: examples/inpainting has one. Other settings are those of
         config.sample: num_sample_steps=20. A function reads only those of guidance.
@@ -59,7 +59,8 @@ class Run:
         trained = self.trained.sampled_with(override(own, changes).sample)
         given = [name for name, value in settings.items() if value is not None]
         run_params.check_effect([trained.config], given)
-        return workers.in_memory(workers.SampleJob(trained, label, function), num_images)
+        job = workers.SampleJob(trained, generate.class_of(trained, label), function)
+        return workers.in_memory(job, num_images)
 
     def show(self, *arguments: Any, **settings: Any) -> Image.Image:
         """The images of `sample` as a grid, which a notebook displays."""

@@ -6,7 +6,7 @@ Axes: N images, C channels, H W, T timesteps.
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -34,6 +34,8 @@ class TrainedNet:
 
     net: nn.Module
     config: Config
+    class_names: tuple[str, ...] = field(default=(), kw_only=True)
+    """By label; empty: unknown, or the net has no classes."""
 
     @cached_property
     def objective(self) -> Objective:

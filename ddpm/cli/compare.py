@@ -1,9 +1,9 @@
-"""Compare runs on one page: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
+"""Compare runs: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
-RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The page is one HTML
-file that needs no network. It says which run is better, or which command would settle it. It shows samples of equal
-seeds side by side, settings that differ, ranks with ties, and curves over images seen and over hours. It reads the
-runs' folders; a run without samples is sampled.
+RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. Prints which run is
+better, or which command would settle it. Writes a page, one HTML file that needs no network: the answer, samples of
+equal seeds side by side, settings that differ, ranks with ties, and curves over images seen and over hours. It reads
+the runs' folders; a run without samples is sampled.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def main() -> None:
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs, or builtin:NAME")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import compared_run, comparison_page, save_results
+    from ddpm.evaluation import compared_run, comparison, comparison_page, comparison_text, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
@@ -45,4 +45,8 @@ def main() -> None:
     for run in runs:
         for remark in run.remarks:
             print(printable(f"{run.name}: {remark}"))
+    answer = comparison.answer(runs)
+    comparison_text.table(runs, answer).show()
+    for line in comparison_text.lines(answer):
+        print(printable(line))
     print(printable(f"comparison  {location.uri}"))

@@ -13,13 +13,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import NonEmptyStr, NonNegativeInt
+from ddpm.config.tree import NonEmptyStr
 from ddpm.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from ddpm.build import TrainedNet
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Arguments:
     """diffusers: a DDPMPipeline. checkpoint: converts a diffusers folder."""
     ema: bool = True
     """Export the averaged (EMA) weights instead of the last ones."""
-    label: NonNegativeInt | None = None
-    """diffusers, conditional nets: the class that the pipeline generates; num_classes: all classes."""
+    label: NonEmptyStr | None = None
+    """diffusers, conditional nets: the class that the pipeline generates, its name or number; num_classes: all."""
     register: NonEmptyStr | None = None
     """Also store the net in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
     alias: NonEmptyStr | None = None
@@ -70,7 +73,7 @@ def main() -> None:
             folder = stack.enter_context(names.local_checkpoint(arguments.checkpoint))
             exported = {kind: out}
             trained = checkpoint.load_net(folder, ema=arguments.ema)
-            export.to_diffusers(trained, out, arguments.label)
+            export.to_diffusers(trained, out, _class_of(trained, arguments.label))
             steps = trained.config.schedule.num_timesteps
             use = f"DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})"
             print(f"pipeline    {out}")
@@ -81,3 +84,12 @@ def main() -> None:
         if arguments.register is not None:
             model, where = registry.register(arguments.register, folder, exported, arguments.alias)
             print(f"model       {model} in {where}")
+
+
+def _class_of(trained: "TrainedNet", label: str | None) -> int | None:
+    """The number of the class; num_classes stands for all of them."""
+    from ddpm.sampling import generate
+
+    if label == str(trained.config.model.num_classes):
+        return trained.config.model.num_classes
+    return generate.class_of(trained, label)

@@ -44,9 +44,9 @@ def main() -> None:
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    source = arguments.source
     location = resolve(arguments.uri)
     drop = arguments.drop_duplicates
+    source = prepare.as_prepared(arguments.source, location, drop)
     existing = prepare.find(source, location, drop=drop)
     print(f"data set    {printable(location.uri)}{' exists already' if existing else ''}")
     skipped = getattr(source, "skipped", "")

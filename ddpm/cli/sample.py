@@ -5,6 +5,7 @@ MLflow's registry, or builtin:NAME. Writes grid.png and images/000000.png, ... i
 depends on the seed and i alone. Other settings default to those of training. The same command makes missing images.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,16 +13,7 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import (
-    NonEmptyStr,
-    NonNegativeInt,
-    NumImages,
-    PositiveInt,
-    SampleFlags,
-    SamplerName,
-    Seed,
-    Variance,
-)
+from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed, Variance
 from ddpm.utils.errors import UserError
 
 
@@ -34,7 +26,7 @@ class Arguments(SampleFlags):
     num_images: NumImages = 64
     """Total number of images at `out`."""
     out: NonEmptyStr | None = None
-    """Folder or s3:// URI for the images. None: samples/RUN-seedN, with the names of run and seed."""
+    """Folder or s3:// URI for the images. None: samples/RUN-seedN or samples/RUN-LABEL-seedN."""
     num_workers: Annotated[PositiveInt | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
@@ -46,8 +38,8 @@ class Arguments(SampleFlags):
     """Number of sampling steps. None: those of training; all T if --sampler ddpm takes the place of another one."""
     variance: Variance | None = None
     """ddpm: variance of the noise that a step adds."""
-    label: NonNegativeInt | None = None
-    """Class to sample (conditional nets). None: all classes in turn."""
+    label: NonEmptyStr | None = None
+    """Class to sample, its name or number (conditional nets). None: all classes in turn."""
     seed: Seed = 0
     """Image i is a function of this seed and i."""
     trajectory: bool = False
@@ -63,7 +55,7 @@ def main() -> None:
     from ddpm.config.json import flatten
     from ddpm.runs import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.runs.storage import resolve
-    from ddpm.sampling import workers
+    from ddpm.sampling import generate, workers
     from ddpm.tracking import run_params
     from ddpm.tracking.names import local_checkpoint, name_of
     from ddpm.utils.progress import Display
@@ -87,8 +79,12 @@ def main() -> None:
         )
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
-    job = workers.SampleJob(trained, arguments.label, batch_size=arguments.batch_size)
-    out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
+    label = generate.class_of(trained, arguments.label)
+    job = workers.SampleJob(trained, label, batch_size=arguments.batch_size)
+    name = name_of(arguments.checkpoint)
+    if arguments.label is not None:
+        name += "-" + re.sub(r"[^\w.-]+", "-", arguments.label)
+    out = resolve(arguments.out or f"samples/{name}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(
             job,

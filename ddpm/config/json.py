@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import reprlib
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -76,6 +77,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if len(changed) > 4:
         listed.append("...")
     return ", ".join(listed)
+
+
+def flags(values: Mapping[str, Any]) -> str:
+    """Dotted keys and their values as flags of a command line: "--model.num-classes 10 --no-train.deterministic"."""
+    words = []
+    for key, value in values.items():
+        group, dot, name = key.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            words.append(f"--{group}{dot}{name}" if value else f"--{group}{dot}no-{name}")
+        else:
+            parts = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{group}{dot}{name}", *(shlex.quote(str(part)) for part in parts)]
+    return " ".join(words)
 
 
 def check_values(config: Any) -> None:

@@ -17,7 +17,7 @@ from ddpm.data.manifest import Manifest
 from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
-from ddpm.data.sources.sources import MissingFiles, Source
+from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source, earlier
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
+NUM_LISTED = 4
+"""Classes that a line names."""
 
 
 def prepared(
@@ -61,9 +63,7 @@ def prepared(
         name, source = _folder(config)
     else:
         name, source = _named(config, command)
-    # The folder's name has a digest, so data sets of other versions or other images are kept beside this one.
-    folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    location = storage.resolve(config.run.storage).child(RESERVED).child(folder)
+    source, location = _placed(config, name, source)
     if items is not None:  # the user's code may not expect to run in a thread
         connect = None
     _prepare(config, name, source, location, connect)
@@ -127,6 +127,22 @@ def _report_duplicates(
         log.warning("%s", error)
 
 
+def _placed(config: Config, name: str, source: Source) -> tuple[Source, Location]:
+    """`source` and the folder of its data set; if that of an earlier version's split is there, that one."""
+    before = earlier(source)
+    if before is not None:
+        location = _location(config, name, before)
+        if prepare.find(before, location) is not None:
+            return before, location
+    return source, _location(config, name, source)
+
+
+def _location(config: Config, name: str, source: Source) -> Location:
+    """The folder of the data set; its name has a digest, so those of other options or other images are kept."""
+    folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
+    return storage.resolve(config.run.storage).child(RESERVED).child(folder)
+
+
 def _named(config: Config, command: str) -> tuple[str, Source]:
     """Name and source for data.source."""
     name = config.data.source
@@ -164,5 +180,25 @@ def _folder(config: Config) -> tuple[str, Source]:
         print(f"augmented   with probability {config.data.augment:g} (--data.augment)", flush=True)
     if source.skipped:
         print(f"skipped     {source.skipped}", flush=True)
+    if source.class_names:
+        print(f"labels      {_about_labels(source.class_names, config.model.num_classes)}", flush=True)
+    num_held_out = source.splits["test"]
+    if num_held_out < LEAST_HELD_OUT:
+        print(
+            f"held out    {num_held_out}; ddpm evaluate needs {LEAST_HELD_OUT}, as of 100 images or more",
+            flush=True,
+        )
     name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:MAX_NAME]
     return name or "pictures", source
+
+
+def _about_labels(class_names: tuple[str, ...], num_classes: int) -> str:
+    """What the subfolders mean for a net with so many classes, for the user."""
+    listed = printable(", ".join(class_names[:NUM_LISTED]))
+    if len(class_names) > NUM_LISTED:
+        listed += ", ..."
+    if num_classes:
+        return f"{len(class_names)} classes, the subfolders {listed} (--model.num-classes 0 for none)"
+    if len(class_names) == 1:
+        return f"none: all images are in one subfolder, {listed}"
+    return f"none (--model.num-classes {len(class_names)} for those of the subfolders {listed})"

@@ -7,12 +7,13 @@ In the order in which to read it:
     inputs           what that reads: checkpoints, data, features of real images
     bits_per_dim     the bound of held-out images; rung: the same, measured by the loop for a search
     features         what a feature net is, and the cache; nets, classifier, inception: those there are
-    metrics          FID, KID, precision, recall, density, coverage; jackknife: their standard errors
+    metrics          FID, KID, precision, recall; jackknife: their standard errors
     feature_scores   all of these with one feature net, beside real images against real images
     memorisation     the share of generated images that are near training images
     results          what was found, as JSON; results_table, plots, save_results; card: a run's model card
 
     ranking          ranks with ties
     compared_run     a run as its folder tells of it
-    comparison       which run is better; comparison_page: that, samples, settings and curves as HTML
+    comparison       which run is better; comparison_text: that in lines; comparison_page: that, samples, settings and
+                     curves as HTML
 """

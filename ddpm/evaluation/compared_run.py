@@ -227,7 +227,7 @@ def _sample(stored: Location) -> bytes:
     """A PNG of a grid, sampled from a checkpoint as training samples it."""
     with names.as_folder(stored) as folder:
         job = workers.SampleJob(checkpoint.load_net(folder))
-    return images.png_bytes(images.grid(workers.in_memory(job, SAMPLED_IMAGES)))
+    return images.png_bytes(job.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 
 
 def _curves(run: Location) -> dict[str, list[ChartPoint]]:

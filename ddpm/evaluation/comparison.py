@@ -17,6 +17,7 @@ from ddpm.evaluation.compared_run import ERRORS, ComparedRun, Remark
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.results import CheckpointResult, Report, SampledScores, Score
+from ddpm.utils.errors import UserError
 
 NO_EFFECT_ON_SCORES = ("num_train_images",)
 """Settings of an evaluation that do not affect the ranked scores."""
@@ -29,6 +30,8 @@ ANSWERS = {
 """Metrics besides KID that tell which run is better, and their names for people."""
 UNLIKE_LABELS = "A net with labels bounds log p(x | y), a net without them log p(x)."
 UNLIKE_DATA = "The runs were trained on different data, and each is judged by its own held-out images."
+
+LETTERS = "ABCDEFGHIJKLMNOPQRST"
 
 Results = Mapping[str, Mapping[int, CheckpointResult]]
 """Results of evaluations with the same settings, by run key and images seen."""
@@ -95,6 +98,45 @@ class Verdict(NamedTuple):
     has_winner: bool
 
 
+class Answer(NamedTuple):
+    """Which run is better, and what that rests on."""
+
+    letters: Mapping[str, str]
+    """A letter for each run, by key."""
+    names: Mapping[str, str]
+    """Runs by key, as texts call them: "A (digits)"."""
+    results: Results
+    rankings: Sequence[Ranking]
+    verdicts: Sequence[Verdict]
+    step: Remark | None
+    """The command that would settle the comparison; None: it is settled, or the rankings were given."""
+
+
+def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> Answer:
+    """Compare at most 20 runs.
+
+    Args:
+        rankings: those of a search; None: computed from the runs' evaluations.
+    """
+    if len(runs) > len(LETTERS):
+        raise UserError(f"{len(runs)} runs are too many for one page; name at most {len(LETTERS)}")
+    results, num_held_out = results_alike(runs)
+    letters = {run.key: letter for run, letter in zip(runs, LETTERS, strict=False)}
+    names = {run.key: f"{letters[run.key]} ({run.name})" for run in runs}
+    step = None
+    if rankings is None:
+        rankings = ranked(runs, results)
+        step = next_step(runs, results, num_held_out, rankings, names)
+    return Answer(
+        letters=letters,
+        names=names,
+        results=results,
+        rankings=rankings,
+        verdicts=list(verdicts(rankings, names)),
+        step=step,
+    )
+
+
 def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
     """The results with the evaluation settings that most runs share; of equals, most images; and their held-out images.
 
@@ -133,7 +175,7 @@ def _merged(before: CheckpointResult, result: CheckpointResult) -> CheckpointRes
     return replace(result if result.bits else before, drawn=tuple(samplings.values()))
 
 
-def rankings(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
+def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
     """Ranks by each metric that at least two runs have, each at its newest evaluated checkpoint."""
     scored: dict[str, dict[str, tuple[int, Score]]] = {}
     of_image: dict[str, Sequence[float]] = {}
@@ -149,7 +191,7 @@ def rankings(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
         scored |= _scored_in_training(runs)
     has_unlike_data = len({run.data for run in runs if run.data}) > 1
     has_unlike_labels = len({run.settings.get("model.num_classes", "0") for run in runs if run.settings}) > 1
-    ranked = []
+    found = []
     for name, cells in scored.items():
         if len(cells) < 2:
             continue
@@ -158,8 +200,8 @@ def rankings(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
             ranking = replace(ranking, note=UNLIKE_LABELS, is_comparable=False)
         if has_unlike_data and name in ERRORS:
             ranking = replace(ranking, note=UNLIKE_DATA, is_comparable=False)
-        ranked.append(ranking)
-    return ranked
+        found.append(ranking)
+    return found
 
 
 def _scored_in_training(runs: Sequence[ComparedRun]) -> dict[str, dict[str, tuple[int, Score]]]:

@@ -23,16 +23,14 @@ from ddpm.config.json import keys_that_affect
 from ddpm.config.tree import Affects, Config
 from ddpm.evaluation import comparison, plots
 from ddpm.evaluation.compared_run import RATE, ComparedRun
-from ddpm.evaluation.comparison import Ranking, Results
+from ddpm.evaluation.comparison import LETTERS, Ranking, Results
 from ddpm.evaluation.plots import IMAGES_SEEN, Chart, ChartPoint, charts_of
-from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import estimate
 
 LOSSES = ("train/loss", "held_out/loss")
 MAX_GRIDS = 12
 """Largest number of slider positions."""
-LETTERS = "ABCDEFGHIJKLMNOPQRST"
 LINES = ["-", "--", "-.", ":"]
 WIDTH = 5.2
 HEIGHT = 3.0
@@ -49,15 +47,8 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         runs: at most 20.
         rankings: those of a search; None: computed from the runs' evaluations.
     """
-    if len(runs) > len(LETTERS):
-        raise UserError(f"{len(runs)} runs are too many for one page; name at most {len(LETTERS)}")
-    results, num_held_out = comparison.results_alike(runs)
-    letters = {run.key: letter for run, letter in zip(runs, LETTERS, strict=False)}
-    names = {run.key: f"{letters[run.key]} ({run.name})" for run in runs}
-    step = None
-    if rankings is None:
-        rankings = comparison.rankings(runs, results)
-        step = comparison.next_step(runs, results, num_held_out, rankings, names)
+    answer = comparison.answer(runs, rankings)
+    letters = answer.letters
     differing = differences(runs) if any(run.settings for run in runs) else None
     positions = shared_positions(runs)
     environment = Environment(
@@ -70,17 +61,19 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         runs=runs,
         letters=letters,
         colours={key: to_hex(_look(letter)["color"]) for key, letter in letters.items()},
-        names=names,
+        names=answer.names,
         has_several_data=len({run.data for run in runs if run.data}) > 1,
-        verdicts=list(comparison.verdicts(rankings, names)),
-        step=step,
+        verdicts=answer.verdicts,
+        step=answer.step,
         positions=positions,
         grids={run.key: _grids(run, positions) for run in runs},
         facts=list(dict.fromkeys(title for run in runs for title in run.facts)),
         differing=differing,
-        sampled_unlike=", ".join(key for key in differing or () if key.startswith("sample.")),
-        rankings=rankings,
-        curves=list(charts(runs, results)),
+        sampled_unlike=", ".join(
+            key for key in differing or () if key.startswith("sample.") or key == "model.num_classes"
+        ),
+        rankings=answer.rankings,
+        curves=list(charts(runs, answer.results)),
         plot=partial(_plot, letters),
         plot_size=(round(WIDTH * PX), round(HEIGHT * PX)),
         script=Markup(script),

@@ -1,4 +1,4 @@
-"""Scores of generated images by one feature net: FID, KID, precision, recall, density, coverage.
+"""Scores of generated images by one feature net: FID, KID, precision, recall.
 
 Each is named by its feature net, and has its n, its standard error (jackknife.py), and its floor: the same metric of
 equally many other real images against the same real images, which is a perfect model's score. "FID" alone means
@@ -101,8 +101,6 @@ def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | No
     return {
         "precision": Estimate(values.precision, max(errors.precision, _share_error(values.precision, n))),
         "recall": Estimate(values.recall, max(errors.recall, _share_error(values.recall, m))),
-        "density": Estimate(values.density, errors.density),
-        "coverage": Estimate(values.coverage, max(errors.coverage, _share_error(values.coverage, m))),
     }
 
 

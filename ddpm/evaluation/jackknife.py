@@ -2,10 +2,10 @@
 
 Generated and real images are two independent samples. A group of images is left out in turn, and the spread of the
 results is the standard error of redrawing both samples. It is not too small on average. A group is one image for KID,
-which has a formula for that, and a tenth of the images for FID and for precision, recall, density and coverage, which
-are computed again. A bootstrap does not suit them: it repeats images, and a repeated image has a neighbour at distance
-0. Two other numbers need no resampling: a mean over images has the error std / sqrt(N), and the share of memorised
-images has an exact interval (memorisation.py).
+which has a formula for that, and a tenth of the images for FID, precision and recall, which are computed again. A
+bootstrap does not suit them: it repeats images, and a repeated image has a neighbour at distance 0. Two other numbers
+need no resampling: a mean over images has the error std / sqrt(N), and the share of memorised images has an exact
+interval (memorisation.py).
 
 A conditional net generates a fixed number of images of each class, so its images are left out class by class. Real
 images have a random number of each class, which is part of the error: they are left out regardless of class.

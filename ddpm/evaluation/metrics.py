@@ -7,7 +7,6 @@ Papers:
     FID                  Heusel et al. 2017, arXiv:1706.08500
     KID                  Binkowski et al. 2018, arXiv:1801.01401
     precision, recall    Kynkaanniemi et al. 2019, arXiv:1904.06991
-    density, coverage    Naeem et al. 2020, arXiv:2002.09797
 
 Axes: N generated images, M real images, F features.
 """
@@ -111,10 +110,6 @@ class Manifold(NamedTuple):
     """Share of generated images inside the ball of a real one."""
     recall: float
     """Share of real images inside the ball of a generated one."""
-    density: float
-    """Mean number of real images' balls that a generated image lies in, per k; 1 if the sets are alike."""
-    coverage: float
-    """Share of real images with a generated one in their ball."""
 
 
 class Distances:
@@ -124,25 +119,23 @@ class Distances:
 
     Args:
         generated: [N, F].
-        real: [M, F], M above 5.
+        real: [M, F], M above 3.
     """
 
-    K_PRECISION = 3
+    K = 3
     """Kynkaanniemi et al. 2019."""
-    K_DENSITY = 5
-    """Naeem et al. 2020."""
 
     def __init__(self, generated: NDArray[np.floating], real: NDArray[np.floating]) -> None:
         self._own = _distances(generated, generated)  # [N, N]
         self._to_real = _distances(generated, real)  # [N, M]
         self._of_real = _distances(real, real)  # [M, M]
-        self._own_radii = _radii(self._own, self.K_PRECISION)
-        self._real_radii = _radii(self._of_real, self.K_PRECISION, self.K_DENSITY)
+        self._own_radii = _radii(self._own, self.K)
+        self._real_radii = _radii(self._of_real, self.K)
 
     def manifold(
         self, rows: NDArray[np.int64] | None = None, real_rows: NDArray[np.int64] | None = None
     ) -> Manifold:
-        """Manifold of the generated images in `rows`, more than 3, and the real ones in `real_rows`, more than 5.
+        """Manifold of the generated images in `rows` and the real ones in `real_rows`, more than 3 of each.
 
         None: all images. The balls depend on these images only.
         """
@@ -151,18 +144,13 @@ class Distances:
         real_radii = self._real_radii
         if rows is not None:
             to_real = to_real[rows]
-            own_radii = _radii(self._own[np.ix_(rows, rows)], self.K_PRECISION)
+            own_radii = _radii(self._own[np.ix_(rows, rows)], self.K)
         if real_rows is not None:
             to_real = to_real[:, real_rows]
-            real_radii = _radii(self._of_real[np.ix_(real_rows, real_rows)], self.K_PRECISION, self.K_DENSITY)
-        (own_radius,) = own_radii
-        precision_radius, density_radius = real_radii
-        inside = to_real <= density_radius
+            real_radii = _radii(self._of_real[np.ix_(real_rows, real_rows)], self.K)
         return Manifold(
-            precision=float((to_real <= precision_radius).any(1).mean()),
-            recall=float((to_real <= own_radius[:, None]).any(0).mean()),
-            density=float(inside.sum(1).mean() / self.K_DENSITY),
-            coverage=float(inside.any(0).mean()),
+            precision=float((to_real <= real_radii).any(1).mean()),
+            recall=float((to_real <= own_radii[:, None]).any(0).mean()),
         )
 
 
@@ -201,12 +189,12 @@ def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.f
     return euclidean_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)).astype(np.float32)
 
 
-def _radii(own: NDArray[np.float32], *ks: int) -> NDArray[np.float32]:
-    """[len(ks), N]: the distance of each image to its k-th nearest other image, ks ascending.
+def _radii(own: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+    """[N]: the distance of each image to its k-th nearest other image.
 
     Args:
         own: [N, N], with 0 from itself to itself.
     """
-    if len(own) <= ks[-1]:
-        raise ValueError(f"there are {len(own)} images; a {ks[-1]}-th neighbour needs at least {ks[-1] + 1}")
-    return np.partition(own, ks, axis=1)[:, ks].T
+    if len(own) <= k:
+        raise ValueError(f"there are {len(own)} images; a {k}-th neighbour needs at least {k + 1}")
+    return np.partition(own, k, axis=1)[:, k]

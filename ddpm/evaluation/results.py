@@ -91,16 +91,25 @@ class SampledScores:
         return any(isinstance(score, NearerShare) for score in self.scores)
 
     @property
-    def name(self) -> str:
-        """The sampler and its steps, such as "ddim-50", and all settings that are not defaults."""
-        words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
+    def sampler(self) -> str:
+        """The sampler and its steps, such as "ddim-50"."""
+        return f"{self.sample.sampler}-{self.sample.num_sample_steps}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The sampler's settings that are not defaults."""
+        found = {}
         for setting in SETTINGS:
             value = getattr(self.sample, setting)
-            if value in (getattr(SampleConfig, setting), "beta_tilde"):
-                continue
-            parts = value if isinstance(value, tuple) else (value,)
-            words += [setting, *map(str, parts)]
-        return " ".join(words)
+            if value not in (getattr(SampleConfig, setting), "beta_tilde"):
+                parts = value if isinstance(value, tuple) else (value,)
+                found[setting] = " ".join(map(str, parts))
+        return found
+
+    @property
+    def name(self) -> str:
+        """The sampler with its steps and settings: "ddim-50 eta 0.5"."""
+        return " ".join([self.sampler, *(f"{setting} {value}" for setting, value in self.settings.items())])
 
 
 @dataclass(frozen=True)

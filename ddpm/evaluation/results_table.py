@@ -7,11 +7,15 @@ from ddpm.evaluation.bits_per_dim import BOUND_TERMS
 from ddpm.evaluation.feature_scores import MAX_FID_FEATURES
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT
 from ddpm.evaluation.results import NearerShare, Report, Score, ScoreRow, nearest_pictures, rows
-from ddpm.utils.progress import printable
+from ddpm.utils.progress import printable, shortened
 from ddpm.utils.tables import Table, estimate
 
 ENOUGH = 10
 """With fewer images per feature than this, FID is mostly bias."""
+FEW = 100
+"""With fewer held-out images than this, a remark says that they are few."""
+MAX_RUN = 40
+"""Characters of a run's name."""
 MANY = 2.0
 """Memorisation is reported if the lower end of its interval is this many times the expected share."""
 FIXED = "which favours schedules of many steps, for any net; --variance measured does so less"
@@ -25,29 +29,27 @@ VARIANCES = {
 
 
 def table(report: Report) -> Table:
-    """A list of scores for one checkpoint and sampling configuration; else a line for each, real images last."""
-    if sum(len(result.drawn) for result in report.results) == 1:
-        return _list(report)
-    scores = {name: group[0].score for name, group in _by_name(report).items() if name not in BOUND_TERMS}
-    lines = [["", "", "n", *map(_counts, scores.values())]]
-    for result in report.results:
-        for drawn in result.drawn:
-            of_drawn = {score.name: score for score in (*result.bits, *drawn.scores)}
-            cells = [_cell(of_drawn[name]) if name in of_drawn else "" for name in scores]
-            lines.append([printable(result.run), f"{result.images_seen:,}", drawn.name, *cells])
-    lines.append(["", "", "real against real", *map(_floor, scores.values())])
-    return Table(["run", "images seen", "sampler", *scores], lines, num_words=3)
-
-
-def _list(report: Report) -> Table:
-    (result,) = report.results
-    (drawn,) = result.drawn
-    lines = []
-    for score, _, _ in rows(report):
-        name = f"  {score.name.partition('-')[2]}" if score.name in BOUND_TERMS else score.name
-        lines.append([name, _cell(score), _counts(score), _floor(score)])
-    title = f"{printable(result.run)}, {result.images_seen:,} images seen, {drawn.name}"
-    return Table([title, "value", "n", "real against real"], lines)
+    """A row for each metric, and a column for each checkpoint and sampling configuration; real images are last."""
+    columns = [(result, drawn) for result in report.results for drawn in result.drawn]
+    names = [
+        "run",
+        *(shortened(printable(result.run), MAX_RUN) for result, _ in columns),
+        "real against real",
+    ]
+    lines = [
+        ["images seen", *(f"{result.images_seen:,}" for result, _ in columns), ""],
+        ["sampler", *(drawn.sampler for _, drawn in columns), ""],
+    ]
+    for setting in dict.fromkeys(setting for _, drawn in columns for setting in drawn.settings):
+        lines.append([f"  {setting}", *(drawn.settings.get(setting, "") for _, drawn in columns), ""])
+    for name, group in _by_name(report).items():
+        cells = []
+        for result, drawn in columns:
+            scores = {score.name: score for score in (*result.bits, *drawn.scores)}
+            cells.append(_cell(scores[name]) if name in scores else "")
+        title = f"  {name.partition('-')[2]}" if name in BOUND_TERMS else name
+        lines.append([title, *cells, _floor(group[0].score)])
+    return Table(names, lines)
 
 
 def remarks(report: Report, out: str) -> list[str]:
@@ -56,7 +58,7 @@ def remarks(report: Report, out: str) -> list[str]:
     Args:
         out: the report's file; pictures are beside it.
     """
-    lines = list(_on_variances(report))
+    lines = [*_on_counts(report), *_on_variances(report)]
     size = report.settings["features"]["size"]
     for name, group in _by_name(report).items():
         least = min(min(row.score.n, row.score.n_real or row.score.n) for row in group)
@@ -94,6 +96,25 @@ def _remarks_on_bits(report: Report) -> list[str]:
             f"log2({levels}) = {math.log2(levels):.2f}; do not compare with bits/dim of other data"
         )
     return lines
+
+
+def _on_counts(report: Report) -> Iterator[str]:
+    """The numbers of images behind the scores."""
+    metrics: dict[str, dict[str, None]] = {}
+    for score, _, _ in rows(report):
+        metrics.setdefault(_counts(score), {})[score.name.partition("-")[0]] = None
+    for counts, names in metrics.items():
+        yield f"{', '.join(names)}: {counts}"
+    for count in sorted(
+        {score.floor_n for score, _, _ in rows(report) if score.floor_n not in (None, score.n)}
+    ):
+        yield f"real against real: {count:,} training and the held-out images"
+    fewest = min((score.n_real or score.n for score, _, _ in rows(report)), default=FEW)
+    if fewest < FEW:
+        yield (
+            f"{fewest} held-out images are few: the errors (±, one standard error) are large, and a difference within "
+            "two of them says nothing; more images make them smaller"
+        )
 
 
 def _on_variances(report: Report) -> Iterator[str]:
@@ -140,12 +161,12 @@ def _cell(score: Score) -> str:
 
 
 def _counts(score: Score) -> str:
-    return f"{score.n:,}" if score.n_real is None else f"{score.n:,} / {score.n_real:,}"
+    if score.n_real is None:
+        return f"{score.n:,} held-out images"
+    return f"{score.n:,} generated and {score.n_real:,} held-out images"
 
 
 def _floor(score: Score) -> str:
-    """The floor, with its own n if that is smaller."""
     if score.floor is None or score.floor_error is None:
         return ""
-    fewer = f" (n {score.floor_n:,})" if score.floor_n != score.n else ""
-    return estimate(score.floor, score.floor_error) + fewer
+    return estimate(score.floor, score.floor_error)

@@ -1,7 +1,7 @@
 """A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
 
     net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, the optimizer's state
-    state.json       step, images_seen, the run's key, and the name of the random generator
+    state.json       step, images_seen, the run's key, the classes, and the name of the random generator
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
@@ -12,7 +12,8 @@ file raises UserError.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.build import TrainedNet, build_net
-from ddpm.config.json import differences, flatten, from_json, keys_that_affect, to_json
+from ddpm.config.json import differences, flags, flatten, from_json, keys_that_affect, to_json
 from ddpm.config.tree import Affects, Config
 from ddpm.runs import storage
 from ddpm.runs.run_folder import CHECKSUMS, PREFIX
@@ -61,6 +62,15 @@ class StateFile(BaseModel):
     run_key: str
     """Empty for an imported checkpoint, which has no run."""
     data_fingerprint: str
+    class_names: list[str] = []
+    """By label; empty: the net has no classes, or an earlier version wrote the file."""
+
+
+@dataclass(frozen=True)
+class _ClassNames:
+    """The part of state.json that sampling needs."""
+
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,16 @@ class Snapshot:
     """Content of config.json."""
     wait: Callable[[], object] = lambda: None
     """Returns when the tensors are complete; called before they are read."""
+
+
+def identity(
+    config: Config, run_key: str, data_fingerprint: str, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What state.json tells of a run and its data; the names of the classes only if the net has classes."""
+    found: dict[str, Any] = {"run_key": run_key, "data_fingerprint": data_fingerprint}
+    if config.model.num_classes:
+        found["class_names"] = list(class_names)
+    return found
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
@@ -176,7 +196,14 @@ def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: boo
     config = read_config(folder)
     net = build_net(config)
     load_weights(net, folder / ("ema.safetensors" if ema else "net.safetensors"))
-    return TrainedNet(net.to(device).eval().requires_grad_(False), config)
+    net.to(device).eval().requires_grad_(False)
+    return TrainedNet(net, config, class_names=_class_names(folder))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """The names of the classes in state.json; empty: an earlier version wrote it, or the net has no classes."""
+    file = folder / "state.json"
+    return strict_json.parse(_ClassNames, read_bytes(file), f"{file} is damaged", extra="ignore").class_names
 
 
 def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:
@@ -191,24 +218,30 @@ def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError if `saved` and `now` are configurations of different runs."""
-    if changed := _differences(saved, now, Affects.WEIGHTS):
+    before, after = _both(saved, now, Affects.WEIGHTS)
+    if before != after:
+        own = {key: before[key] for key in before if before[key] != after[key]}
+        name = "" if now.run.name is None else f" --run.name {shlex.quote(now.run.name)}"
         raise UserError(
-            f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
+            f"{where} belongs to a run with another configuration: {differences(before, after)}; continue it with "
+            f"{flags(own)}{name}, or choose another --run.name"
         )
 
 
 def check_same_net(saved: Config, now: Config, folder: Path) -> None:
     """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
-    if changed := _differences(saved, now, Affects.NET):
+    before, after = _both(saved, now, Affects.NET)
+    if before != after:
+        changed = differences(before, after)
         raise UserError(f"train.init_from: {folder} has another net: {changed}; use those values")
 
 
-def _differences(saved: Config, now: Config, what: Affects) -> str:
-    """The first differences in keys that affect `what`, of those that both have: different nets have different keys."""
+def _both(saved: Config, now: Config, what: Affects) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both flat, with the keys that affect `what` and that both have: different nets have different keys."""
     before = flatten(saved)
     keys = keys_that_affect(now, what)
     after = {key: value for key, value in flatten(now).items() if key in keys and key in before}
-    return differences({key: before[key] for key in after}, after)
+    return {key: before[key] for key in after}, after
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

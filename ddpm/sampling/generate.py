@@ -5,6 +5,7 @@ Training (for its grids) and ddpm sample sample with `draw`: image i is a functi
 Axes: N images, C channels, H W.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -29,17 +30,50 @@ from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.images import Pixels
 from ddpm.utils.seeding import Purpose
 
+MAX_COLUMNS = 16
+"""Classes of which a grid has a column each."""
+MAX_LISTED = 20
+"""Classes that an error names."""
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
 
 
-def check_label(config: Config, label: int | None) -> None:
-    """Raise UserError unless `label` is None, or a class of the net."""
-    classes = config.model.num_classes
-    if label is not None and not 0 <= label < classes:
-        right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
-        raise UserError(f"label is {label}; {right}")
+def class_of(trained: TrainedNet, label: int | str | None) -> int | None:
+    """The number of a class that is given by its name or its number; UserError if the net has no such class.
+
+    If the name of any class is a number, a text is a name: the class "7" need not be number 7.
+    """
+    classes = trained.config.model.num_classes
+    names = trained.class_names
+    if label is None:
+        return None
+    if not classes:
+        raise UserError(f"label is {label}; this net was trained without labels")
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    number = int(label) if isinstance(label, int) or label.isdecimal() else None
+    if isinstance(label, str) and any(name.isdecimal() for name in names):
+        number = None
+    if number is not None and 0 <= number < classes:
+        return number
+    raise UserError(f"label is {label}; {_right_labels(classes, names, str(label))}")
+
+
+def _right_labels(classes: int, names: Sequence[str], label: str) -> str:
+    """What a label must be instead of `label`."""
+    if not names:
+        numbers = f"it must be in 0..{classes - 1}"
+        if label.lstrip("-").isdecimal():
+            return numbers
+        return f"{numbers}: this checkpoint does not have the names of its classes"
+    known = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(label.lower(), known, n=1)
+    suggestion = f" (did you mean {known[close[0]]}?)" if close else ""
+    listed = ", ".join(names[:MAX_LISTED])
+    if len(names) > MAX_LISTED:
+        listed += f", ... ({len(names)} classes)"
+    return f"it must be one of {listed}{suggestion}"
 
 
 Label = int | NDArray[np.int64] | None
@@ -52,6 +86,17 @@ def labels(config: Config, indices: Sequence[int], label: Label = None) -> NDArr
         return None
     equally = np.array(indices, np.int64) % config.model.num_classes
     return equally if label is None else np.full(equally.shape, label)
+
+
+def grid(trained: TrainedNet, drawn: Pixels, label: Label = None) -> Pixels:
+    """Images 0..N-1 that `draw` drew with `label`, uint8 [N, H, W, C], as one RGB image.
+
+    If they are of several classes in turn, each has a column under its name.
+    """
+    classes = trained.config.model.num_classes
+    if label is not None or not 1 < classes <= MAX_COLUMNS:
+        return images.grid(drawn)
+    return images.grid(drawn, classes, trained.class_names)
 
 
 @torch.no_grad()

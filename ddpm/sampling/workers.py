@@ -43,7 +43,7 @@ class SampleJob:
     trained: TrainedNet
     """Its config has the sampling configuration, with the seed."""
     label: int | None = None
-    """The class of all images; None: image i has class i mod num_classes."""
+    """The number of the class of all images; None: image i has class i mod num_classes."""
     sampler: Sampler | None = None
     """Used in place of the one that the configuration describes, by `in_memory` alone: no file could say what it
     draws."""
@@ -55,9 +55,13 @@ class SampleJob:
         return self.trained.config
 
     def __post_init__(self) -> None:
-        generate.check_label(self.config, self.label)
+        generate.class_of(self.trained, self.label)  # checks it
         if self.sampler is None:
             build_sampler(self.config)
+
+    def grid(self, drawn: Pixels) -> Pixels:
+        """The first images of the job, uint8 [N, H, W, C], as one RGB image."""
+        return generate.grid(self.trained, drawn, self.label)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -127,7 +131,7 @@ def draw(
         size, pieces = _pieces(job, pool, num_images)
         with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):
             writers.begin(out, job.asked(size))
-            writer = PngWriter(out, num_images, size)
+            writer = PngWriter(out, num_images, size, job.grid)
             before = writer.num_kept
             done = before
             began = time.monotonic()

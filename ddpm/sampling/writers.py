@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,15 @@ class PngWriter:
     num_kept: int
     """Images of the pieces that were complete at the start."""
 
-    def __init__(self, location: Location, num_images: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        location: Location,
+        num_images: int,
+        batch_size: int,
+        grid: Callable[[Pixels], Pixels] = images.grid,
+    ) -> None:
         self._location = location
+        self._grid = grid
         self._num_images = num_images
         self._size = batch_size
         self._images = location.child(IMAGES)
@@ -108,7 +115,7 @@ class PngWriter:
         """Write the grid, after the last image."""
         first = range(min(self._num_images, GRID_IMAGES))
         pixels = [images.from_png(self._images.child(_name(i)).read()) for i in first]
-        self._location.child(GRID).write(images.png_bytes(images.grid(np.stack(pixels))))
+        self._location.child(GRID).write(images.png_bytes(self._grid(np.stack(pixels))))
 
 
 def _piece(k: int, size: int, num_images: int) -> range:

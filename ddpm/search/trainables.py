@@ -119,8 +119,14 @@ def _train(config: Config, spec: Spec, run: RunFolder) -> None:
     threads = config.cluster.threads_per_worker
     if threads is not None:
         torch.set_num_threads(threads)
-    fingerprint = spec.rungs.evaluator.train.rows.fingerprint
-    store = RunStore(config, run, fingerprint, hardware=devices.hardware())
+    train = spec.rungs.evaluator.train
+    store = RunStore(
+        config,
+        run,
+        train.rows.fingerprint,
+        hardware=devices.hardware(),
+        class_names=train.manifest.class_names,
+    )
     try:
         loop.train(config, TrialRuntime(config, spec, store))
         store.flush()

@@ -8,7 +8,7 @@ checkpoint is skipped for the previous one.
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -117,7 +117,13 @@ def latest_valid(run: RunFolder, timeout_s: float, warn: Callable[[str], object]
     yield None
 
 
-def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
+def begin(
+    run: RunFolder,
+    config: Config,
+    data_fingerprint: str,
+    warn: Callable[[str], object],
+    class_names: Sequence[str] = (),
+) -> None:
     """Store the averaged weights of config.train.init_from as the run's first checkpoint, at 0 images.
 
     The run then resumes like any other; the source checkpoint is not needed again.
@@ -126,7 +132,7 @@ def begin(run: RunFolder, config: Config, data_fingerprint: str, warn: Callable[
     state = State.create(config, torch.device("cpu"))
     with resolve.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)
-    identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
+    identity = checkpoint.identity(config, run.key, data_fingerprint, class_names)
     write = partial(retry_in_folder, timeout_s=config.run.storage_timeout_s, warn=warn)
     store(state.snapshot(config, identity), run.location, before={}, best=False, retry=write)
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray.exceptions
 
 from ddpm.cluster import resources
-from ddpm.config.json import to_json
+from ddpm.config.json import from_json, to_json
 from ddpm.config.tree import Config
 from ddpm.data.plan import uneven_share
 from ddpm.data.reading import DataSet
@@ -113,6 +113,9 @@ def fit(
         if card.preset and not origin.is_named:
             settings.check_same(card.changed, origin.changed, run.location.uri, version)
         seen = _begins_at(config, data_set, run, version)
+        if seen < 0 and card.config and not origin.is_named:
+            began = from_json(json.dumps(card.config), f"{run.location.uri}/{run_folder.CARD}")
+            checkpoint.check_same_run(began, config, run.location.uri)
         pusher = Pusher(run) if config.run.tracking == "mlflow" else NoPusher(run)
         if seen >= config.train.total_images:
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
@@ -225,7 +228,8 @@ def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) 
     """Position of the newest valid checkpoint; the first may be made here from train.init_from. -1: there is none."""
     with checkpoint_manager.latest_valid(run, config.run.storage_timeout_s, log.warning) as folder:
         if folder is None and config.train.init_from is not None:
-            checkpoint_manager.begin(run, config, data_set.rows.fingerprint, log.warning)
+            classes = data_set.manifest.class_names
+            checkpoint_manager.begin(run, config, data_set.rows.fingerprint, log.warning, classes)
             return 0
         if folder is None:
             return -1

@@ -13,13 +13,16 @@ STRIP_IMAGES = 4
 
 
 def sample_grid(averaged: TrainedNet, runtime: Runtime) -> Pixels:
-    """Sample a grid of the same seeds every time. Every rank calls it, and generates its share."""
+    """Sample a grid of the same seeds every time, with a column for each class.
+
+    Every rank calls it, and generates its share.
+    """
     num_images = averaged.config.sample.num_images
     per_rank = -(-num_images // runtime.world_size)
     mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
     drawn = runtime.gather(generate.draw(averaged, mine))
     order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
-    return images.grid(drawn.cpu()[order][:num_images].numpy())
+    return generate.grid(averaged, drawn.cpu()[order][:num_images].numpy())
 
 
 def denoising_strip(averaged: TrainedNet, held_out: LabelledImages) -> Pixels:

@@ -41,7 +41,7 @@ class Recorder:
         self._runtime = runtime
         self._store = runtime.store
         self._state = state
-        self._averaged = TrainedNet(state.ema.net, config)
+        self._averaged = TrainedNet(state.ema.net, config, class_names=runtime.class_names)
         self._held_out = runtime.held_out()
         self._progress_at = 0.0
         self._images_per_s = 0.0

@@ -66,6 +66,11 @@ class Runtime:
                 ahead = reader.submit(next, parts, None)
                 yield images
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the images; empty: they have no labels."""
+        return self._train.manifest.class_names
+
     def held_out(self) -> LabelledImages | None:
         """The first config.train.held_out_images held-out images, the same for every seed; None: there are none."""
         if self._held_out is None or self._config.train.held_out_images == 0:

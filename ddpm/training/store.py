@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ class RunStore:
         data_fingerprint: of the data set, for state.json.
         notify: called with subjects of run_state.py and their values: WARNINGS, METRICS, PROGRESS, COMMITTED.
         hardware: of this worker, for status.json.
+        class_names: of the data set, for state.json.
 
     Attributes:
         last_progress: how far training is.
@@ -64,6 +65,7 @@ class RunStore:
         data_fingerprint: str,
         notify: Callable[[str, Any], object] = lambda subject, value: None,
         hardware: str = "",
+        class_names: Sequence[str] = (),
     ) -> None:
         self.last_progress: Progress | None = None
         self.newest = ""
@@ -71,7 +73,7 @@ class RunStore:
         self._run = run
         self._location = run.location
         self._notify = notify
-        self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
+        self._identity = checkpoint.identity(config, run.key, data_fingerprint, class_names)
         self._timeout_s = config.run.storage_timeout_s
         self._hardware = hardware
         self.warn = partial(notify, run_state.WARNINGS)

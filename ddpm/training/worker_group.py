@@ -156,7 +156,8 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
     store = None
     if ray.train.get_context().get_world_rank() == 0:
         fingerprint = task.data_set.rows.fingerprint
-        store = RunStore(task.config, task.run, fingerprint, state.set.remote, devices.hardware())
+        classes = task.data_set.manifest.class_names
+        store = RunStore(task.config, task.run, fingerprint, state.set.remote, devices.hardware(), classes)
     runtime = RayRuntime(task.config, task.data_set, task.run, state, store, folder)
     runtime.rungs = task.rungs
     try:

@@ -55,12 +55,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def grid(images: Pixels, columns: int | None = None) -> Pixels:
+def grid(images: Pixels, columns: int | None = None, captions: Sequence[str] = ()) -> Pixels:
     """Arrange images as tiles of one RGB image, row by row.
 
     Args:
         images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
         columns: tiles per row; None makes the grid about square. Empty places in the last row are white.
+        captions: one per column, written above it and cut off at its width; empty for no captions.
 
     Returns:
         uint8 [H', W', 3].
@@ -80,7 +81,13 @@ def grid(images: Pixels, columns: int | None = None) -> Pixels:
         top = i // columns * height + PADDING
         left = i % columns * width + PADDING
         picture[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    return picture
+    if not captions:
+        return picture
+    if len(captions) != columns:
+        raise ValueError(
+            f"there are {len(captions)} captions; there must be one for each of {columns} columns"
+        )
+    return np.concatenate([_header(captions, width), picture])
 
 
 def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
@@ -95,21 +102,7 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     """
     if len({row.shape for row in rows}) != 1:
         raise ValueError(f"rows have shapes {[row.shape for row in rows]}; they must be alike, at least one")
-    columns = len(rows[0])
-    picture = grid(np.concatenate(rows), columns)
-    if not captions:
-        return picture
-    if len(captions) != columns:
-        raise ValueError(
-            f"there are {len(captions)} captions; there must be one for each of {columns} columns"
-        )
-    header = Image.new("RGB", (picture.shape[1], 14), (BACKGROUND,) * 3)
-    draw = ImageDraw.Draw(header)
-    font = ImageFont.load_default(size=10)
-    width = (picture.shape[1] - PADDING) // columns
-    for i, caption in enumerate(captions):
-        draw.text((PADDING + i * width, 1), caption, fill=(0, 0, 0), font=font)
-    return np.concatenate([np.asarray(header, np.uint8), picture])
+    return grid(np.concatenate(rows), len(rows[0]), captions)
 
 
 def png_bytes(array: Pixels, time_ms: int | None = None) -> bytes:
@@ -156,6 +149,18 @@ def gif_bytes(frames: Sequence[Pixels]) -> bytes:
     file = io.BytesIO()
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=0)
     return file.getvalue()
+
+
+def _header(captions: Sequence[str], width: int) -> Pixels:
+    """Captions beside each other, each in so many pixels."""
+    height = 14
+    header = Image.new("RGB", (len(captions) * width + PADDING, height), (BACKGROUND,) * 3)
+    font = ImageFont.load_default(size=10)
+    for i, caption in enumerate(captions):
+        cell = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
+        ImageDraw.Draw(cell).text((0, 1), caption, fill=(0, 0, 0), font=font)
+        header.paste(cell, (PADDING + i * width, 0))
+    return np.asarray(header, np.uint8)
 
 
 def _rgb(images: Pixels) -> Pixels:

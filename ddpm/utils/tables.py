@@ -21,8 +21,16 @@ class Table(NamedTuple):
         """The table for a terminal; columns that do not fit are below."""
         import pandas as pd  # imported here, since it takes half a second
 
-        rows = pd.DataFrame(self.rows, columns=self.names)
-        return str(rows.set_index(list(self.names[: self.num_words])).to_string(line_width=width))
+        words = list(self.names[: self.num_words])
+        index = [row[0] for row in self.rows]
+        if self.num_words > 1:
+            rows = [tuple(row[: self.num_words]) for row in self.rows]
+            index = pd.MultiIndex.from_tuples(rows, names=words)
+        cells = [row[self.num_words :] for row in self.rows]
+        frame = pd.DataFrame(cells, index=index, columns=self.names[self.num_words :])
+        if self.num_words == 1:
+            frame.columns.name = self.names[0]  # in the line of the other names
+        return str(frame.to_string(line_width=width))
 
     def markdown(self) -> str:
         """The table in Markdown."""

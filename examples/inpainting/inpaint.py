@@ -155,8 +155,8 @@ class Arguments:
     """New folder for the images."""
     num_images: int = 16
     seed: int = 0
-    label: int | None = None
-    """Class to sample (conditional nets). None: all classes in turn."""
+    label: str | None = None
+    """Class to sample, its name or number (conditional nets). None: all classes in turn."""
     num_sample_steps: int | None = None
     """None: 250, or all of fewer timesteps."""
     num_resamples: int = 10

@@ -13,8 +13,10 @@ from ddpm.build import build_net
 from ddpm.cli import parsing
 from ddpm.config import presets
 from ddpm.config.json import flatten, override
+from ddpm.config.tree import Config
 from ddpm.data.sources import folder_preset
 from ddpm.search import config as search_config
+from ddpm.utils.errors import UserError
 
 MISTAKES = {
     "train": "PRESET is missing",
@@ -124,6 +126,28 @@ def test_the_preset_folder_has_the_size_and_colours_of_the_images(
     assert (config.model.image_size, config.model.channels) == (64, 1)
     assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
     assert parsed(monkeypatch, presets.PresetArguments, "folder", "--data", "x").config.data.shards == "x"
+
+
+def test_the_preset_folder_has_the_classes_of_the_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Subfolders with images, however deep, if there are several."""
+
+    def num_classes(*flags: str) -> int:
+        words = ("folder", str(tmp_path), *flags)
+        config: Config = parsed(monkeypatch, presets.PresetArguments, *words).config
+        return config.model.num_classes
+
+    for name in ("cats", "dogs"):
+        (tmp_path / name / "2021/spring").mkdir(parents=True)
+    for i in range(3):
+        Image.new("L", (8, 8)).save(tmp_path / f"cats/2021/spring/{i}.png")
+    assert num_classes() == 0  # the other one is empty
+    Image.new("L", (8, 8)).save(tmp_path / "dogs/0.png")
+    assert (num_classes(), num_classes("--model.num-classes", "0")) == (2, 0)
+    Image.new("L", (8, 8)).save(tmp_path / "stray.png")
+    with pytest.raises(UserError, match="stray"):
+        num_classes()
 
 
 def test_the_preset_folder_augments_few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

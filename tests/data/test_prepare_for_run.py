@@ -16,9 +16,11 @@ from support import damaged
 from ddpm.config import presets
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.data import prepare_for_run, ray_stream
+from ddpm.data import prepare, prepare_for_run, ray_stream
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.row_group import CorruptData
+from ddpm.data.sources import sources
+from ddpm.data.sources.image_folder import Folder
 from ddpm.runs import storage as locations
 from ddpm.runs.checkpoint import check_same_run
 from ddpm.utils.errors import UserError
@@ -67,10 +69,12 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     manifest = read_manifest(locations.resolve(str(found.data.shards)))
     assert (manifest.height, manifest.width, manifest.channels) == (12, 12, 3)
     assert manifest.class_names == ("cat", "dog")
-    assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
-    images, skipped = capsys.readouterr().out.splitlines()[:2]
+    assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 32, "test": 8}
+    images, skipped, labels, few = capsys.readouterr().out.splitlines()[:4]
     assert f"{tmp_path}/my pets, as 12x12 colour" in images and "cat/notes.txt" in skipped
-    assert ray_stream.open_configured(found).rows.num_rows == 38
+    assert "--model.num-classes 2" in labels and "cat, dog" in labels
+    assert few.startswith("held out    8;")
+    assert ray_stream.open_configured(found).rows.num_rows == 32
 
 
 def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path) -> None:
@@ -110,7 +114,35 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert f"{config.data.shards}/duplicates.png, " in out
     prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
-    assert capsys.readouterr().out.count("\n") == 1
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ["images", "labels", "held"]
+
+
+def test_a_folder_that_was_prepared_with_the_earlier_split_keeps_it(tmp_path: Path) -> None:
+    write_images(tmp_path / "pets", 75)
+    before = sources.earlier(Folder(tmp_path / "pets", 8, 1))
+    assert before is not None
+    config = config_of(tmp_path, tmp_path / "pets")
+    digest = prepare.options_of(before)[:8]
+    old = locations.resolve(f"{tmp_path}/runs/data/pets-{digest}")
+    manifest = prepare.prepare(before, old)
+    found = prepare_for_run.prepared(config)
+    assert found.data.shards == old.uri
+    assert manifest.splits["test"].num_rows == 8
+    shutil.rmtree(tmp_path / "runs")
+    data_set = ray_stream.open_configured(prepare_for_run.prepared(config))
+    assert {name: split.num_rows for name, split in data_set.manifest.splits.items()} == {
+        "train": 130,
+        "test": 20,
+    }
+    # Another command may have prepared it at a place of the user's choice.
+    chosen = locations.resolve(f"{tmp_path}/chosen")
+    prepare.prepare(before, chosen)
+    source = prepare.as_prepared(Folder(tmp_path / "pets", 8, 1), chosen)
+    assert source.splits == before.splits
+    assert prepare.find(source, chosen) == prepare.find(before, chosen)
+    elsewhere = locations.resolve(f"{tmp_path}/elsewhere")
+    assert prepare.as_prepared(Folder(tmp_path / "pets", 8, 1), elsewhere).splits["test"] == 20
 
 
 def test_ray_starts_while_images_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +232,7 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
         assert f"trained     {total} images" in done.stdout
     assert (tmp_path / "runs/a/checkpoint-000000000128").exists()
     evaluated = run_job("evaluate", "runs/a", "--num-images", "20", cwd=tmp_path)
-    assert evaluated.returncode == 2 and "has 2 images in its split test" in evaluated.stderr
+    assert evaluated.returncode == 2 and "has 8 images in its split test" in evaluated.stderr
     write_images(tmp_path / "pets", 1, seed=1)
     done = run_job("train", *words, "--total-images", 512, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ import pytest
 from support.compared import run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import comparison, comparison_page
+from ddpm.evaluation import comparison, comparison_page, comparison_text
 from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
@@ -53,7 +53,7 @@ def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
     alike, _ = results_alike(compared)
     positions = {key: sorted(of_run) for key, of_run in alike.items()}
     assert positions == {"keya": [1000, 2000], "keyb": [2000], "keyc": [2000]}
-    (ranking,) = comparison.rankings(compared, alike)
+    (ranking,) = comparison.ranked(compared, alike)
     ranked = {key: (cell.value, str(cell.rank)) for key, cell in ranking.cells.items()}
     assert ranked == {"keya": (3.0, "3"), "keyb": (2.0, "1-2"), "keyc": (2.001, "1-2")}
     assert "3.0000 ± 0.0100, rank 3 (2,000 images seen)" in shown_text(compared)
@@ -84,10 +84,10 @@ def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
         return {"held_out/bits_per_dim": [ChartPoint(10, 9.0, 0.1), ChartPoint(20, value, 0.1)]}
 
     compared = [run("a", curves=curve(3.0)), run("b", curves=curve(2.0)), run("c")]
-    (ranking,) = comparison.rankings(compared, {})
+    (ranking,) = comparison.ranked(compared, {})
     assert {key: str(cell.rank) for key, cell in ranking.cells.items()} == {"keya": "2", "keyb": "1"}
     losses = [run(name, curves={"train/loss": [ChartPoint(1, 0.1, 0.1)]}) for name in "ab"]
-    assert comparison.rankings(losses, {}) == []  # losses of different schedules are not comparable
+    assert comparison.ranked(losses, {}) == []  # losses of different schedules are not comparable
 
 
 BITS = 3 + np.random.default_rng(0).normal(size=90)
@@ -114,7 +114,7 @@ def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True)
 def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Remark | None]:
     """Headlines, and what to run next."""
     (results, num_held_out), names = results_alike(compared), {run.key: run.name for run in compared}
-    rankings = comparison.rankings(compared, results)
+    rankings = comparison.ranked(compared, results)
     step = comparison.next_step(compared, results, num_held_out, rankings, names)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step
 
@@ -195,3 +195,26 @@ def test_curves_over_images_and_over_time() -> None:
     assert set(charts) == {"bits/dim", "FID-pixels", "KID-pixels"}
     (bits,) = charts["bits/dim"].curves.values()
     assert [point[0] for point in bits] == [1000, 2000] and [point[2] for point in bits] == [0.05, 0.05]
+
+
+def test_the_answer_as_lines_is_that_of_the_page() -> None:
+    compared = scored(0.02, 0)
+    found = comparison.answer(compared)
+    (verdict, about) = comparison_text.lines(found)
+    page = shown_text(compared)
+    headline, _, detail = verdict.partition(": ")[2].partition(". ")
+    assert headline == "B (b) is better than A (a)"
+    assert headline in page and detail in page and "standard error" in about
+    tied = list(comparison_text.lines(comparison.answer(scored(0.02, 0, paired=False))))
+    assert tied[-1].strip() == "train b --run.name b-again --train.seed 5"
+
+
+def test_the_table_of_runs_fits_a_terminal() -> None:
+    facts = {"status": "finished", "images seen": "160,000", "hardware": "2 cores " * 9, "data": "x" * 70}
+    compared = [run(name, facts=facts) for name in ("a", "b" * 90)]
+    text = comparison_text.table(compared, comparison.answer(compared)).text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line.split() for line in text.splitlines()]
+    assert ["status", "finished", "finished"] in lines
+    assert ["images", "seen", "160,000", "160,000"] in lines
+    assert "2 cores" not in text

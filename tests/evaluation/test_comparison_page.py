@@ -122,6 +122,7 @@ def test_the_job_writes_a_page(run_job: Callable[..., Any], two_runs: list[str],
     done = run_job("compare", *two_runs, "--out", "pages/report.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"comparison  {tmp_path}/pages/report.html"
+    assert "held-out images, in training: " in done.stdout and re.search(r"^status +", done.stdout, re.M)
     page = Page((tmp_path / "pages/report.html").read_bytes())
     assert "All settings are equal." in page.text and "Comparison of a, b" in page.text
     assert len([image for image in page.all("img") if "data-at" in image]) == 6
@@ -170,6 +171,11 @@ def test_the_page_on_phone_and_desktop_screens(page: Any) -> None:
         "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName)"
     )
     assert wide == []
+    broken = (
+        "[...document.querySelectorAll('#runs thead th')].filter(e => e.scrollWidth > e.clientWidth "
+        "|| e.getBoundingClientRect().height > 3 * parseFloat(getComputedStyle(e).lineHeight)).map(e => e.innerText)"
+    )
+    assert width < 800 or page.evaluate(broken) == []
     plots = page.evaluate("[...document.querySelectorAll('.plots img')].map(i => i.clientWidth)")
     assert plots and min(plots) > (700 if width == 1600 else 350)
     top = page.evaluate("id => document.getElementById(id).getBoundingClientRect().top", "samples")

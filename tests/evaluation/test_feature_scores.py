@@ -12,7 +12,7 @@ from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]
 
-METRICS = ("precision", "recall", "density", "coverage")
+METRICS = ("precision", "recall")
 
 
 def normal(n: int, size: int = 8, seed: int = 0, mean: float = 0.0) -> Features:
@@ -67,7 +67,7 @@ def clusters(label: Int64, seed: int, shift: float = 0.0) -> NDArray[np.float32]
 @pytest.mark.parametrize("is_labelled", [True, False])
 def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
     """Clustered features by i mod 10, by class, and shuffled: the errors of all metrics, over five draws."""
-    variances = np.zeros((3, 6))
+    variances = np.zeros((3, 4))
     for seed in range(5):
         label = np.arange(500) % 10
         of_real = np.arange(300) % 10
@@ -98,11 +98,11 @@ def test_the_error_of_fid_is_stratified_by_class() -> None:
 
 
 def test_a_share_of_one_has_an_error() -> None:
-    """All 90 real images are covered: adding two successes and two failures makes 92 of 94 (Agresti & Coull 1998)."""
+    """All 90 real images are recalled: adding two successes and two failures makes 92 of 94 (Agresti & Coull 1998)."""
     real = normal(90, seed=1)
     found = by_name(score_features("pixels", np.tile(real, (4, 1))[:300], real))
-    assert found["coverage-pixels"].value == 1
-    assert found["coverage-pixels"].error == pytest.approx((92 / 94 * 2 / 94 / 94) ** 0.5)
+    assert found["recall-pixels"].value == 1
+    assert found["recall-pixels"].error == pytest.approx((92 / 94 * 2 / 94 / 94) ** 0.5)
 
 
 def test_pairs_use_only_the_first_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,19 +109,6 @@ def test_precision_and_recall_equal_those_of_torch_fidelity():
     assert 0 < ours.recall < ours.precision < 1
 
 
-def test_density_and_coverage_follow_the_definition():
-    """Naeem et al. 2020, Eqs. 5 and 6, in loops."""
-    generated = normal(40, 3, std=0.8).astype(float)
-    real = normal(30, 3, 1).astype(float)
-    radius = [np.sort(np.linalg.norm(real - r, axis=1))[5] for r in real]
-    inside = np.array(
-        [[np.linalg.norm(g - r) <= d for r, d in zip(real, radius, strict=True)] for g in generated]
-    )
-    ours = Distances(generated, real).manifold()
-    assert ours.density == pytest.approx(inside.sum() / (5 * 40))
-    assert ours.coverage == pytest.approx(inside.any(0).mean())
-
-
 def test_rows_can_be_left_out():
     generated = normal(30)
     real = normal(30, seed=1)

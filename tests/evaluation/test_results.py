@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from support.reported import drawn, made, near, result
+from support.reported import METRICS, drawn, made, near, result
 
 from ddpm.evaluation import plots, results, results_table
 from ddpm.evaluation.results import CheckpointResult, Report, Score
@@ -32,25 +32,35 @@ def test_table_and_json_agree_on_any_terminal(reported: Report) -> None:
     narrow = printed(reported, 80)
     assert max(map(len, narrow.splitlines())) <= 80
     for checkpoint in parsed["checkpoints"]:
-        bits = checkpoint["bits"] if reported is ONE else checkpoint["bits"][:1]
-        for score in (*bits, *(score for sampling in checkpoint["drawn"] for score in sampling["scores"])):
+        drawn_scores = (score for sampling in checkpoint["drawn"] for score in sampling["scores"])
+        for score in (*checkpoint["bits"], *drawn_scores):
             shown = f"{score['value']:.4f} ± {score['error']:.4f}"
             assert shown in wide and shown in narrow
-    for part in ("0.2000 ± 0.0300 (n 400)", "500 / 90", "1,000", "ddim-50"):
+    for part in ("0.2000 ± 0.0300", "real against real", "1,000", "ddim-50"):
         assert part in wide
+    counts = " ".join(results_table.remarks(reported, "out.json"))
+    assert "500 generated and 90 held-out" in counts and "400 training" in counts
 
 
-def test_the_table_has_a_line_per_checkpoint_and_sampling_config() -> None:
-    lines = [line for line in printed(SEVERAL).splitlines() if re.search(r"ddim-\d", line)]
-    assert len(lines) == 8
-    assert [line.split()[:2] for line in lines[::2]] == [
-        ["a", "1,000"],
-        ["2,000", "ddim-50"],
-        ["3,000", "ddim-50"],
-        ["b", "1,000"],
-    ]
-    assert lines[1].split()[0] == "ddim-10"
-    assert "real against real" in printed(SEVERAL)
+def test_the_table_has_a_row_for_each_metric_and_a_column_for_each_checkpoint_and_sampler() -> None:
+    made_table = results_table.table(SEVERAL)
+    assert made_table.names == ["run", *"aaaaaabb", "real against real"]
+    words = {row[0].strip(): list(row[1:]) for row in made_table.rows}
+    assert words["images seen"][:6] == ["1,000", "1,000", "2,000", "2,000", "3,000", "3,000"]
+    assert words["sampler"][:2] == ["ddim-50", "ddim-10"]
+    assert len(words) == 2 + 4 + len(METRICS)
+    assert len(set(words["KID-pixels"])) == 9
+    missing = results_table.table(made(result(1, drawn(1), near(0.03))))
+    assert dict(zip(missing.names, missing.rows[-1], strict=False))["run"].startswith("nearer")
+    assert missing.rows[-1][1] == ""
+
+
+def test_results_of_earlier_versions_have_more_metrics() -> None:
+    """Density and coverage are no longer computed; a file that has them is read, and shown."""
+    old = replace(drawn(1), scores=(*drawn(1).scores, Score("density-pixels", 0.75, 0.125, 500, 90)))
+    report = Report.from_json(made(result(1, old)).to_json(), "x.json")
+    assert "0.7500 ± 0.1250" in printed(report)
+    assert results.curve_values(report.results[0])["eval/density-pixels"] == 0.75
 
 
 def test_run_names_cannot_inject_markup() -> None:
@@ -74,7 +84,7 @@ def test_metric_names_say_how_they_were_measured() -> None:
         "eval/ddim-10/KID-pixels": drawn(1, 10).scores[1].value,
     }
     assert {name: points[name] for name in right} == right
-    assert "eval/ddim-10 eta 0.5/KID-pixels" in points and len(points) == 2 * 4 + 3 * 3 * 6
+    assert "eval/ddim-10 eta 0.5/KID-pixels" in points and len(points) == 2 * 4 + 3 * 3 * 4
     broken = replace(result(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),))
     assert results.curve_values(broken) == {}
     (score,) = json.loads(made(broken).to_json())["checkpoints"][0]["bits"]
@@ -95,23 +105,31 @@ def test_the_report_key_depends_on_checkpoints_and_settings_only() -> None:
 
 
 def remarks(reported: Report, out: str = "out.json") -> list[str]:
-    """All remarks but the first, which says what bits/dim depends on."""
+    """All remarks but those on the numbers of images and on what bits/dim depends on."""
     lines = results_table.remarks(reported, out)
-    if any(v.bits for v in reported.results):
-        assert lines.pop(0).startswith("bits/dim: the variance is measured")
-    return lines
+    usual = r".* held-out images( are few: .*)?|real against real: .*|bits/dim: the variance is measured.*"
+    return [line for line in lines if not re.fullmatch(usual, line)]
 
 
 def test_the_variance_of_the_bound_is_reported() -> None:
     """If it is not the default, it is also part of the metric's name in MLflow."""
     fixed = result(1, variance="beta_tilde", variance_is_default=False)
-    (line,) = results_table.remarks(made(fixed), "out.json")
-    assert line == f"bits/dim: the variance is beta_tilde, {results_table.FIXED}"
+    lines = results_table.remarks(made(fixed), "out.json")
+    assert f"bits/dim: the variance is beta_tilde, {results_table.FIXED}" in lines
     assert results.curve_values(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
     learned = result(2, run="b", variance="learned")
     lines = results_table.remarks(made(fixed, learned), "out.json")
-    assert [line.partition(":")[0] for line in lines] == ["bits/dim of a", "bits/dim of b"]
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["bits/dim of a", "bits/dim of b"]
     assert json.loads(made(fixed).to_json())["checkpoints"][0]["variance"] == "beta_tilde"
+
+
+def test_few_held_out_images_are_remarked() -> None:
+    few = replace(drawn(1), scores=(Score("KID-pixels", 1.0, 0.1, 640, 20),))
+    many = replace(drawn(1), scores=(Score("KID-pixels", 1.0, 0.1, 640, 100),))
+    lines = results_table.remarks(made(result(1, few, bits=())), "out.json")
+    assert [line for line in lines if line.startswith("20 held-out images are few")]
+    lines = results_table.remarks(made(result(1, many, bits=())), "out.json")
+    assert not [line for line in lines if "are few" in line]
 
 
 def test_remarks() -> None:
@@ -124,7 +142,7 @@ def test_remarks() -> None:
 
 def test_memorisation_is_reported_with_its_interval() -> None:
     reported = made(result(1, near(0.03)))
-    for part in ("0.0423 [0.0300, 0.0700]", "500 / 1,000", "0.0100 ± 0.0030"):
+    for part in ("0.0423 [0.0300, 0.0700]", "0.0100 ± 0.0030"):
         assert part in printed(reported)
     (sampling,) = json.loads(reported.to_json())["checkpoints"][0]["drawn"]
     assert set(sampling) == {"sample", "is_own", "scores"}  # the plot is a separate file

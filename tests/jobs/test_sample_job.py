@@ -27,10 +27,8 @@ TINY = override(TINY_NET, {**CHANGES, "model.num_classes": 3, "model.zero_init":
 def run(tmp_path: Path) -> None:
     """A run with one checkpoint."""
     state = State.create(TINY, torch.device("cpu"))
-    checkpoint.write(
-        state.snapshot(TINY, {"run_key": "", "data_fingerprint": ""}),
-        tmp_path / "run/checkpoint-000000000000",
-    )
+    identity = checkpoint.identity(TINY, "", "", ("bags", "boots", "blue coats"))
+    checkpoint.write(state.snapshot(TINY, identity), tmp_path / "run/checkpoint-000000000000")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -58,11 +56,22 @@ def test_it_samples_from_a_run_into_a_folder_named_by_run_and_seed(
     assert len(list((out / "images").iterdir())) == 3
 
 
+def test_a_label_is_a_name_or_a_number(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    drawn = {}
+    for label in ("blue coats", "2"):
+        done = run_job("sample", "run", "--num-images", "2", "--label", label, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        drawn[label] = files(tmp_path / f"samples/run-{label.replace(' ', '-')}-seed0")
+    assert drawn["blue coats"] == drawn["2"]
+
+
 def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str], tmp_path: Path) -> None:
     for flags, message in (
         (["nothing-here"], "does not exist"),
         (["run", "--sampler", "mix"], "mix cannot undo the process gaussian"),
         (["run", "--num-sample-steps", "51"], "num_sample_steps is 51"),
+        (["run", "--label", "boot"], "(did you mean boots?)"),
+        (["run", "--label", "3"], "bags, boots, blue coats"),
         (
             ["run", "--num-images", "100000000000"],
             "100,000,000,000 images need 409,600.0 GB or more, but",

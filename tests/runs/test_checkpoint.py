@@ -231,3 +231,30 @@ def test_a_checkpoint_with_only_skipped_steps_can_be_resumed(tiny: Config, tmp_p
     restored = State.create(tiny, CPU)
     restored.restore(tmp_path / "c", tiny)
     assert (restored.step, restored.skipped_steps, restored.optimizer_tensors()) == (2, 2, {})
+
+
+def test_the_names_of_the_classes_are_kept(tiny: Config, tmp_path: Path) -> None:
+    """A checkpoint of an earlier version has none."""
+    conditional = override(tiny, {"model.num_classes": 2})
+    for config, names in ((conditional, ("cats", "dogs")), (tiny, ())):
+        folder = tmp_path / f"{config.model.num_classes}"
+        identity = checkpoint.identity(config, "k", "f", ("cats", "dogs"))
+        checkpoint.write(State.create(config, CPU).snapshot(config, identity), folder)
+        assert checkpoint.load_net(folder).class_names == names
+    checkpoint.write(
+        State.create(conditional, CPU).snapshot(conditional, {"run_key": "k", "data_fingerprint": "f"}),
+        tmp_path / "earlier",
+    )
+    assert checkpoint.load_net(tmp_path / "earlier").class_names == ()
+
+
+def test_the_error_of_another_configuration_has_the_flags_that_continue_the_run(tiny: Config) -> None:
+    changes = {"model.num_classes": 10, "data.horizontal_flip": False, "run.name": "my run"}
+    now = override(tiny, changes)
+    saved = override(now, {"model.num_classes": 0, "data.horizontal_flip": True})
+    with pytest.raises(UserError) as error:
+        checkpoint.check_same_run(saved, now, "runs/a")
+    for part in ("model.num_classes 0 (now 10)", "--model.num-classes 0", "--data.horizontal-flip"):
+        assert part in str(error.value)
+    assert "--run.name 'my run'" in str(error.value)
+    checkpoint.check_same_run(now, now, "runs/a")

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from ddpm.config.tree import Config
 from ddpm.sampling import generate
 from ddpm.training.state import State
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -76,3 +78,68 @@ def test_closing_the_generator_ends_the_sampler(tiny: Config) -> None:
     next(frames)
     frames.close()
     assert 1 <= len(calls) < 50
+
+
+NAMES = ("bags", "boots", "T-shirts")
+
+
+def labelled(tiny: Config, names: tuple[str, ...] = NAMES, num_classes: int = 3) -> TrainedNet:
+    config = override(tiny, {"model.num_classes": num_classes})
+    return TrainedNet(State.create(config, CPU).ema.net, config, class_names=names)
+
+
+def test_a_class_is_given_by_its_name_or_its_number(tiny: Config) -> None:
+    trained = labelled(tiny)
+    given: tuple[int | str | None, ...] = ("boots", "1", 1, "T-shirts", None)
+    assert [generate.class_of(trained, label) for label in given] == [1, 1, 1, 2, None]
+    assert generate.class_of(labelled(tiny, ()), "2") == 2
+
+
+def test_classes_that_are_named_by_numbers_are_given_by_name(tiny: Config) -> None:
+    """Those of digits are their own numbers; a folder may have subfolders 3 and 7."""
+    trained = labelled(tiny, ("3", "7", "other"))
+    assert [generate.class_of(trained, label) for label in ("3", "7", 1, "other")] == [0, 1, 1, 2]
+    with pytest.raises(UserError, match="label is 1"):
+        generate.class_of(trained, "1")
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "advice"),
+    [
+        (NAMES, "Boot", "(did you mean boots?)"),
+        (NAMES, "tshirts", "(did you mean T-shirts?)"),
+        (NAMES, "x", "bags, boots, T-shirts"),
+        (NAMES, "3", "bags, boots, T-shirts"),
+        (NAMES, -1, "bags, boots, T-shirts"),
+        ((), "boots", "0..2: this checkpoint does not have the names"),
+        ((), 3, "0..2"),
+    ],
+)
+def test_a_class_that_is_not_there_is_a_user_error(
+    tiny: Config, names: tuple[str, ...], label: int | str, advice: str
+) -> None:
+    with pytest.raises(UserError, match=f"label is {label}") as error:
+        generate.class_of(labelled(tiny, names), label)
+    assert advice in str(error.value)
+
+
+def test_of_many_classes_an_error_names_some(tiny: Config) -> None:
+    names = tuple(f"c{i}" for i in range(1000))
+    with pytest.raises(UserError, match=r"c19, \.\.\. \(1000 classes\)") as error:
+        generate.class_of(labelled(tiny, names, 1000), "dogs")
+    assert len(str(error.value)) < 200
+
+
+def test_a_grid_has_a_column_for_each_class(tiny: Config) -> None:
+    drawn = np.arange(7, dtype=np.uint8).repeat(8 * 8).reshape(7, 8, 8, 1)
+    plain = images.grid(drawn, 3)
+    assert (generate.grid(labelled(tiny, ()), drawn) == plain).all()
+    named = generate.grid(labelled(tiny), drawn)
+    above = len(named) - len(plain)
+    assert (named[above:] == plain).all() and (named[:above] < 255).any()
+    for trained, label in (
+        (labelled(tiny), 1),
+        (labelled(tiny, (), 17), None),
+        (labelled(tiny, (), 0), None),
+    ):
+        assert (generate.grid(trained, drawn, label) == images.grid(drawn)).all()

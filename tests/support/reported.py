@@ -6,7 +6,7 @@ from typing import Any
 from ddpm.config.tree import SampleConfig
 from ddpm.evaluation.results import CheckpointResult, NearerShare, Report, SampledScores, Score
 
-METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall", "density", "coverage"))
+METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall"))
 TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 
 

@@ -1,4 +1,4 @@
-"""The preset `folder` for a folder of images: its net has their size and colours; few images are augmented."""
+"""The preset `folder` for a folder of images: its net has their size, colours and classes; few images are augmented."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,8 @@ def preset(path: str) -> Config:
     """The preset for the images in a folder.
 
     The net's size is the smallest of SIZES that is at least the median of the images' shorter sides, else the largest.
-    It is grey if all images are. Fewer than FEW training images are augmented.
+    It is grey if all images are. Several subfolders with images are its classes. Fewer than FEW training images are
+    augmented.
     """
     from ddpm.data.sources.image_folder import Folder  # half a second, and for this preset alone
 
@@ -33,6 +34,8 @@ def preset(path: str) -> Config:
     images = Folder(path=Path(path), size=SIZES[-1])
     side, channels = images.probe(NUM_PROBED)
     size = min((size for size in SIZES if size >= side), default=SIZES[-1])
-    model = replace(FOLDER.model, image_size=size, channels=channels)
+    # One subfolder alone is no class.
+    num_classes = len(images.class_names) if len(images.class_names) > 1 else 0
+    model = replace(FOLDER.model, image_size=size, channels=channels, num_classes=num_classes)
     augment = AUGMENT if images.splits["train"] < FEW else 0.0
     return replace(FOLDER, data=replace(FOLDER.data, images=path, augment=augment), model=model)

@@ -183,7 +183,8 @@ class HuggingFace(ImageFiles):
     def _rows(self) -> dict[str, tuple[str, Labels]]:
         sizes = {part: len(data) for part, data in self._data.items()}
         # In the data set's order, so that a range of rows lies together; Hugging Face's sets are shuffled.
-        return {split: (part, np.sort(rows)) for split, (part, rows) in divide(sizes, self.seed).items()}
+        splits = divide(sizes, self.seed, self.held_out_images)
+        return {split: (part, np.sort(rows)) for split, (part, rows) in splits.items()}
 
 
 def _part_of(file: Path) -> str:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm.config.tree import UpTo4096
+from ddpm.config.tree import PositiveInt, UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
 from ddpm.data.sources.sources import DataSeed, Square, UnreadableImages, divide
@@ -82,7 +82,10 @@ class ImageFiles(Square, ABC):
     encoding: Encoding = "encoded"
     """encoded: keep files that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
     seed: DataSeed = 0
-    """Seed of the order of images, and of the 5 % that are held out if there is no test or validation split."""
+    """Seed of the order of images, and of those that are held out if there is no test or validation split."""
+    held_out_images: PositiveInt | None = None
+    """Number of held-out images if there is no such split. None: 5 %, or of fewer than 2,000 images a tenth, at least
+    20."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -98,8 +101,9 @@ class ImageFiles(Square, ABC):
         return f"{counted}, such as {printable(', '.join(names[:NAMES_SHOWN]))}"
 
     def identity(self) -> dict[str, Any]:
-        digest = digest_of_files(self._top, self._all_files)
-        return asdict(self) | {"path": None, "files": digest}
+        found = asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}
+        del found["held_out_images"]  # the sizes of the splits tell it
+        return found
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         part, rows = self._rows[split]
@@ -270,7 +274,8 @@ class Folder(ImageFiles):
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
-        return divide({part: len(files) for part, files in self._files.items()}, self.seed)
+        sizes = {part: len(files) for part, files in self._files.items()}
+        return divide(sizes, self.seed, self.held_out_images)
 
 
 def list_files(top: Path, suffixes: Collection[str]) -> Listing:

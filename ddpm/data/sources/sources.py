@@ -2,7 +2,7 @@
 
 A source is a frozen dataclass of its options. It knows the number of images of each split, and reads any range of
 them, so that tasks can read ranges concurrently. The same options always give the same images.
-If a source has no test or validation split, a seeded 5 % is held out as "test".
+If a source has no test or validation split, a seeded share is held out as "test" (`num_held_out`).
 
 digits: E. Alpaydin, C. Kaynak, "Optical recognition of handwritten digits", UCI 1998 (through scikit-learn).
 
@@ -11,9 +11,9 @@ Axes: N images, H W, C channels.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from annotated_types import Interval
@@ -22,10 +22,17 @@ from ddpm.data.row_group import Labels, Pixels
 from ddpm.utils.errors import UserError
 
 HELD_OUT_SHARE = 0.05
+"""Of many images."""
+HELD_OUT_SHARE_OF_FEW = 0.1
+MOST_OF_FEW = 100
+"""Held-out images above which the share falls to HELD_OUT_SHARE."""
+LEAST_HELD_OUT = 20
+"""Images that an evaluation needs; 100 images have so many held out."""
 MAX_EXAMINED = 500_000
 """More images are not searched for duplicates, nor are those of Parquet files counted by size: it takes minutes."""
 DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
+S = TypeVar("S")
 
 
 class Source(Protocol):
@@ -121,7 +128,7 @@ class Digits(Loaded):
     seed: DataSeed = 0
     """Seed that decides which images are held out."""
     held_out_images: Annotated[int, Interval(ge=1, le=1796)] = 297
-    """Number of held-out images; more than the usual 5 %, since scores against few real images are uncertain."""
+    """Number of held-out images; more than usual, since scores against few real images are uncertain."""
     name: str = field(default="digits", init=False)
     height: int = field(default=8, init=False)
     width: int = field(default=8, init=False)
@@ -151,24 +158,56 @@ def pad(images: Pixels, size: int) -> Pixels:
     return np.pad(images, [(0, 0), (top, size - height - top), (left, size - width - left), (0, 0)])
 
 
+def num_held_out(n: int) -> int:
+    """The number of images held out of n.
+
+    5 % of many; of fewer than 2,000 a tenth, at least 20 and at most 100; never more than a fifth.
+    """
+    of_few = max(LEAST_HELD_OUT, min(round(n * HELD_OUT_SHARE_OF_FEW), MOST_OF_FEW))
+    return max(1, min(of_few, n // 5), _num_held_out_before(n))
+
+
+def _num_held_out_before(n: int) -> int:
+    return max(1, round(n * HELD_OUT_SHARE))
+
+
+def earlier(source: S) -> S | None:
+    """`source` with the split of earlier versions, which held out 5 % of few images, too; None: it is the same split.
+
+    A data set that was prepared with that split keeps it, so that the runs on it can be resumed.
+    """
+    given: Any = source
+    if getattr(given, "held_out_images", 0) is not None:
+        return None
+    n = sum(given.splits.values())
+    if num_held_out(n) == _num_held_out_before(n):
+        return None
+    before = replace(given, held_out_images=_num_held_out_before(n))
+    return None if before.splits == given.splits else before
+
+
 def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:
-    """Rows of "train" and of "test" (num_test None: 5 %, at least one), both in a seeded order."""
+    """Rows of "train" and of "test" (num_test None: `num_held_out`), both in a seeded order."""
     if n < 2:
         raise UserError(f"the source has {n} image(s); at least 2 are needed, to hold one out")
+    if num_test is not None and num_test >= n:
+        raise UserError(f"held_out_images is {num_test}, but the source has {n} images; hold out fewer")
     # RandomState, since numpy guarantees its streams: the same rows with every numpy.
     order = np.random.RandomState(seed).permutation(n).astype(np.int64)
-    num_test = num_test or max(1, round(n * HELD_OUT_SHARE))
+    if num_test is None:
+        num_test = num_held_out(n)
     return {"train": order[num_test:], "test": order[:num_test]}
 
 
-def divide(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Labels]]:
+def divide(sizes: dict[str, int], seed: int, num_test: int | None = None) -> dict[str, tuple[str, Labels]]:
     """The splits of a source that has parts: for each split, its part and its rows in a seeded order.
 
     The order matters if a part is sorted by class, since training shuffles within windows only.
-    Without a part "test", "validation" is used as "test"; without either, 5 % of "train" are held out.
+    Without a part "test", "validation" is used as "test"; without either, some of "train" are held out, as by
+    `held_out`.
     """
     if "test" not in sizes and "validation" not in sizes:
-        return {split: ("train", rows) for split, rows in held_out(sizes["train"], seed).items()}
+        return {split: ("train", rows) for split, rows in held_out(sizes["train"], seed, num_test).items()}
     names = {part: part for part in sizes}
     if "test" not in sizes:
         names["validation"] = "test"

@@ -100,7 +100,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
 def test_a_single_parquet_file_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "all.parquet", list(range(40)), [i % 3 for i in range(40)])
     source = HuggingFace(tmp_path / "all.parquet", size=8)
-    assert source.splits == {"train": 38, "test": 2} and source.class_names == ("0", "1", "2")
+    assert source.splits == {"train": 32, "test": 8} and source.class_names == ("0", "1", "2")
     both = content(source, "train") + content(source, "test")
     assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
     assert source.statistics() == "40 8x8 (1 sizes); 40 RGB; 0 smaller than 8, 0 longer than 2:1"

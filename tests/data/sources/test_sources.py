@@ -17,7 +17,16 @@ from support import processes
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data import prepare_for_run
-from ddpm.data.sources.sources import Digits, MissingFiles, Source, divide, held_out
+from ddpm.data.sources.items import Items
+from ddpm.data.sources.sources import (
+    Digits,
+    MissingFiles,
+    Source,
+    divide,
+    earlier,
+    held_out,
+    num_held_out,
+)
 from ddpm.data.sources.torchvision import FashionMnist, Torchvision
 from ddpm.utils.errors import UserError
 
@@ -77,13 +86,37 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
 
 def test_held_out_images_depend_only_on_the_seed() -> None:
-    rows = held_out(100, seed=0)
+    rows = held_out(100, seed=0, num_test=5)
     assert sorted([*rows["train"].tolist(), *rows["test"].tolist()]) == list(range(100))
     known = [2, 26, 55, 75, 86]  # must not change: data sets were made with it
     assert sorted(rows["test"].tolist()) == known
-    assert rows["test"].tolist() != held_out(100, seed=1)["test"].tolist()
+    assert rows["test"].tolist() != held_out(100, seed=1, num_test=5)["test"].tolist()
     with pytest.raises(UserError, match="1 image"):
         held_out(1, seed=0)
+    with pytest.raises(UserError, match="held_out_images is 3"):
+        held_out(3, seed=0, num_test=3)
+
+
+def test_of_few_images_more_are_held_out() -> None:
+    """At least 20 from 100 images on, which an evaluation needs, and never fewer for more images."""
+    sizes = (2, 3, 20, 60, 99, 100, 200, 300, 1000, 1999, 2000, 60_000)
+    assert [num_held_out(n) for n in sizes] == [1, 1, 4, 12, 19, 20, 20, 30, 100, 100, 100, 3000]
+    every = [num_held_out(n) for n in range(2, 5000)]
+    assert every == sorted(every)
+    assert len(held_out(300, seed=0)["test"]) == 30
+
+
+def test_the_split_of_earlier_versions() -> None:
+    """It is that of num_test: 5 % of the images, which are held out now, too."""
+    grey = np.arange(300, dtype=np.uint8).repeat(16).reshape(300, 4, 4)
+    now = Items(list(grey), 4, 1)
+    before = earlier(now)
+    assert before is not None
+    assert (now.splits, before.splits) == ({"train": 270, "test": 30}, {"train": 285, "test": 15})
+    assert (before.read("test", 0, 15)[0] == now.read("test", 0, 15)[0]).all()
+    assert earlier(before) is None and earlier(Digits()) is None
+    assert earlier(Items({"train": list(grey), "test": list(grey)}, 4, 1)) is None
+    assert earlier(Items(list(np.zeros((2000, 4, 4), np.uint8)), 4, 1)) is None
 
 
 def test_the_splits_of_a_source_are_kept() -> None:
