@@ -16,14 +16,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from ddpm.build import build_net
 from ddpm.cli import parsing, program
 from ddpm.config import kinds, presets
 from ddpm.config.json import flatten
@@ -31,7 +29,7 @@ from ddpm.config.kinds import Choice
 from ddpm.config.presets import PresetArguments
 from ddpm.config.tree import Affects, Config, ModelConfig
 from ddpm.runs import settings
-from ddpm.training import optimizers
+from ddpm.training.footprint import footprint
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/write_reference.py: `make reference` renews this page. -->"
@@ -406,20 +404,6 @@ def configuration() -> str:
 # presets.md
 
 
-def tensors(config: Config) -> tuple[int, int]:
-    """Weights of the net, and numbers in a checkpoint: net, EMA, and the optimizers' state."""
-    with torch.device("meta"):
-        net = build_net(config)
-    weights = sum(weight.numel() for weight in net.parameters())
-    stored = 2 * weights
-    for optimizer in optimizers.build(config, net):
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                for name in optimizers.STATE[type(optimizer)]:
-                    stored += 1 if name == "step" else weight.numel()
-    return weights, stored
-
-
 def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 1e8 else f"{num_bytes / 1e6:,.0f} MB"
 
@@ -432,19 +416,20 @@ def count(value: float) -> str:
 
 def preset_row(name: str, config: Config) -> list[str]:
     """A row of the table of sizes."""
-    weights, stored = tensors(config)
+    takes = footprint(replace(config, cluster=replace(config.cluster, num_workers=1)))
+    assert takes.memory is not None, "our nets run on the meta device"
     model = config.model
     train = config.train
     return [
         f"`{name}`",
         f"{model.image_size}x{model.image_size}, {'grey' if model.channels == 1 else 'colour'}",
-        count(weights),
+        count(takes.weights),
         f"{train.batch_size} = {train.batch_size // train.micro_batch_size} x {train.micro_batch_size}",
         train.precision,
         count(train.total_images),
         f"{math.ceil(train.total_images / train.batch_size):,}",
-        size(4 * stored),
-        size(4 * (stored + weights)),
+        size(takes.checkpoint),
+        size(takes.memory),
     ]
 
 
@@ -521,7 +506,7 @@ def preset_page() -> str:
                 "images in all",
                 "steps",
                 "a checkpoint",
-                "training state in memory",
+                "memory of one worker",
             ],
             [preset_row(name, config) for name, config in found.items()],
         ),
@@ -529,8 +514,9 @@ def preset_page() -> str:
         "colour.\n"
         "- A checkpoint has the weights, their averages (EMA) and the optimizer's state, in float32. Three "
         "are kept, and the best one.\n"
-        "- Training holds that state and the gradients in memory, on each worker. Activations come on top. "
-        "They grow with `--train.forward-images`, which bounds the images of one forward pass.\n"
+        "- The memory is computed: state, gradients and activations of one worker that takes the whole batch in one "
+        "pass, in float32. bfloat16, several workers and `--train.forward-images` lower it. PyTorch and Ray take "
+        "several hundred MB more.\n"
         "- A run has at most as many workers as a batch has micro-batches.",
         "## Recipe",
         table(
