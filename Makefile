@@ -21,9 +21,8 @@ help:
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
-# Two workers of one thread each train so small a net faster than one of two (benchmarks/runtime.md).
 train: $(VENV)/installed
-	$(BIN)/python jobs/train.py digits --name digits --storage runs --workers 2
+	$(BIN)/ddpm train digits
 
 ui: $(VENV)/installed
 	@$(BIN)/python jobs/ui.py

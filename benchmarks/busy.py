@@ -27,7 +27,7 @@ from ddpm.utils.openmp import SPIN_COUNT, VARIABLES
 
 TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
 FLAGS = """--train.total-images 1000000000 --train.log-every-images 128 --train.checkpoint-every-images 0
-    --train.sample-every-images 0 --run.storage . --run.name run""".split()
+    --train.sample-every-images 0 --run.storage . --run.name run --cluster.num-workers 1""".split()
 ONE, TWO = (["--cluster.threads-per-worker", number] for number in "12")
 ONE_THREAD = "1 thread"
 TWO_THREADS = f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours"

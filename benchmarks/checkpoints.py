@@ -44,7 +44,8 @@ def timed_work(folder: str, spec: dict[str, Any]) -> None:
     """Training in the worker, with every save and every step timed; the times of saves go into the folder."""
     from ddpm.training.recorder import Recorder
 
-    save, saves = Recorder._save, list[float]()
+    save = Recorder._save
+    saves = list[float]()
 
     def timed_save(*args: Any, **kwargs: Any) -> None:
         began = time.perf_counter()
@@ -88,13 +89,15 @@ def main() -> None:
 
 def write(arguments: Arguments, parameters: int, found: dict[str, dict[str, Any]]) -> None:
     """The table, as Markdown."""
-    device, on_gpu = devices.default(), devices.default() != devices.CPU
+    device = devices.default()
+    on_gpu = devices.default() != devices.CPU
     how = (
         f"Digits with a net of {parameters / 1e6:.1f} M parameters ({parameters * 16 / 1e6:.0f} MB a checkpoint: net, "
         f"EMA, AdamW), {arguments.steps} steps of {BATCH_SIZE} images, one worker, one torch thread "
         f"(`python benchmarks/checkpoints.py`). {tables.machine('ray', device=device.type)}."
     )
-    rows, without = [], found["none"]["wall"]
+    rows = []
+    without = found["none"]["wall"]
     for name, times in found.items():
         saves = times["saves"][:-1] if name != "none" else []  # the last one is the end of the run
         count = max(1, len(saves))

@@ -66,9 +66,12 @@ SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
 }
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)
 """The sampler of all nets, that of the preset `folder` (benchmarks/samplers.md)."""
-HELD_OUT, BATCH_SIZE, SHOWN = 2000, 50, 16
+HELD_OUT = 2000
+BATCH_SIZE = 50
+SHOWN = 16
 CHECKPOINT_IMAGES = 3200
-MARKS, PEERS_MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0), (0.5, 0.75, 1.0)
+MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+PEERS_MARKS = (0.5, 0.75, 1.0)
 """Times at which ours is judged, and a peer, as shares of the minutes."""
 OURS = "ours"
 
@@ -146,8 +149,11 @@ class Judge:
         pixels = torch.from_numpy(
             np.stack([np.asarray(image).reshape(size, size, channels) for image in real])
         )
-        self.shape, self._num_images, self._net = (channels, size, size), num_images, Lite2()
-        self._features, self._colours = features_of(self._net, pixels), Moments.of(coarse(pixels))
+        self.shape = (channels, size, size)
+        self._num_images = num_images
+        self._net = Lite2()
+        self._features = features_of(self._net, pixels)
+        self._colours = Moments.of(coarse(pixels))
         self.shown = pixels[:SHOWN].numpy()
         """Some of the images that were judged last."""
 
@@ -246,7 +252,8 @@ def nearest(saved: Mapping[float, Path], marks: Sequence[float], minutes: float)
 
 def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
     """All trainings on a set of images."""
-    data, trainings = write(name, top / "images"), list[Training]()
+    data = write(name, top / "images")
+    trainings = list[Training]()
     model = folder_preset.preset(str(data)).model
     judge = Judge(data, model.image_size, model.channels, arguments.num_images)
     rows = [judge.shown]
@@ -292,7 +299,9 @@ def reached(curve: Sequence[Point], goal: Point) -> float:
 
 def report(trainings: Sequence[Training], arguments: Arguments) -> None:
     """Write the tables."""
-    nets, times, every = list[list[object]](), list[list[object]](), list[list[object]]()
+    nets = list[list[object]]()
+    times = list[list[object]]()
+    every = list[list[object]]()
     for name, who, lr in dict.fromkeys((t.images, t.trainer, t.lr) for t in trainings):
         of_set = [t for t in trainings if t.images == name]
         if lr not in (None, best_lr(of_set, who)):
@@ -351,7 +360,8 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
 
 def main() -> None:
     smallest = {"sets": ("mnist",), "peers": ("diffusers",), "lrs": (1e-3,), "minutes": 0.7, "num_images": 20}
-    arguments, trainings = read(Arguments, __doc__, seeds=2, **smallest), list[Training]()
+    arguments = read(Arguments, __doc__, seeds=2, **smallest)
+    trainings = list[Training]()
     for name in arguments.sets:
         with tempfile.TemporaryDirectory() as folder:
             trainings += race(name, Path(folder), arguments)

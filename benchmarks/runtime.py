@@ -131,7 +131,9 @@ class Meter:
         found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
             if not title.startswith("ray::RayTrainWorker"):
-                kind = "the driver" if pid == os.getpid() else Path(title.split(".")[0]).name
+                kind = title.split(".")[0] if title.startswith("ray::") else Path(title).name
+                if pid == os.getpid():
+                    kind = "the driver"
                 found[kind] += (cpu_s - before.get(pid, ("", 0.0))[1]) / (ended - began)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 

@@ -89,7 +89,8 @@ class Measured:
 def measure() -> Measured:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        raw, png = rows_per_second(f"{folder}/raw", "raw"), rows_per_second(f"{folder}/encoded", "encoded")
+        raw = rows_per_second(f"{folder}/raw", "raw")
+        png = rows_per_second(f"{folder}/encoded", "encoded")
         requests = requests_per_row_group(folder)
         state = State.create(CIFAR10, torch.device("cpu"))
         size = parameter_count(state.net) * BYTES_PER_PARAMETER
@@ -100,8 +101,11 @@ def measure() -> Measured:
         copied = time.process_time()
         checkpoint.write(snapshot, Path(folder, "checkpoint"))
         written = time.process_time()
-    groups, digest, rows = 20_000, "0" * 64, MAX_ROWS_PER_ROW_GROUP
-    num_rows, image_bytes = groups * rows, 32 * 32 * 3
+    groups = 20_000
+    digest = "0" * 64
+    rows = MAX_ROWS_PER_ROW_GROUP
+    num_rows = groups * rows
+    image_bytes = 32 * 32 * 3
     shard = Shard(
         "train/00000.parquet", num_rows, (rows,) * groups, num_rows * image_bytes, digest, (digest,) * groups
     )
@@ -110,20 +114,23 @@ def measure() -> Measured:
     parsing = time.process_time()
     manifest_from_json(text, "manifest.json")
     parsed = time.process_time()
-    copy, write = size / (copied - began), size / (written - copied)
+    copy = size / (copied - began)
+    write = size / (written - copied)
     return Measured(raw, png, requests, copy, write, len(text) / groups, (parsed - parsing) / groups)
 
 
 def rows_per_second(folder: str, kind: Encoding) -> float:
     """Rows read per second; each image shows a wave, so it compresses neither badly nor trivially."""
-    location, rows = resolve(folder), MAX_ROWS_PER_ROW_GROUP
+    location = resolve(folder)
+    rows = MAX_ROWS_PER_ROW_GROUP
     waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
     images = pixels if kind == "raw" else [png_bytes(image) for image in pixels]
     shard = write_shard(location, "train/00000.parquet", images, None, rows_per_row_group=rows)
     manifest = make_manifest("test", (32, 32, 3), kind, [], {"train": [shard]}, "")
     read_row_group(location, manifest, "train", 0)
-    began, count = time.process_time(), 0
+    began = time.process_time()
+    count = 0
     while time.process_time() - began < 2:
         count += len(read_row_group(location, manifest, "train", 0)[0])
     return count / (time.process_time() - began)
@@ -235,10 +242,13 @@ def page(measured: Measured, utilisation: float) -> str:
         for gpus in GPUS
     }
     cifar10 = {gpus: plans["cifar10", gpus] for gpus in GPUS}
-    image, every = 32 * 32 * 3, CIFAR10.train.checkpoint_every_images
+    image = 32 * 32 * 3
+    every = CIFAR10.train.checkpoint_every_images
     size = parameters(CIFAR10) * BYTES_PER_PARAMETER
-    write_s, upload_s = size / measured.write, size / public("s3_stream")
-    largest, limit = cifar10[GPUS[-1]], public("get_limit")
+    write_s = size / measured.write
+    upload_s = size / public("s3_stream")
+    largest = cifar10[GPUS[-1]]
+    limit = public("get_limit")
     tasks = BYTES_PER_WORKER // (CHUNK_IMAGES * image)
     worst = max(p.object_store / p.gpus for p in plans.values())
     than = "more than" if largest.requests > limit else "below"

@@ -37,7 +37,11 @@ FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/write_reference.py: `make reference` renews this page. -->"
 DATA_FIELDS = (*settings.PATHS, "data.source")
 """Where the images come from. A run that resumes compares the fingerprint of the images instead."""
-SAME_IMAGES, NO, NAMED, UNUSED, YES = "same images", "no", "with a name", "no effect", "yes"
+SAME_IMAGES = "same images"
+NO = "no"
+NAMED = "with a name"
+UNUSED = "no effect"
+YES = "yes"
 GROUP_TITLES = {
     "data": "Data",
     "schedule": "Noise schedule",
@@ -130,7 +134,8 @@ def values(kind: Any) -> str:
         names = [*choices[0].also, *kinds.TABLES[choices[0].field]]
         return ", ".join(f"`{name}`" for name in names)
     bare = plain(kind)
-    origin, inner = typing.get_origin(bare), typing.get_args(bare)
+    origin = typing.get_origin(bare)
+    inner = typing.get_args(bare)
     if origin is Literal:
         return ", ".join(f"`{name}`" for name in inner)
     if origin in (types.UnionType, typing.Union):
@@ -428,7 +433,8 @@ def count(value: float) -> str:
 def preset_row(name: str, config: Config) -> list[str]:
     """A row of the table of sizes."""
     weights, stored = tensors(config)
-    model, train = config.model, config.train
+    model = config.model
+    train = config.train
     return [
         f"`{name}`",
         f"{model.image_size}x{model.image_size}, {'grey' if model.channels == 1 else 'colour'}",
@@ -444,7 +450,8 @@ def preset_row(name: str, config: Config) -> list[str]:
 
 def recipe_row(name: str, config: Config) -> list[str]:
     """A row of the table of recipes."""
-    optim, sample = config.optim, config.sample
+    optim = config.optim
+    sample = config.sample
     sampler = kinds.default_sampler("gaussian") if sample.sampler == kinds.AUTO else sample.sampler
     steps = sample.num_sample_steps or kinds.sampler(sampler).num_sample_steps
     rate = f"{optim.lr:g}, {optim.lr_schedule}"

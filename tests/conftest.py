@@ -165,6 +165,7 @@ def tiny(digits_uri: str) -> "Config":
             "train.held_out_images": 40,
             "sample.num_images": 4,
             "sample.num_sample_steps": 5,
+            "cluster.num_workers": 1,
         },
     )
 

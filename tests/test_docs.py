@@ -173,7 +173,8 @@ def test_each_page_is_in_the_navigation_once() -> None:
 def test_the_file_tree_is_the_tree() -> None:
     page = REPO / "docs/design/architecture.md"
     (tree,) = (block for block in blocks(page.read_text()) if block.startswith("ddpm/  "))
-    listed, folder = set(), ""
+    listed = set()
+    folder = ""
     for line in tree.splitlines():
         names = re.match(r" *(?:[\w.]+/? {2,})+", line)
         assert names, line

@@ -53,14 +53,15 @@ def train(
     work: Any = timed_work,
     mlflow_uri: str | None = None,
 ) -> Config:
-    """Train `config`, with `values` changed, as the run FOLDER/bench; returns the trained config.
+    """Train `config`, with `values` changed, on one worker as the run FOLDER/bench; returns the trained config.
 
     Args:
         work: what a worker runs, called with `folder` first.
         mlflow_uri: None: a database in `folder`.
     """
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri or f"sqlite:///{folder}/mlflow.db"
-    config = override(config, {"run.storage": folder, "run.name": "bench", **values})
+    own = {"run.storage": folder, "run.name": "bench", "cluster.num_workers": 1}
+    config = override(config, {**own, **values})
     config = prepare_for_run.prepared(config)
     worker_group.work = partial(work, folder)
     fit.fit(config, ray_stream.open_configured(config))

@@ -1,10 +1,9 @@
 """Evaluate checkpoints: ddpm evaluate CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
-MLflow's registry, or builtin:NAME. Bits/dim of held-out images, and KID, FID, precision, recall and memorisation of
-generated images are printed as a table, and written to FILE.json with plots next to it, to the folders of the runs
-(evaluations/), and to the runs' own MLflow runs. Settings that are not given default to those of
-training.
+MLflow's registry, or builtin:NAME. Measures bits/dim of held-out images, and KID, FID, precision, recall and
+memorisation of generated images. The results are printed as a table and written to FILE.json, with plots next to it, to
+the runs' folders (evaluations/), and to MLflow. Other settings default to those of training.
 """
 
 from dataclasses import dataclass, field

@@ -51,7 +51,8 @@ def main() -> None:
             "--format pt2 is an example now: python examples/torch_export/export_program.py RUN DIR"
         )
     arguments: Arguments = parsing.parse(Arguments, __doc__)
-    out, kind = arguments.out.absolute(), str(arguments.format)
+    out = arguments.out.absolute()
+    kind = str(arguments.format)
     if arguments.register is None and arguments.alias is not None:
         raise UserError("--alias needs a registered model; give its name with --register")
     if arguments.register is not None and not arguments.ema:
@@ -67,7 +68,8 @@ def main() -> None:
     with ExitStack() as stack:
         if kind == "checkpoint":
             export.from_diffusers(Path(arguments.checkpoint), out)
-            folder, exported = out, {}
+            folder = out
+            exported = {}
             print(f"checkpoint  {out}")
         else:
             folder = stack.enter_context(names.local_checkpoint(arguments.checkpoint))

@@ -27,7 +27,8 @@ from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable, shortened
 from ddpm.utils.streams import lossy
 
-HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+HELP = ("-h", "--help")
+HELP_ALL = "--help-all"
 SHORT = {
     "run.name": "--name",
     "run.storage": "--storage",
@@ -55,7 +56,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     bound_spinning()
     # Ray, when it is imported: hide its warning that a node has many processes, most of which are idle in a search.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
-    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+    sys.stdout = lossy(sys.stdout)
+    sys.stderr = lossy(sys.stderr)
     try:
         code = main() or 0
     except UserError as error:
@@ -195,7 +197,8 @@ def _registry(taken: Collection[str], only: Collection[str] | None, for_help: bo
             if group is None:
                 changed.append(field)
                 continue
-            key, flag = f"{group}{field.name}", None
+            key = f"{group}{field.name}"
+            flag = None
             short = SHORT[key] if SHORT.get(key) not in (None, *taken) else ""
             if only is None:
                 flag = tyro.conf.arg(aliases=[short] if short else None)

@@ -5,19 +5,54 @@ The same command resumes its run. Without --name a run is named by its preset, a
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ddpm.cli import parsing
+from ddpm.config.json import flatten
 from ddpm.config.presets import PresetArguments
+from ddpm.config.tree import Config
 from ddpm.data.sources import folder_preset
 from ddpm.utils import command_line
 
 
+@dataclass(frozen=True)
+class TrainArguments(PresetArguments):
+    """A preset and its changes, and whether to train."""
+
+    dry_run: bool = False
+    """Print the size of training and the configuration; start nothing."""
+
+
 def main() -> int:
-    result = launch(parsing.parse_preset(PresetArguments, __doc__, folder_preset.preset))
+    arguments: TrainArguments = parsing.parse_preset(TrainArguments, __doc__, folder_preset.preset)
+    if arguments.dry_run:
+        return show(arguments)
+    result = launch(arguments)
     return 128 + result.signal if result.signal else 0
+
+
+def show(arguments: PresetArguments) -> int:
+    """Print what training takes, and the configuration, a key a line; returns the exit code."""
+    from ddpm.data import plan
+
+    plan.check_batches(arguments.config)
+
+    from ddpm.runs import run_folder, settings
+    from ddpm.training import footprint, loop
+
+    loop.check(arguments.config)
+    config = run_folder.with_storage(arguments.config)
+    preset = arguments.base or arguments.config
+    if config.run.name is None and settings.has_own_data(config, preset):
+        changed = settings.differences(config, preset)
+        name = settings.run_name(arguments.preset, preset.data.images, changed)
+        config = replace(config, run=replace(config.run, name=name))
+    print(f"net         {footprint.footprint(config)}")
+    for key, value in flatten(config).items():
+        print(f"{key} = {value}")
+    return 0
 
 
 def launch(arguments: PresetArguments, items: Any = None) -> Any:
@@ -33,10 +68,11 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
 
     from ddpm.cluster import job_folder, ray_init
     from ddpm.data import prepare_for_run, ray_stream
-    from ddpm.runs import checkpoint, run_folder, settings  # seconds: Ray
+    from ddpm.runs import run_folder, settings  # seconds: Ray
 
     job_folder.set_home(arguments.verbose)
-    config, preset = run_folder.with_storage(arguments.config), arguments.base or arguments.config
+    config = run_folder.with_storage(arguments.config)
+    preset = arguments.base or arguments.config
     run_folder.check_writable(config)
     has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)
@@ -54,7 +90,16 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
 
     origin = Origin(arguments.preset, changed, is_named)
     result = fit(config, data_set, origin, verbose=arguments.verbose)
-    took = f"done after {time.monotonic() - began:.0f} s"
+    _print(result, config, preset, time.monotonic() - began)
+    for line in summary(result):
+        print(line)
+    return result
+
+
+def _print(result: Any, config: Config, preset: Config, seconds: float) -> None:
+    """Print how the run ended."""
+    from ddpm.runs import checkpoint, settings
+
     if result.was_finished:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
         assert result.checkpoint is not None, "a finished run has one"
@@ -65,7 +110,4 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
         effect = "resumes it" if result.checkpoint else "starts it again"
         print(f"stopped     at {result.images_seen:,} images; the same command {effect}")
     else:
-        print(f"trained     {result.images_seen:,} images, {took}")
-    for line in summary(result):
-        print(line)
-    return result
+        print(f"trained     {result.images_seen:,} images, done after {seconds:.0f} s")

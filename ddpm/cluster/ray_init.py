@@ -153,6 +153,11 @@ def resources() -> dict[str, float]:
     return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
 
 
+def reading_cpus(cpus: float) -> float:
+    """CPUs of a task that reads data, on a cluster of that many: one, but half of a single one, which workers share."""
+    return min(1.0, cpus / 2)
+
+
 def limits() -> dict[str, float]:
     """The resources up to which the cluster grows on demand; empty: it does not grow."""
     text = os.environ.get(LIMITS, "{}")

@@ -1,7 +1,9 @@
 """The resources that a run needs, and whether the cluster has them."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.util
@@ -10,6 +12,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
 from ddpm.cluster import ray_init
+from ddpm.config.kinds import AUTO
 from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
 
@@ -23,6 +26,48 @@ JOINING_S = 120.0
 
 class TooSmall(UserError):
     """The cluster has too few CPUs or GPUs."""
+
+
+def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
+    """`config` with the number of workers that cluster.num_workers auto stands for.
+
+    A run that resumes has the number with which it began, since equal bits are promised for one number. A new run has
+    the largest number that leaves each a GPU (else a CPU) and none idle, as a range where the cluster can grow.
+    Workers on CPUs have one thread each, unless cluster.threads_per_worker says otherwise.
+
+    Args:
+        began: the values of ClusterConfig with which the run began, by name; empty: it begins now.
+    """
+    cluster = config.cluster
+    if cluster.num_workers != AUTO:
+        return config
+    threads = cluster.threads_per_worker
+    if "num_workers" in began:
+        workers = began["num_workers"]
+        if threads is None:
+            threads = began.get("threads_per_worker")
+    else:
+        have = ray_init.resources()
+        gpus = have.get("GPU", 0.0)
+        on_gpus = cluster.gpu if cluster.gpu is not None else gpus > 0
+        most = _most_workers(config, have.get("CPU", 0.0), gpus if on_gpus else None)
+        workers = f"1:{most}" if ray_init.limits() and most > 1 else most
+        if threads is None and not on_gpus:
+            threads = 1
+    return replace(config, cluster=replace(cluster, num_workers=workers, threads_per_worker=threads))
+
+
+def _most_workers(config: Config, cpus: float, gpus: float | None) -> int:
+    """The largest number of workers that share a step's micro-batches evenly, with a GPU or a CPU each.
+
+    Args:
+        gpus: None: workers use CPUs.
+    """
+    most = cpus if gpus is None else gpus
+    if config.cluster.cpus_per_worker is not None:
+        most = min(most, (cpus - ray_init.reading_cpus(cpus)) / config.cluster.cpus_per_worker)
+    micro_batches = config.train.batch_size // config.train.micro_batch_size
+    return max(n for n in range(1, micro_batches + 1) if micro_batches % n == 0 and n <= max(most, 1))
 
 
 def _is_all_there(state: tenacity.RetryCallState) -> bool:
@@ -47,7 +92,7 @@ _once_joined = tenacity.retry(
 
 @_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
-    """CPUs and GPUs of each worker, with a CPU left for the tasks that read data."""
+    """CPUs and GPUs of each worker, with `ray_init.reading_cpus` left for the tasks that read data."""
     have = ray_init.resources()
     cluster = config.cluster
     sizes = config.cluster.world_sizes()
@@ -55,7 +100,8 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     gpus = have.get("GPU", 0.0)
     least = sizes[0]
     most = sizes[-1]
-    gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
+    room = cpus - ray_init.reading_cpus(cpus)
+    gpu = _on_gpus(config, least, gpus, f"{least} workers", "lower --cluster.num-workers")
     share = cluster.cpus_per_worker
     if share is None:
         # A range such as 1:99 starts no more workers than are useful.
@@ -63,15 +109,15 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         if not gpu and cpus and least > crowd:
             raise TooSmall(
                 f"{least} workers are too many for the cluster's {cpus:g} CPUs: they would wait for each other at "
-                f"every step; use at most {crowd} ({MAX_WORKERS_PER_CPU} per CPU), better {max(1, int(cpus))} or "
-                "fewer, or set --cluster.cpus-per-worker to run this many anyway"
+                f"every step; set --cluster.num-workers to at most {crowd} ({MAX_WORKERS_PER_CPU} per CPU), better "
+                f"{max(1, int(cpus))} or fewer, or set --cluster.cpus-per-worker to run this many anyway"
             )
-        share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
-    if least * share > cpus - 1:
-        right = (cpus - 1) / least
-        remedy = "more than one CPU is needed"
+        share = max(min(1.0, int(100 * room / max(crowd, 1)) / 100), 0.01)
+    if least * share > room:
+        right = room / least
+        remedy = "a CPU is needed"
         if right > 0:
-            remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
+            remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or lower --cluster.num-workers"
         raise TooSmall(
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
             f"data; {remedy}"
@@ -90,7 +136,8 @@ def possible_workers(config: Config, per_worker: dict[str, float], workers: int)
     """The number of workers that the run could have now; `workers` of them are running already."""
     have = ray.cluster_resources()
     free = ray.available_resources()
-    most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
+    cpus = have.get("CPU", 0.0)
+    most = int((cpus - ray_init.reading_cpus(cpus)) / per_worker["CPU"])
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
     return min(config.cluster.world_sizes()[-1], most, workers + more)
 
@@ -143,8 +190,8 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
 def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
     """`config` with the CPUs and threads of each of `num_trials` concurrent trials, and what Ray reserves for a trial.
 
-    A trial of one worker reads its data itself. The workers of others are reserved by their own worker group; a CPU is
-    left for the tasks that read data.
+    A trial of one worker (cluster.num_workers 1 or auto) reads its data itself. The workers of others are reserved by
+    their own worker group; CPUs are left for the tasks that read data.
     """
     have = ray_init.resources()
     workers = config.cluster.world_sizes()[-1]
@@ -154,7 +201,7 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     who = f"{num_trials} trials at a time of {workers} workers"
     remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
     gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)
-    room = cpus - (1 + DRIVER_CPUS * num_trials if is_group else 0)
+    room = cpus - (ray_init.reading_cpus(cpus) + DRIVER_CPUS * num_trials if is_group else 0)
     share = config.cluster.cpus_per_worker
     is_crowd = share is None and not gpu and not is_group and num_trials > MAX_WORKERS_PER_CPU * cpus
     if share is None:
@@ -169,6 +216,8 @@ def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
+    if cluster.num_workers == AUTO:
+        cluster = replace(cluster, num_workers=workers)
     if is_group:
         reserved = _reservation(DRIVER_CPUS, None)
     else:

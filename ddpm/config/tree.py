@@ -244,8 +244,8 @@ class TrainConfig:
     micro_batch_size: Annotated[PositiveInt, Affects.ORDER | Affects.NOISE] = 64
     """Images per micro-batch. Workers take whole micro-batches, so there are at most batch_size / micro_batch_size."""
     forward_images: PositiveInt | None = None
-    """Largest number of images per forward pass on a worker, a multiple of micro_batch_size; fewer need less memory.
-    None: the worker's share of the batch in one pass."""
+    """Largest number of images per forward pass on a worker; fewer need less memory. None: the worker's share of the
+    batch in one pass. On a GPU whose memory that exceeds, passes are halved until they fit."""
     seed: Annotated[Seed, Affects.ORDER | Affects.NOISE | Affects.TASK] = 0
     """Seed of the initial weights, the order of images, and all noise."""
     init_from: Annotated[NonEmptyStr | None, Affects.EXECUTION | Affects.TASK] = None
@@ -332,9 +332,9 @@ class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
     affects: ClassVar = Affects.NOTHING
-    num_workers: Annotated[int | str, Affects.EXECUTION] = 1
-    """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
-    batch stays the same."""
+    num_workers: Annotated[int | str, Affects.EXECUTION] = AUTO
+    """A number, or least:most such as 1:4, which follows the nodes; the global batch stays the same. auto: as the run
+    began; at first one for each GPU, else CPU, as many as share the micro-batches evenly."""
     gpu: bool | None = None
     """Workers use GPUs. None: if the cluster has any; too few are then an error."""
     gpus_per_worker: ShareAboveZero = 1.0
@@ -342,7 +342,7 @@ class ClusterConfig:
     cpus_per_worker: PositiveFloat | None = None
     """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
     threads_per_worker: UpTo4096 | None = None
-    """torch threads per worker. None: an equal share of the node's cores."""
+    """torch threads per worker. None: an equal share of the node's cores; 1 with auto workers on CPUs."""
     resize_interval_s: Seconds = 30.0
     """least:most workers: seconds between checks whether more workers fit."""
     max_failures: NonNegativeInt = 3
@@ -351,12 +351,14 @@ class ClusterConfig:
     """More preempted nodes (spot instances) than this end the run; they do not count as failures."""
 
     def world_sizes(self) -> range:
-        """All allowed numbers of workers."""
+        """All allowed numbers of workers; 1 for auto, which cluster/resources.py replaces."""
+        if self.num_workers == AUTO:
+            return range(1, 2)
         least, _, most = str(self.num_workers).partition(":")
         if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
             return range(int(least), int(most or least) + 1)
         raise UserError(
-            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, or least:most such as 1:4"
+            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, least:most such as 1:4, or auto"
         )
 
 

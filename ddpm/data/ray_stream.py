@@ -28,6 +28,7 @@ import ray
 import ray.data
 from ray.data import DataIterator
 
+from ddpm.cluster import ray_init
 from ddpm.config.tree import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.data.plan import Plan, ReadOrder, last_position, rank_shard
@@ -160,10 +161,13 @@ def split(
     context.custom_execution_callback_classes = [callback]
     options = context.execution_options
     options.preserve_order = True
-    ahead = read_ahead_bytes(world_size, ray.cluster_resources().get("object_store_memory", 0.0))
+    have = ray.cluster_resources()
+    ahead = read_ahead_bytes(world_size, have.get("object_store_memory", 0.0))
     options.resource_limits = options.resource_limits.copy(object_store_memory=ahead)
     task: Any = _ReadTask(data_set, order, images_seen, world_size)
-    return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
+    cpus = ray_init.reading_cpus(have.get("CPU", 0.0))
+    read = rows.map_batches(task, batch_size=1, batch_format="numpy", num_cpus=cpus)
+    return read.streaming_split(world_size, equal=True)
 
 
 def read_ahead_bytes(world_size: int, object_store: float) -> float:

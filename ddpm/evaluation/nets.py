@@ -17,8 +17,10 @@ from ddpm.utils.errors import UserError
 
 LITE0_RECIPE = "lite0/1"
 """Cache version: bump when the use of the features changes."""
-SMALL, LARGE = 64, 224
-"""Images up to the first side are resized to it, larger images to the second, ImageNet's side."""
+SMALL = 64
+"""Images of at most this side are resized to it."""
+LARGE = 224
+"""Larger images are resized to ImageNet's side."""
 
 
 class PixelFeatures:
@@ -31,7 +33,8 @@ class PixelFeatures:
     name = "pixels"
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape, self.size = shape, shape[0] * shape[1] * shape[2]
+        self.shape = shape
+        self.size = shape[0] * shape[1] * shape[2]
         self.digest = hashlib.sha256(f"pixels {shape}".encode()).hexdigest()
 
     def features(self, image: Tensor) -> Tensor:

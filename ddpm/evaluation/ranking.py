@@ -104,7 +104,8 @@ def _ranks(
     better = np.zeros((n, n), bool)  # the row is significantly better than the column
     better[np.triu_indices(n, 1)] = rejected & (t < 0)
     better.T[np.triu_indices(n, 1)] = rejected & (t > 0)
-    worse_than, better_than = better.sum(0), better.sum(1)
+    worse_than = better.sum(0)
+    better_than = better.sum(1)
     return [Rank(1 + int(w), n - int(b)) for w, b in zip(worse_than, better_than, strict=True)]
 
 

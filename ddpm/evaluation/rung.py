@@ -28,9 +28,10 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 FOLDER = "rungs"
-RANKING, REPORTING = slice(0, None, 2), slice(1, None, 2)
-"""Held-out images, by position in the plan's order: those that rank trials, and those that report the best one. The
-best of several on the same images is best there by chance, too: its value on them is too low."""
+RANKING = slice(0, None, 2)
+"""The held-out images, by position in the plan's order, that rank trials."""
+REPORTING = slice(1, None, 2)
+"""Those that report the best trial. Its value on the images that ranked it is too low: selection bias."""
 LOSS_IMAGES = 2 * bits_per_dim.PIECE_IMAGES
 """Images of a batch of which every second one is measured."""
 

@@ -8,8 +8,9 @@ regional compilation, https://docs.pytorch.org/tutorials/recipes/regional_compil
 import torch
 from torch import nn
 
-VARIANTS = 4
-"""Variants of a block: the last pass of a step may have fewer images, a pass of an objective may have no gradients."""
+VARIANTS = 12
+"""Variants of a block: passes are halved until they fit into a GPU's memory, the last pass of a step may have fewer
+images, and a pass of an objective may have no gradients."""
 
 
 class Region:

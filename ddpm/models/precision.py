@@ -4,6 +4,8 @@ Without them PyTorch converts every number to float32 and back, which takes seve
 (github.com/pytorch/pytorch/issues/118499).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 CPUS_WITH_BFLOAT16 = "AVX512", "SVE256"
@@ -23,3 +25,9 @@ def has_bfloat16(device: torch.device) -> bool:
 def supported_dtype(wanted: torch.dtype | None, device: torch.device) -> torch.dtype | None:
     """`wanted`, or None, which is float32, where the device has no such instructions."""
     return None if wanted == torch.bfloat16 and not has_bfloat16(device) else wanted
+
+
+def autocast(device: torch.device, wanted: torch.dtype | None) -> AbstractContextManager:
+    """A context in which a net computes in `supported_dtype`."""
+    dtype = supported_dtype(wanted, device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

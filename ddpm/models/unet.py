@@ -33,7 +33,7 @@ from ddpm.models.layers import (
     sinusoids,
     zero,
 )
-from ddpm.models.precision import supported_dtype
+from ddpm.models.precision import autocast
 
 if TYPE_CHECKING:
     from ddpm.config.tree import UNetConfig
@@ -147,8 +147,7 @@ class UNet(nn.Module):
             The prediction, float32 [B, out_channels, H, W].
         """
         label, augmented = check_conditions(self, x_t, t, label, augmented)
-        dtype = supported_dtype(self.autocast_dtype, x_t.device)
-        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
+        with autocast(x_t.device, self.autocast_dtype):
             shifts = self._shifts(t, label, augmented)
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
             kept = [h]

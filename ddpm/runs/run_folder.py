@@ -137,6 +137,12 @@ def with_storage(config: Config) -> Config:
     return replace(config, run=replace(config.run, storage=uri))
 
 
+def begun(run: Location) -> Card | None:
+    """run.json of the run in this folder; None: the run has not begun."""
+    with as_user_error(f"cannot read {run.child(CARD).uri}"):
+        return read_card(run) if run.child(CARD).exists() else None
+
+
 def check_writable(config: Config) -> None:
     """Raise UserError if run.storage cannot be written: a file is written there and removed.
 
@@ -159,8 +165,9 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
     _check_name(name)
     location = storage.resolve(uri).child(name)
     with as_user_error(f"cannot write to run.storage {uri}"):
-        if location.child(CARD).exists():
-            return RunFolder(name, location, read_card(location).run_key)
+        card = begun(location)
+        if card is not None:
+            return RunFolder(name, location, card.run_key)
         key = uuid.uuid4().hex
         now_ms = int(time.time() * 1000)
         given = {} if facts is None else vars(facts)
@@ -172,13 +179,12 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
 def existing_run(uri: str) -> RunFolder:
     """The run in the folder or bucket `uri`."""
     location = storage.resolve(uri)
-    with as_user_error(f"cannot read {location.child(CARD).uri}"):
-        key = read_card(location).run_key if location.child(CARD).exists() else None
-    if key is None:
+    card = begun(location)
+    if card is None:
         raise UserError(
             f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
         )
-    return RunFolder(Path(location.path).name, location, key)
+    return RunFolder(Path(location.path).name, location, card.run_key)
 
 
 def folder_of(checkpoint_uri: str, run_key: str) -> Location | None:

@@ -178,7 +178,8 @@ def _domain(key: str, text: str, base: Config) -> Domain:
 
 
 def _range(key: str, form: str, low: str, high: str, base: Config) -> Domain:
-    is_log, is_int = "log" in form, "int" in form
+    is_log = "log" in form
+    is_int = "int" in form
     where = f"--space {key}={form}({low},{high})"
     try:
         bounds = [float(low), float(high)]

@@ -47,7 +47,8 @@ def flag(name: str) -> str:
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     """The preset with the fewest differences from `config`, and these differences, without where data lies."""
-    flat, locations = params(config), keys_that_affect(config, Affects.LOCATION)
+    flat = params(config)
+    locations = keys_that_affect(config, Affects.LOCATION)
     changes = {
         name: {key: value for key, value in flat.items() if key not in locations and value != known.get(key)}
         for name, known in ((name, flatten(preset)) for name, preset in presets.PRESETS.items())

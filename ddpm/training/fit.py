@@ -31,6 +31,7 @@ from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_pas
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, NoPusher, Pusher
 from ddpm.training import checkpoint_manager
 from ddpm.training.failures import TrainingFailed, last_line
+from ddpm.training.footprint import footprint
 from ddpm.training.monitor import DriverMonitor, ShouldContinue
 from ddpm.training.worker_group import WorkerGroup
 from ddpm.utils import command_line
@@ -85,7 +86,8 @@ def fit(
     """Train the run of `config` on the connected Ray cluster, from its newest checkpoint to the end.
 
     Args:
-        config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
+        config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards. Its number of workers
+            may be auto.
         data_set: the split to train on.
         origin: None: the nearest preset.
         verbose: show Ray's own messages.
@@ -93,21 +95,19 @@ def fit(
             current step, with a checkpoint.
         rungs: where the loop measures what ranks the trials of a search.
     """
-    per_worker = resources.resources_per_worker(config)
     resources.check_storage(config)
-    cpus = per_worker["CPU"]
-    gpus = per_worker.get("GPU", 0)
-    print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
-    assert config.run.name is not None, "a run has a name"
-    folder = storage.resolve(config.run.storage).child(config.run.name)
+    name = config.run.name
+    assert name is not None, "a run has a name"
+    folder = storage.resolve(config.run.storage).child(name)
+    if origin is None:
+        preset, changed = run_params.nearest_preset(config)
+        origin = Origin(preset, changed)
+    before = run_folder.begun(folder)
+    config = resources.with_workers(config, before.config.get("cluster", {}) if before else {})
+    if before is None:
+        resources.resources_per_worker(config)  # checks them before anything is written
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
-        for warning in (resources.crowding(config, per_worker), uneven_share(config)):
-            if warning is not None:
-                print(f"warning: {warning}", file=sys.stderr)
-        if origin is None:
-            preset, changed = run_params.nearest_preset(config)
-            origin = Origin(preset, changed)
-        run = run_folder.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
+        run = run_folder.open_run(name, config.run.storage, facts(config, data_set, origin))
         card = run_folder.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
@@ -124,6 +124,7 @@ def fit(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
             )
         group = WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)
+        _announce(config, group.per_worker)
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost
@@ -140,6 +141,17 @@ def fit(
             delivery=delivery,
             signal=stopped_by,
         )
+
+
+def _announce(config: Config, per_worker: dict[str, float]) -> None:
+    """Print the number of workers, warnings about it, and what training takes."""
+    cpus = per_worker["CPU"]
+    gpus = per_worker.get("GPU", 0)
+    print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
+    for warning in (resources.crowding(config, per_worker), uneven_share(config)):
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+    print(f"net         {footprint(config)}", flush=True)
 
 
 def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:

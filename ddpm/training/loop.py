@@ -1,40 +1,34 @@
 """Algorithm 1 of Ho et al. 2020 (arXiv:2006.11239), on any number of workers.
 
-The micro-batch is the unit of order and noise. A forward pass takes as many micro-batches as memory allows.
-
-Axes: B images of a forward pass, C channels, H W.
+The micro-batch is the unit of order and noise. A forward pass takes as many images as memory allows (passes.py).
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.config.json import check_values
 from ddpm.config.tree import Config
 from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
-from ddpm.diffusion.augmentation import LossOf, augmented
-from ddpm.diffusion.rng import Rng
+from ddpm.diffusion.augmentation import augmented
 from ddpm.models import dropout
 from ddpm.models.compile import compile_blocks
-from ddpm.models.dropout import Dropout
 from ddpm.models.precision import has_bfloat16
 from ddpm.runs import checkpoint
+from ddpm.training import passes
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at
 from ddpm.training.transfers import HostToDevice
-from ddpm.utils import devices, images
+from ddpm.utils import devices
 from ddpm.utils.errors import UserError
-from ddpm.utils.generators import PerMicroBatch, PhiloxGenerator, generator
-from ddpm.utils.seeding import Purpose
 
 C_COMPILERS = ("gcc", "cc", "clang")
 """torch.compile needs one of these C compilers."""
@@ -71,8 +65,8 @@ def train(config: Config, runtime: Runtime) -> State:
     weights = list(state.net.parameters())
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
-    per_pass = min(share, _micro_batches_per_pass(config))
-    _fix_buckets(model, loss_of, config, dropouts, per_pass, runtime)
+    most = passes.images_that_fit(state, loss_of, config, dropouts, runtime)
+    passes.fix_buckets(model, most, loss_of, config, dropouts, runtime.world_size)
     recorder = Recorder(config, runtime, state)
     batches = _begun(recorder.timed(batches))
     to_device = HostToDevice(runtime.device)
@@ -80,13 +74,13 @@ def train(config: Config, runtime: Runtime) -> State:
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
-        for first in range(0, share, per_pass):
-            micro_batches = [next(batches) for _ in range(min(per_pass, share - first))]
-            noise = _noise(config, runtime, state.step, micro_batches)
-            x_0, label = _to_device(micro_batches, config, to_device, noise)
+        micro_batches = [next(batches) for _ in range(share)]
+        for part in passes.split(micro_batches, most):
+            noise = passes.draws(part, config, state.step, runtime.device)
+            x_0, label = passes.inputs(part, config, noise, to_device)
             with (
-                _forward_pass(model, len(x_0), is_last=first + per_pass >= share),
-                _masks(config, dropouts, state.step, micro_batches, to_device),
+                passes.forward(model, len(x_0), part.is_last),
+                passes.masks(part, config, state.step, dropouts, to_device),
             ):
                 # The objective draws t and eps from `noise`: diffusion/objectives.py, Gaussian.loss.
                 loss = loss_of(model, x_0, label, noise, state.images_seen / config.train.total_images)
@@ -110,10 +104,6 @@ def check(config: Config) -> None:
     """Raise UserError for a config that would fail at the first step, before anything is started."""
     check_values(config)
     check_batches(config)
-    most = config.train.forward_images
-    grain = config.train.micro_batch_size
-    if most is not None and most % grain:
-        raise UserError(f"train.forward_images is {most}; it must be a multiple of micro_batch_size {grain}")
     build_objective(config)
     build_sampler(config)
     with torch.device("meta"), _as_user_error():
@@ -164,94 +154,3 @@ def _count_skipped(state: State, config: Config, skipped: int) -> None:
             "optim.lr_warmup_images; --optim.skip-non-finite N skips up to N such steps"
         )
     state.skipped_steps += skipped
-
-
-def _micro_batches_per_pass(config: Config) -> int:
-    """The largest number of micro-batches in a forward pass."""
-    train = config.train
-    return (train.forward_images or train.batch_size) // train.micro_batch_size
-
-
-def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Rng:
-    """The generator of flips, other augmentation, t, eps and dropped labels, in this order."""
-    seed = config.train.seed
-    return PerMicroBatch(
-        [generator(runtime.device, seed, Purpose.TRAIN, step, each.index) for each in micro_batches]
-    )
-
-
-def _masks(
-    config: Config,
-    layers: Sequence[Dropout],
-    step: int,
-    micro_batches: Sequence[MicroBatch],
-    to_device: HostToDevice,
-) -> AbstractContextManager[None]:
-    """A context for one pass: dropout's masks. Their keys are drawn on the CPU, the same for every device."""
-    if not layers:
-        return nullcontext()
-    seed = config.train.seed
-    shape = (len(layers), config.train.micro_batch_size, 2)
-    draws = [
-        PhiloxGenerator(seed, Purpose.DROPOUT, step, each.index).integers(2**32, shape)
-        for each in micro_batches
-    ]
-    keys = (torch.cat(draws, dim=1) - 2**31).int()
-    return dropout.keyed(layers, to_device(keys.numpy()))
-
-
-def _to_device(
-    micro_batches: Sequence[MicroBatch], config: Config, to_device: HostToDevice, noise: Rng
-) -> tuple[Tensor, Tensor | None]:
-    """x_0 [B, C, H, W] in [-1, 1], flipped at random if configured, and the labels if the net takes them."""
-    x_0 = images.to_model(to_device(np.concatenate([each.image for each in micro_batches])))
-    if config.data.horizontal_flip:
-        mirrored = noise.uniform([len(x_0)]) < 0.5
-        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
-    if not config.model.num_classes:
-        return x_0, None
-    return x_0, to_device(np.concatenate([each.label for each in micro_batches]))
-
-
-def _fix_buckets(
-    model: nn.Module,
-    loss_of: LossOf,
-    config: Config,
-    layers: Sequence[Dropout],
-    per_pass: int,
-    runtime: Runtime,
-) -> None:
-    """Fix DDP's buckets before the first step, by a pass of empty images, with more than two workers.
-
-    DDP rebuilds its buckets after the first backward pass, in the order in which that computed the gradients. The
-    buckets decide in which order the gradients of the workers are summed, so a resumed run must have the final ones
-    from its first step on. With two workers every order gives the same sum.
-    """
-    if runtime.world_size <= 2:
-        return
-    num_images = per_pass * config.train.micro_batch_size
-    net = config.model
-    device = runtime.device
-    x_0 = torch.zeros(num_images, net.channels, net.image_size, net.image_size, device=device)
-    label = torch.zeros(num_images, dtype=torch.int64, device=device) if net.num_classes else None
-    keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)
-    noise = generator(device, config.train.seed, Purpose.TRAIN)
-    with _forward_pass(model, num_images, is_last=True), dropout.keyed(layers, keys):
-        loss_of(model, x_0, label, noise, 1.0).value.backward()
-    model.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _forward_pass(model: nn.Module, num_images: int, is_last: bool) -> Iterator[None]:
-    """A context for one pass: gradients add up on this worker; the last pass of a step averages them over workers."""
-    without_sync: AbstractContextManager = nullcontext()
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
-        without_sync = model.no_sync()
-    try:
-        with without_sync:
-            yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"a forward pass of {num_images} images does not fit into the GPU's memory; --train.forward-images "
-            f"sets how many it takes, a multiple of --train.micro-batch-size"
-        ) from error

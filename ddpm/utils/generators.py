@@ -70,24 +70,30 @@ class PerMicroBatch:
     """Draws for several micro-batches at once: each has its own generator, so its numbers do not depend on the others.
 
     Args:
-        generators: one per micro-batch, in order; all micro-batches have the same size.
+        generators: one per micro-batch, in order.
+        size: images of a micro-batch.
+        rows: the images that need numbers, among those of the micro-batches. All micro-batches are drawn whole, so an
+            image's numbers do not depend on the others.
     """
 
-    def __init__(self, generators: "Sequence[Rng]") -> None:
+    def __init__(self, generators: "Sequence[Rng]", size: int, rows: slice = slice(None)) -> None:
         self._generators = generators
+        self._size = size
+        self._rows = rows
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.cat([own.normal(self._part(shape), dtype) for own in self._generators])
+        return self._cut([own.normal([self._size, *shape[1:]], dtype) for own in self._generators], shape)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.cat([own.uniform(self._part(shape), dtype) for own in self._generators])
+        return self._cut([own.uniform([self._size, *shape[1:]], dtype) for own in self._generators], shape)
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
-        return torch.cat([own.integers(high, self._part(shape)) for own in self._generators])
+        return self._cut([own.integers(high, [self._size, *shape[1:]]) for own in self._generators], shape)
 
-    def _part(self, shape: Sequence[int]) -> list[int]:
-        assert shape[0] % len(self._generators) == 0, "micro-batches of one size"
-        return [shape[0] // len(self._generators), *shape[1:]]
+    def _cut(self, numbers: list[Tensor], shape: Sequence[int]) -> Tensor:
+        kept = torch.cat(numbers)[self._rows]
+        assert len(kept) == shape[0], "the first axis is that of the images"
+        return kept
 
 
 def generator(device: torch.device, *counters: int) -> "Rng":

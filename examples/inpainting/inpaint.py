@@ -75,20 +75,24 @@ def inpaint(
 
     Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
-    n, jump_length = len(timesteps), known.jump_length
+    n = len(timesteps)
+    jump_length = known.jump_length
     check_jumps(known, n)
     chain = spacings.respaced(schedule, timesteps)
     alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # index: k, the number of steps left
     # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
     jumps = dict.fromkeys(range(1, n - jump_length + 1, jump_length), known.num_resamples - 1)
     x = noise()
-    x_0, keep = _fitted("x_0", known.x_0.to(x), x), _fitted("mask", _as_bool(known.mask).to(x.device), x)
-    k, step = n, 0
+    x_0 = _fitted("x_0", known.x_0.to(x), x)
+    keep = _fitted("mask", _as_bool(known.mask).to(x.device), x)
+    k = n
+    step = 0
     while k > 0:
         x_0_hat = predict(denoise, schedule, x, timesteps[n - k], threshold).x_0_hat
         if on_step is not None:
             on_step(step, x, x_0_hat)
-        k, step = k - 1, step + 1
+        k = k - 1
+        step = step + 1
         z = noise()  # one draw for both: each pixel is either known or unknown
         mean = posterior_mean(chain, x_0_hat, x, same_t(k, x))
         unknown = mean + float(chain.posterior_variance[k]) ** 0.5 * z
@@ -122,7 +126,8 @@ def _fitted(name: str, value: Tensor, x: Tensor) -> Tensor:
     try:
         return value.expand(x.shape)
     except RuntimeError:
-        got, right = tuple(value.shape), tuple(x.shape)
+        got = tuple(value.shape)
+        right = tuple(x.shape)
         raise ValueError(f"{name} has shape {got}; it must fit that of the images, {right}") from None
 
 

@@ -92,7 +92,9 @@ def test_too_few_resources_for_concurrent_trials_are_an_error(
         (2, 0, 4, {}, {"CPU": 0.25}),
         (2, 0, "1:2", {}, {"CPU": 0.5}),
         (2, 0, "1:99", {}, {"CPU": 0.25}),
-        (1.5, 0, 3, {}, {"CPU": 0.16}),
+        (1.5, 0, 3, {}, {"CPU": 0.25}),
+        (1, 0, 1, {}, {"CPU": 0.5}),
+        (1, 0, 2, {}, {"CPU": 0.25}),
         (16, 0, 16, {}, {"CPU": 0.93}),
         (16, 0, "1:99", {}, {"CPU": 0.46}),
         (
@@ -100,25 +102,26 @@ def test_too_few_resources_for_concurrent_trials_are_an_error(
             0,
             8,
             {},
-            "8 workers are too many for the cluster's 2 CPUs: they would .* use at most 4 .* better 2 or",
+            "8 workers are too many for the cluster's 2 CPUs: .* --cluster.num-workers to at most 4 .* better 2 or",
         ),
         (2, 0, 8, {"cpus_per_worker": 0.1}, {"CPU": 0.1}),
         (2, 8, 8, {}, {"CPU": 0.12, "GPU": 1.0}),
-        # One CPU is left for the tasks that read data.
+        # One CPU is left for the tasks that read data, or half of a single one.
         (
             4,
             0,
             2,
             {"cpus_per_worker": 2.0},
-            "leave none of the cluster's 4 CPUs .* to at most 1.5, or use fewer",
+            "leave none of the cluster's 4 CPUs .* to at most 1.5, or lower --cluster.num-workers",
         ),
         (
             1,
             0,
             2,
             {"cpus_per_worker": 2.0},
-            "leave none of the cluster's 1 CPUs .*; more than one CPU is needed",
+            "leave none of the cluster's 1 CPUs .* to at most 0.25, or",
         ),
+        (0, 0, 1, {}, "leave none of the cluster's 0 CPUs .*; a CPU is needed"),
         # Too few GPUs are an error, instead of a run on CPUs that takes weeks.
         (16, 2, "2:4", {}, {"CPU": 1.0, "GPU": 1.0}),
         (
@@ -126,11 +129,11 @@ def test_too_few_resources_for_concurrent_trials_are_an_error(
             2,
             4,
             {},
-            "4 workers need 4 GPUs, the cluster has 2; use fewer workers, or --cluster.gpu False to train",
+            "4 workers need 4 GPUs, the cluster has 2; lower --cluster.num-workers, or --cluster.gpu False to train",
         ),
         (16, 2, 4, {"gpu": False}, {"CPU": 1.0}),
         (16, 0, 4, {}, {"CPU": 1.0}),
-        (16, 0, 4, {"gpu": True}, "need 4 GPUs, the cluster has 0; use fewer workers$"),
+        (16, 0, 4, {"gpu": True}, "need 4 GPUs, the cluster has 0; lower --cluster.num-workers$"),
         (16, 1, 4, {"gpus_per_worker": 0.25}, {"CPU": 1.0, "GPU": 0.25}),
     ],
 )
@@ -150,6 +153,72 @@ def test_the_resources_of_a_worker(
     with pytest.raises(UserError, match=expected) as raised:
         resources.resources_per_worker(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "micro_batches", "flags", "workers", "threads"),
+    [
+        (1, 0, 4, {}, 1, 1),
+        (2, 0, 4, {}, 2, 1),
+        (3, 0, 4, {}, 2, 1),  # of 3 workers one would take two micro-batches, and the others wait for it
+        (64, 0, 4, {}, 4, 1),
+        (64, 0, 1, {}, 1, 1),
+        (2, 0, 4, {"threads_per_worker": 2}, 2, 2),
+        (8, 0, 4, {"cpus_per_worker": 3.0}, 2, 1),
+        (2, 0, 4, {"cpus_per_worker": 9.0}, 1, 1),  # rejected later
+        (64, 1, 16, {}, 1, None),
+        (64, 8, 16, {}, 8, None),
+        (4, 6, 16, {}, 4, None),
+        (64, 2, 16, {"gpus_per_worker": 0.5}, 2, None),
+        (2, 8, 4, {"gpu": False}, 2, 1),
+        (2, 0, 4, {"gpu": True}, 1, None),  # rejected later
+    ],
+)
+def test_auto_workers_have_a_gpu_or_a_cpu_each_and_none_is_idle(
+    cluster: Cluster,
+    cpus: int,
+    gpus: int,
+    micro_batches: int,
+    flags: dict[str, Any],
+    workers: int,
+    threads: int | None,
+) -> None:
+    cluster(cpus, gpus)
+    sizes = {"train.batch_size": 32 * micro_batches, "train.micro_batch_size": 32}
+    chosen = resources.with_workers(override(with_workers("auto", **flags), sizes), {}).cluster
+    assert (chosen.num_workers, chosen.threads_per_worker) == (workers, threads)
+    typed = with_workers(3)
+    assert resources.with_workers(typed, {}) == typed
+
+
+def test_auto_workers_of_a_run_that_resumes_are_those_that_it_began_with(cluster: Cluster) -> None:
+    cluster(64)
+    began = {"num_workers": 2, "threads_per_worker": 1}
+    assert (
+        resources.with_workers(with_workers("auto"), began).cluster
+        == with_workers(2, threads_per_worker=1).cluster
+    )
+    typed = with_workers("auto", threads_per_worker=4)
+    assert resources.with_workers(typed, began).cluster.threads_per_worker == 4
+    assert resources.with_workers(with_workers(4), began).cluster == with_workers(4).cluster
+    cluster(1)
+    config = resources.with_workers(with_workers("auto"), {"num_workers": 8})
+    with pytest.raises(UserError, match=r"--cluster\.num-workers"):
+        resources.resources_per_worker(config)
+
+
+def test_auto_workers_grow_with_the_cluster(growing: None) -> None:
+    assert resources.with_workers(with_workers("auto"), {}).cluster.num_workers == "1:2"
+    many = override(with_workers("auto"), {"train.micro_batch_size": 8})
+    assert resources.with_workers(many, {}).cluster.num_workers == "1:4"
+    on_cpus = override(many, {"cluster.gpu": False})
+    assert resources.with_workers(on_cpus, {}).cluster.num_workers == "1:16"
+
+
+def test_a_trial_of_auto_workers_has_one(cluster: Cluster) -> None:
+    cluster(16)
+    config, reserved = resources.of_trials(with_workers("auto"), 2)
+    assert (config.cluster.num_workers, reserved) == (1, {"CPU": 1.0})
 
 
 def test_more_workers_than_cpus_give_a_warning(cluster: Cluster) -> None:

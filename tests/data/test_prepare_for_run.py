@@ -224,7 +224,7 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
     words = (
         "digits --data.images pets --model.channels 3 --model.num-classes 2 --name a --batch-size 64".split()
     )
-    words += "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 50".split()
+    words += "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 50 --workers 1".split()
     for total in (128, 256):
         done = run_job("train", *words, "--total-images", total, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

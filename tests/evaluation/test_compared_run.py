@@ -59,8 +59,10 @@ def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
-    there, here = make_run(f"{s3_bucket}/runs", "a")[0], make_run(str(tmp_path), "a")[0]
-    (of_bucket,), (of_folder,) = read([there]), read([here])
+    there = make_run(f"{s3_bucket}/runs", "a")[0]
+    here = make_run(str(tmp_path), "a")[0]
+    (of_bucket,) = read([there])
+    (of_folder,) = read([here])
     assert content_of(of_bucket) == content_of(of_folder)
 
 

@@ -72,7 +72,8 @@ def test_of_evaluations_of_equally_many_runs_the_one_with_most_images_counts() -
 
 def test_evaluations_that_differ_only_in_the_neighbour_search_are_merged() -> None:
     """Paths of the data and --num-train-images do not affect the ranked scores."""
-    first, second = made(result(1, drawn(1))), made(result(1, drawn(1, 10, own=False)))
+    first = made(result(1, drawn(1)))
+    second = made(result(1, drawn(1, 10, own=False)))
     second = Report({**second.settings, "num_train_images": 0}, second.results)
     second.settings["data"]["shards"] = "elsewhere"
     (of_run,) = results_alike([run("a", evaluations=[first, second])])[0].values()
@@ -113,7 +114,8 @@ def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True)
 
 def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Remark | None]:
     """Headlines, and what to run next."""
-    (results, num_held_out), names = results_alike(compared), {run.key: run.name for run in compared}
+    results, num_held_out = results_alike(compared)
+    names = {run.key: run.name for run in compared}
     rankings = comparison.ranked(compared, results)
     step = comparison.next_step(compared, results, num_held_out, rankings, names)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step

@@ -1,6 +1,8 @@
 """Training, sampling and evaluation on a GPU."""
 
+import gc
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from support.local import Logged, fit, tensors
 from torch import Tensor
 
-from ddpm.build import TrainedNet
+from ddpm.build import TrainedNet, build_net
 from ddpm.config.json import flatten, override
 from ddpm.config.presets import PRESETS
 from ddpm.config.tree import Config
@@ -22,7 +24,10 @@ from ddpm.models.ema import EMA
 from ddpm.runs import checkpoint
 from ddpm.sampling import generate
 from ddpm.training import loop, recorder
+from ddpm.training.footprint import footprint
 from ddpm.training.runtime import Runtime
+from ddpm.training.state import parameter_count
+from ddpm.utils.errors import UserError
 
 FLAGS = (
     *("--model.base-width", "8", "--model.width-multipliers", "1", "2", "--model.norm-groups", "4"),
@@ -181,6 +186,65 @@ def test_a_non_finite_step_changes_no_weight_although_the_host_sees_it_later(
     state = fit(config, train_set, tmp_path / "run")
     assert state.skipped_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in tensors(state).values())
+
+
+@pytest.fixture
+def memory_fraction() -> Iterator[Callable[[float], None]]:
+    """Limits this process to a fraction of the GPU's memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield torch.cuda.set_per_process_memory_fraction
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.slow
+def test_a_gpu_of_less_memory_trains_the_same_in_smaller_passes(
+    config: Config, train_set: DataSet, tmp_path: Path, memory_fraction: Callable[[float], None]
+) -> None:
+    """Passes of a part of a micro-batch have its flips, augmentation, t, eps, dropped labels and masks: weights and
+    losses differ by the order of summation alone."""
+    changes = {
+        "data.horizontal_flip": True,
+        "data.augment": 0.3,
+        "model.num_classes": 10,
+        "model.dropout": 0.3,
+    }
+    changes |= {"train.batch_size": 4096, "train.micro_batch_size": 1024, "train.total_images": 12_288}
+    changes |= {"train.held_out_images": 0, "train.log_every_images": 4096, "train.sample_every_images": 0}
+    config = override(config, changes)
+    whole = Logged()
+    parts = Logged()
+    one = {
+        name: tensor.cpu()
+        for name, tensor in tensors(fit(config, train_set, tmp_path / "whole", whole)).items()
+    }
+    _, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
+    assert 0.5 < (footprint(config).memory or 0) / peak < 1.5
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory_fraction(0.2 * peak / total)
+    small = tensors(fit(config, train_set, tmp_path / "parts", parts))
+    (line,) = parts.warnings
+    assert whole.warnings == [] and torch.cuda.max_memory_allocated() == peak
+    (largest, taken) = map(int, re.findall(r"(?:pass of|passes take) (\d+)", line))
+    assert largest == 4096 and taken < 1024
+    for name, tensor in small.items():
+        torch.testing.assert_close(tensor.cpu(), one[name], rtol=1e-3, atol=1e-4, msg=name)
+    for images_seen, row in whole.rows.items():
+        for name in ("train/loss", "train/grad_norm", "train/loss_t_quarter_1"):
+            assert parts.rows[images_seen][name] == pytest.approx(row[name], rel=1e-3), name
+
+
+def test_a_net_that_does_not_fit_at_all_is_a_user_error(
+    config: Config, train_set: DataSet, tmp_path: Path, memory_fraction: Callable[[float], None]
+) -> None:
+    config = override(config, {"train.batch_size": 2, "train.micro_batch_size": 2, "model.base_width": 256})
+    weights = 4 * parameter_count(build_net(config))
+    _, total = torch.cuda.mem_get_info()
+    memory_fraction(3 * weights / total)  # the net, its EMA and one of two moments
+    with pytest.raises(UserError, match=r"--model\.base-width"):
+        fit(config, train_set, tmp_path / "run")
 
 
 def test_an_image_does_not_depend_on_its_batch(config: Config, train_set: DataSet, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ INTERVAL_S = 4
 ENDLESS = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --train.total-images 100000000
     --train.batch-size 64 --train.micro-batch-size 32 --train.log-every-images 1024
     --train.checkpoint-every-images 4096 --train.sample-every-images 0 --sample.num-images 1
-    --sample.num-sample-steps 1 --run.name watched --run.storage runs""".split()
+    --sample.num-sample-steps 1 --run.name watched --run.storage runs --cluster.num-workers 1""".split()
 
 
 def tool(name: str) -> str:

@@ -13,7 +13,8 @@ import pytest
 from support import processes, tracked
 from support.processes import Job
 
-from ddpm.config.json import from_json
+from ddpm.config.json import flatten, from_json
+from ddpm.config.presets import DIGITS
 from ddpm.runs import checkpoint, curves, run_folder
 
 
@@ -50,7 +51,7 @@ def test_help_is_fast(
 TINY = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
     --model.norm-groups 4 --train.batch-size 32 --train.micro-batch-size 8 --train.log-every-images 32
     --train.checkpoint-every-images 64 --train.held-out-images 8 --sample.num-images 4 --sample.num-sample-steps 5
-    --train.total-images 128""".split()
+    --train.total-images 128 --cluster.num-workers 1""".split()
 """The command that is typed again and again."""
 
 
@@ -104,7 +105,8 @@ def test_the_same_command_is_the_same_run(
     (name,) = names(tmp_path)
     assert re.fullmatch(r"digits-[0-9a-f]{8}", name) and "trained     128 images" in text
     run = run_folder.existing_run(str(tmp_path / "runs" / name))
-    card, status = run_folder.read_card(run.location), run_folder.read_status(run.location)
+    card = run_folder.read_card(run.location)
+    status = run_folder.read_status(run.location)
     assert status is not None and (status.status, status.images_seen) == ("FINISHED", 128)
     assert card.preset == "digits" and card.command.endswith(" ".join(TINY))
     assert card.changed["model.base_width"] == 8 and card.changed["train.total_images"] == 128
@@ -155,8 +157,8 @@ def contents(run: run_folder.RunFolder) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
 def test_a_stopped_command_is_resumed_by_itself_and_in_python(digits_uri: str, tmp_path: Path) -> None:
-    """Also with another interval of logging; run.json stays as it was."""
-    long = ["--train.total-images", "6400", "--train.log-every-images", "320"]
+    """Also with another interval of logging; run.json stays as it was, and so does the number of workers."""
+    long = ["--train.total-images", "6400", "--train.log-every-images", "320", "--workers", "auto"]
     words = ["digits", "--data.shards", digits_uri, *TINY, *long]
     log = tmp_path / "job.log"
     with Job("train", *words, log=log) as job:
@@ -165,11 +167,15 @@ def test_a_stopped_command_is_resumed_by_itself_and_in_python(digits_uri: str, t
         assert job.wait() == 128 + signal.SIGTERM, job.output
     (name,) = names(tmp_path)
     run = run_folder.existing_run(str(tmp_path / "runs" / name))
-    card, status = run.location.child(run_folder.CARD).read(), run_folder.read_status(run.location)
+    card = run.location.child(run_folder.CARD).read()
+    status = run_folder.read_status(run.location)
     assert status is not None and status.status == "STOPPED" and status.ended_ms is not None
     assert 0 < status.images_seen < 6400
+    cluster = run_folder.read_card(run.location).config["cluster"]
+    assert (cluster["num_workers"], cluster["threads_per_worker"]) == (2, 1)  # 3 CPUs, 4 micro-batches
     with Job("train", *words, "--train.log-every-images", "160", log=log) as job:
         assert job.wait() == 0, job.output
+    assert checkpoint.read_config(newest(run)).cluster.num_workers == 2
     assert names(tmp_path) == {name} and run.location.child(run_folder.CARD).read() == card
     table = curves.read_rows(run.location)
     points = {(row["name"], row["images_seen"]) for row in table.to_pylist()}
@@ -192,3 +198,18 @@ run = ddpm.train("digits", {!r}, schedule=schedule, model=model, train=train, sa
     batch_size=32, total_images=6400, **{{"data.window_rows": 200}})
 print(run.uri)
 """
+
+
+def test_a_dry_run_prints_the_configuration_and_starts_nothing(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ("digits", "--lr", "0.5", "--train.forward-images", "32", "--dry-run")
+    done = run_job("train", *words, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and not re.findall(r"\| +ray$", done.stderr, re.MULTILINE)
+    first, *lines = done.stdout.splitlines()
+    assert "627,433 weights" in first and "2 micro-batches" in first and "a pass of 32 images" in first
+    shown = dict(line.split(" = ") for line in lines)
+    assert shown.keys() == flatten(DIGITS).keys()
+    assert (shown["optim.lr"], shown["cluster.num_workers"]) == ("0.5", "auto")
+    assert re.fullmatch(r"digits-[0-9a-f]{8}", shown["run.name"])
+    assert list(tmp_path.iterdir()) == []

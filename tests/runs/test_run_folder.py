@@ -34,7 +34,8 @@ def write_checkpoint(run: Location, images_seen: int, *, whole: bool = True) -> 
 
 
 def test_a_run_gets_a_key_once(root_uri: str) -> None:
-    first, other = run_folder.open_run("a", root_uri), run_folder.open_run("b", root_uri)
+    first = run_folder.open_run("a", root_uri)
+    other = run_folder.open_run("b", root_uri)
     again = run_folder.open_run("a", root_uri)
     assert (again.key, again.name, again.location.uri) == (first.key, "a", f"{root_uri}/a")
     assert len({first.key, other.key}) == 2
@@ -147,7 +148,8 @@ class Replacing(FrontEnd):
 
     def __init__(self, upstream: str, file: Location, contents: list[bytes]) -> None:
         super().__init__(upstream)
-        self.file, self.contents = file, contents
+        self.file = file
+        self.contents = contents
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
         if method == "GET" and path.endswith(run_folder.STATUS) and self.contents:
@@ -247,7 +249,8 @@ def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:
 
 def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root_uri: str) -> None:
     run = run_folder.open_run("a", root_uri).location
-    older, newer = write_checkpoint(run, 3_000), write_checkpoint(run, 20_000)
+    older = write_checkpoint(run, 3_000)
+    newer = write_checkpoint(run, 20_000)
     write_checkpoint(run, 100_000, whole=False)
     expected = {run.uri: newer, older.uri: older, older.uri + "/": older}
     for uri, location in expected.items():

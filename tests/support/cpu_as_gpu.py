@@ -5,8 +5,9 @@
 A tensor of the device says that it is on cuda:0, so autograd, autocast and the code under test take it for one; its
 operations are done on the CPU. Like a GPU it refuses tensors of two devices in one operation, and
 `torch.cuda.set_sync_debug_mode("error")` makes an error of everything for which the host would wait: reading a value,
-a copy that blocks, a shape that depends on values. Left to a real GPU are its kernels, its memory, and the order of
-its streams: everything here happens at once, in the order of the program.
+a copy that blocks, a shape that depends on values. `torch.cuda.set_per_process_memory_fraction` limits the memory that
+its tensors hold. Left to a real GPU are its kernels, fragments of its memory, and the order of its streams: everything
+here happens at once, in the order of the program.
 
 `__torch_dispatch__` and torch.library are PyTorch's documented extension points. What is not: that a device is there
 at all is said in C++ (cpu_as_gpu.cpp), before PyTorch asks, and PyTorch's Python must not initialize CUDA.
@@ -15,6 +16,8 @@ at all is said in C++ (cpu_as_gpu.cpp), before PyTorch asks, and PyTorch's Pytho
 import ctypes
 import subprocess
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -71,6 +74,46 @@ COPIES = {aten._to_copy, aten.copy_, aten._foreach_copy_}
 sync_debug_mode = "default"
 
 
+class Memory:
+    """The memory of the device: tensors of one storage count once."""
+
+    total = 80 << 30
+
+    def __init__(self) -> None:
+        self.limit = self.total
+        self.held = 0
+        self.peak = 0
+        self._tensors = Counter[int]()
+
+    def add(self, tensor: "OnGpu") -> None:
+        """Count a new tensor until it is freed; torch.OutOfMemoryError beyond the limit."""
+        storage = tensor.values.untyped_storage()
+        place = storage.data_ptr()
+        if not self._tensors[place]:
+            if self.held + storage.nbytes() > self.limit:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory: {self.held} of {self.limit} bytes are held"
+                )
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+        self._tensors[place] += 1
+        weakref.finalize(tensor, self._free, place, storage.nbytes()).atexit = False
+
+    def _free(self, place: int, num_bytes: int) -> None:
+        self._tensors[place] -= 1
+        if not self._tensors[place]:
+            self.held -= num_bytes
+
+    def set_fraction(self, fraction: float) -> None:
+        self.limit = int(fraction * self.total)
+
+    def reset_peak(self) -> None:
+        self.peak = self.held
+
+
+memory = Memory()
+
+
 class OnGpu(Tensor):
     """A tensor of the device; `values` is the CPU's tensor behind it."""
 
@@ -81,6 +124,7 @@ class OnGpu(Tensor):
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
         made = Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=GPU, **layout)
         made.values = values
+        memory.add(made)
         return made
 
     def __repr__(self) -> str:
@@ -167,6 +211,10 @@ NAMES = {
     "is_bf16_supported": lambda *_, **__: True,
     "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
     "set_sync_debug_mode": _set_sync_debug_mode,
+    "set_per_process_memory_fraction": memory.set_fraction,
+    "mem_get_info": lambda *_: (memory.total - memory.held, memory.total),
+    "max_memory_allocated": lambda *_: memory.peak,
+    "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
 }
 """Names in torch.cuda, and what they are here."""
 

@@ -30,7 +30,8 @@ class Recording:
     """An objective that also records its inputs."""
 
     def __init__(self, objective: Any, config: Any, rank: int, world_size: int) -> None:
-        self._objective, self._rank = objective, rank
+        self._objective = objective
+        self._rank = rank
         self._grain = config.train.micro_batch_size
         self._share = ReadOrder.from_config(config).share(rank, world_size)
         self._micro_batches = 0
@@ -70,7 +71,8 @@ def recording_work(spec: dict[str, Any]) -> None:
         flush(self)
 
     store.RunStore.flush_on_error = flush_late  # type: ignore[method-assign]
-    context, build = ray.train.get_context(), loop.build_objective
+    context = ray.train.get_context()
+    build = loop.build_objective
     ranks = context.get_world_rank(), context.get_world_size()
     loop.build_objective = lambda config: Recording(build(config), config, *ranks)
     work(spec)

@@ -39,7 +39,7 @@ FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width
     --model.norm-groups 4 --optim.lr 2e-3 --optim.lr-warmup-images 64 --train.batch-size 32 --train.micro-batch-size 8
     --train.log-every-images 64 --train.checkpoint-every-images 128 --train.sample-every-images 128
     --train.held-out-images 40 --sample.num-images 4 --sample.num-sample-steps 5
-    --cluster.threads-per-worker 1""".split()
+    --cluster.num-workers 1 --cluster.threads-per-worker 1""".split()
 """The fixture `tiny`, as flags."""
 GRID = "samples/latest.png"
 
@@ -60,7 +60,8 @@ def newest(tmp_path: Path, name: str) -> Path:
 
 def assert_close(a: Path, b: Path) -> None:
     """Weights of workers, which sum gradients in another order."""
-    first, second = local.stored(a), local.stored(b)
+    first = local.stored(a)
+    second = local.stored(b)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -112,10 +113,12 @@ def test_the_summary_links_to_the_page_of_the_run(
 class AfterASignal(StopSignals):
     """Stands for a monitor whose run was asked to stop, and then ended."""
 
-    signal, was_asked = signal.SIGTERM, True
+    signal = signal.SIGTERM
+    was_asked = True
 
     def __init__(self, end: int | BaseException, ended_early: bool) -> None:
-        self._end, self.ended_early = end, ended_early
+        self._end = end
+        self.ended_early = ended_early
 
     def supervise(self) -> int:
         if isinstance(self._end, BaseException):
@@ -210,7 +213,8 @@ def test_any_number_of_workers_trains_the_same_as_one_process(
     """Images, noise, t and masks of every micro-batch are equal. With one worker the final weights are bitwise equal;
     with several, which sum gradients in another order, the weights and the sample grids are nearly equal."""
     local.fit(override(tiny, {"model.dropout": 0.2}), train_set, tmp_path / "local")
-    expected, grid = tmp_path / "local/checkpoint-000000000256", pixels(tmp_path / "local")
+    expected = tmp_path / "local/checkpoint-000000000256"
+    grid = pixels(tmp_path / "local")
     seen = {}
     for workers in (1, 2, 3, 4):
         name = f"workers-{workers}"
@@ -262,7 +266,8 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
 ) -> None:
     """One rank's loss is NaN in step 3, the other's in step 5. If two steps may be skipped, the run finishes; if one,
     it fails and keeps the checkpoint before."""
-    bad, flags = ("1:3", "0:5"), ("--cluster.num-workers", "2", "--optim.skip-non-finite")
+    bad = ("1:3", "0:5")
+    flags = ("--cluster.num-workers", "2", "--optim.skip-non-finite")
     done = recording_job("two", *flags, "2", bad=bad)
     assert done.returncode == 0, done.stderr
     assert json.loads((newest(tmp_path, "two") / "state.json").read_text())["skipped_steps"] == 2
@@ -276,7 +281,8 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
         """The reference in one process: the loss is NaN in steps 3 and 5."""
 
         def __init__(self, objective: Any) -> None:
-            self._objective, self._calls = objective, 0
+            self._objective = objective
+            self._calls = 0
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._objective, name)
@@ -340,7 +346,8 @@ def test_ctrl_c_before_the_first_step_exits_at_once(
     digits_uri: str, ray_head: RayHead, tmp_path: Path
 ) -> None:
     """The message mentions only files that exist, and the same command starts the run again."""
-    cluster, controller = ray_head.process.pid, "ray::TrainController"
+    cluster = ray_head.process.pid
+    controller = "ray::TrainController"
     wait_for(lambda: not members(cluster, controller))  # of the test before
     where = ("--data.shards", digits_uri, "--run.name", "early", "--run.storage", str(tmp_path / "runs"))
     with Job("train", "digits", *where, *FLAGS, log=tmp_path / "job.log") as job:

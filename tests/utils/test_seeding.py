@@ -34,7 +34,8 @@ def test_a_stream_depends_only_on_its_counters() -> None:
 
 def test_the_draws_of_a_micro_batch_do_not_depend_on_other_batches() -> None:
     def draws(*micro_batches: int) -> list[torch.Tensor]:
-        noise, n = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches]), 2 * len(micro_batches)
+        noise = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches], 2)
+        n = 2 * len(micro_batches)
         return [noise.uniform([n]), noise.integers(9, [n]), noise.normal([n, 1, 4, 4], torch.float64)]
 
     for together, *alone in zip(draws(3, 1, 4), draws(3), draws(1), draws(4), strict=True):
@@ -45,11 +46,9 @@ def test_the_draws_of_a_micro_batch_do_not_depend_on_other_batches() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_have_the_right_distribution(kind: type, dtype: torch.dtype) -> None:
     numbers = kind(3, device=CPU)
-    normal, uniform, whole = (
-        numbers.normal([40_000], dtype),
-        numbers.uniform([40_000], dtype),
-        numbers.integers(7, [40_000]),
-    )
+    normal = numbers.normal([40_000], dtype)
+    uniform = numbers.uniform([40_000], dtype)
+    whole = numbers.integers(7, [40_000])
     assert normal.dtype == uniform.dtype == dtype and whole.dtype == torch.int64
     moments = [normal.mean(), normal.var() - 1, normal.pow(3).mean(), normal.pow(4).mean() - 3]
     assert all(abs(m) < 5 * (s / 40_000) ** 0.5 for m, s in zip(moments, (1, 2, 15, 96), strict=True))

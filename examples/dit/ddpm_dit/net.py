@@ -27,7 +27,7 @@ from ddpm.models.layers import (
     sinusoids,
     zero,
 )
-from ddpm.models.precision import supported_dtype
+from ddpm.models.precision import autocast
 from ddpm_dit.config import DiTConfig
 
 SINUSOID_WIDTH = 256
@@ -50,11 +50,13 @@ class DiT(nn.Module):
         check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
-        self.num_classes, self.num_conditions = config.num_classes, num_conditions
+        self.num_classes = config.num_classes
+        self.num_conditions = num_conditions
         self.autocast_dtype = autocast_dtype
         self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
         self.patch_size = config.patch_size
-        width, pixels = config.width, config.patch_size**2
+        width = config.width
+        pixels = config.patch_size**2
         self.embed = nn.Linear(pixels * config.channels, width)
         # A condition that is not used has no weights: DDP would wait for their gradients.
         if time_conditional:
@@ -78,8 +80,7 @@ class DiT(nn.Module):
         """The net's prediction for each image; arguments, result and errors as in `UNet.forward`."""
         label, augmented = check_conditions(self, x_t, t, label, augmented)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
-        dtype = supported_dtype(self.autocast_dtype, x_t.device)
-        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
+        with autocast(x_t.device, self.autocast_dtype):
             width = self.embed.out_features
             condition = x_t.new_zeros(x_t.shape[0], width)  # len(x_t) would fix the batch in torch.export
             if t is not None:
@@ -102,7 +103,8 @@ class Block(nn.Module, Region):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.width * config.mlp_ratio
+        width = config.width
+        hidden = config.width * config.mlp_ratio
         self.head_dim = width // config.num_heads
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
