@@ -21,6 +21,8 @@ RECIPE = "classifier/1"
 SIZE = 128
 SEED = 0
 TRAIN_IMAGES = 128_000
+MAX_EPOCHS = 100
+"""Limits training on a few hundred images."""
 BATCH_SIZE = 128
 CHUNK_IMAGES = 8192
 LR = 2e-3
@@ -47,7 +49,7 @@ def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Cla
     comparisons use one cache.
 
     Args:
-        train_images: images seen in training, over all epochs.
+        train_images: images seen in training, over all epochs, of which there are at most MAX_EPOCHS.
     """
     manifest = train.manifest
     if len(manifest.class_names) < 2:
@@ -56,6 +58,7 @@ def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Cla
             "pixels"
         )
     net = build_net(manifest.channels, len(manifest.class_names))
+    train_images = min(train_images, MAX_EPOCHS * train.rows.num_rows)
     name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.key}"
     net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images)))
     return Classifier(net)
