@@ -253,7 +253,7 @@ def command(name: str) -> Iterator[str]:
     yield f"```sh\nddpm {usage.rstrip('.')}\n```"
     if more:
         yield paragraphs(more)
-    cls: Any = getattr(module, "Arguments", PresetArguments)
+    cls: Any = getattr(module, "Arguments", None) or getattr(module, "TrainArguments", PresetArguments)
     if name == "prepare":
         yield from sources(cls)
         return
