@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_NAME = 60
 """Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
+REPORTING = "ddpm-duplicates"
+"""The name of the thread that reports near-duplicates."""
 NUM_LISTED = 4
 """Classes that a line names."""
 
@@ -99,7 +101,8 @@ def _prepare(
     if connect is None:
         _report_duplicates(source, location, manifest)
     else:  # while workers start
-        threading.Thread(target=_report_duplicates, args=(source, location, manifest, False)).start()
+        arguments = (source, location, manifest, False)
+        threading.Thread(target=_report_duplicates, args=arguments, name=REPORTING).start()
 
 
 def _in_background(function: Callable[[], T]) -> Future[T]:

@@ -150,9 +150,9 @@ def test_ray_starts_while_images_are_prepared(tmp_path: Path, capsys: pytest.Cap
     config = config_of(tmp_path, tmp_path / "pets")
     calls = []
     prepared = prepare_for_run.prepared(config, connect=lambda: calls.append("connected"))
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
-        if not thread.daemon:
-            thread.join()  # the search for near-duplicates
+    for thread in threading.enumerate():
+        if thread.name == prepare_for_run.REPORTING:
+            thread.join()
     assert "duplicates  " in capsys.readouterr().out
     assert prepare_for_run.prepared(config, connect=lambda: calls.append("again")) == prepared
     assert calls == ["connected"]
