@@ -4,7 +4,7 @@ Without them PyTorch converts every number to float32 and back, which takes seve
 (github.com/pytorch/pytorch/issues/118499).
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -28,6 +28,6 @@ def supported_dtype(wanted: torch.dtype | None, device: torch.device) -> torch.d
 
 
 def autocast(device: torch.device, wanted: torch.dtype | None) -> AbstractContextManager:
-    """A context in which a net computes in `supported_dtype`."""
+    """A context in which a net computes in `supported_dtype`, whatever the caller's autocast is."""
     dtype = supported_dtype(wanted, device)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

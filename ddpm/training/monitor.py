@@ -137,11 +137,11 @@ class DriverMonitor(StopSignals):
                 case Fail(error):
                     raise error
                 case Done(images_seen):
-                    if images_seen is None:  # stopped while no step was under way
-                        return max(self._images_seen, self._committed)
                     # After a signal the thread is still in Ray Train, and a process that exits while a thread is in a
                     # call into Ray may crash (Ray 2.60). This is called before Ray's own handler, registered earlier.
                     atexit.register(workers.join, LEAVING_S)
+                    if images_seen is None:  # stopped while no step was under way
+                        return max(self._images_seen, self._committed)
                     return images_seen
                 case Restart(line, values):  # Ray Train does not restart a controller that died (Ray 2.60)
                     log.warning(line)

@@ -81,7 +81,6 @@ JOBS = {
     "sample a --num-images 0": "num_images is 0; it must be at least 1",
     "evaluate a --num-sample-steps 20 0": "num_sample_steps.1 is 0; it must be at least 1",
     "evaluate a --data.shards=": "shards is ''; it must have at least 1 character",
-    "export a b --label -1": "label is -1; it must be at least 0",
     "sync a --timeout-s 0": "timeout_s is 0.0; it must be greater than 0",
     "compare a --out=": "out is ''; it must have at least 1 character",
     "prepare digits a --held-out-images 0": "held_out_images is 0; it must be at least 1",

@@ -189,7 +189,7 @@ def test_sampling_configs() -> None:
     assert configs(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
     assert configs(sampler=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
     (sample,) = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm",), eta=1.0))
-    assert sample == inputs.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=4, sigma_min=0.1))
+    assert sample == inputs.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=20, sigma_min=0.1))
     (sample,) = inputs.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
     both = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))

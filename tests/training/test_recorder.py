@@ -95,6 +95,8 @@ class Rank(Runtime):
         self.device = torch.device("cpu")
         self.store: Any = ranks.store if rank == 0 else None
 
+    class_names: Any = ()
+
     def held_out(self) -> None:
         return None
 
