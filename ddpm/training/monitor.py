@@ -32,8 +32,8 @@ WAITING_AFTER_S = 10.0
 """Seconds without workers after which the driver prints what they wait for."""
 WAITING_AGAIN_S = 60.0
 """Seconds after which it prints that again."""
-LEAVING_S = 5.0
-"""Time-out for Ray Train's end when the process exits; two seconds are usual."""
+LEAVING_S = 20.0
+"""Time-out for Ray Train's end when the process exits; two seconds are usual, more while workers start."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
