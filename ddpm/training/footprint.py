@@ -27,11 +27,11 @@ class Footprint:
 
     weights: int
     micro_batches: int
-    """Of a step, over all workers."""
+    """Micro-batches per step, over all workers."""
     checkpoint: int
-    """Bytes."""
+    """Size of a checkpoint in bytes."""
     images: int
-    """Of a pass."""
+    """Images per forward pass."""
     memory: int | None
     """Bytes of a worker during a pass, in float32 and not compiled; None: the net cannot run on the meta device."""
 

@@ -71,7 +71,7 @@ class DriverMonitor(StopSignals):
     """A context that monitors training.
 
     A signal asks the workers to stop after the current step, with a checkpoint. Before the first step, and while there
-    are no workers, the driver does not wait for them.
+    are no workers, `supervise` does not wait for them; the process waits up to LEAVING_S for Ray Train when it exits.
 
     Args:
         images_seen: position of the run before its workers start.

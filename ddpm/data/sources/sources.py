@@ -22,7 +22,7 @@ from ddpm.data.row_group import Labels, Pixels
 from ddpm.utils.errors import UserError
 
 HELD_OUT_SHARE = 0.05
-"""Of many images."""
+"""Share of a large folder's images that is held out."""
 HELD_OUT_SHARE_OF_FEW = 0.1
 MOST_OF_FEW = 100
 """Held-out images above which the share falls to HELD_OUT_SHARE."""
