@@ -22,6 +22,7 @@ from ddpm.config.kinds import Choice
 from ddpm.config.presets import PresetArguments
 from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
+from ddpm.utils.exits import leave
 from ddpm.utils.files import read_whole
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable, shortened
@@ -74,8 +75,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if end.code != signal.SIGTERM:
             raise
         code = 128 + signal.SIGTERM  # the handler that ray.init installs exits with 15 (Ray 2.60)
-    sys.stdout.flush()
-    sys.exit(code)
+    leave(code)
 
 
 def chosen(

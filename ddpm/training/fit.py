@@ -123,14 +123,15 @@ def fit(
             return Result(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
             )
-        group = WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)
-        _announce(config, group.per_worker)
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost
 
-        monitor = DriverMonitor(config, group, pusher, images_seen=max(seen, 0), should_continue=continues)
-        ended, delivery = _drive(config, run, monitor, pusher, lock)
+        with contextlib.closing(WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)) as group:
+            _announce(config, group.per_worker)
+            seen = max(seen, 0)
+            monitor = DriverMonitor(config, group, pusher, images_seen=seen, should_continue=continues)
+            ended, delivery = _drive(config, run, monitor, pusher, lock)
         find = partial(run_folder.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
         stopped_by = monitor.signal if ended < config.train.total_images else None

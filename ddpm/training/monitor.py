@@ -33,7 +33,7 @@ WAITING_AFTER_S = 10.0
 WAITING_AGAIN_S = 60.0
 """Seconds after which it prints that again."""
 LEAVING_S = 20.0
-"""Time-out for Ray Train's end when the process exits; two seconds are usual, more while workers start."""
+"""Time-out for Ray Train's end when a process that called `ddpm.train` exits. `ddpm train` exits by exits.leave."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

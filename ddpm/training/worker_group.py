@@ -1,6 +1,5 @@
 """The workers of a training run: a `TorchTrainer`. failures.py decides what happens to a run when workers die."""
 
-import atexit
 import logging
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from ddpm.training.failures import RestartPolicy
 from ddpm.training.run_state_client import RunStateClient
 from ddpm.training.store import RunStore
 from ddpm.training.worker import RayRuntime
-from ddpm.utils import devices
+from ddpm.utils import devices, exits
 from ddpm.utils.errors import UserError
 
 NEVER_S = 1e9
@@ -69,6 +68,7 @@ class WorkerGroup:
         # A reference: Ray Train does not copy it to the controller.
         self._task = ray.put(Task(config, data_set, run, rungs))
         self._verbose = verbose
+        self._folder = tempfile.mkdtemp(prefix="ddpm-ray-train-")
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._workers: threading.Thread | None = None
@@ -84,14 +84,17 @@ class WorkerGroup:
                 self._free_placement_group()
             self.error = None
             self._workers = threading.Thread(target=self._fit, name="ddpm-fit", daemon=True)
+            exits.calls.append(self._workers)
             self._workers.start()
         return self._workers
 
+    def close(self) -> None:
+        """Remove Ray Train's files; the workers have left, or need not be waited for."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _fit(self) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
-                atexit.register(shutil.rmtree, folder, ignore_errors=True)  # this thread may not end
-                self.result = self._trainer(folder).fit()
+            self.result = self._trainer(tempfile.mkdtemp(dir=self._folder)).fit()
         except BaseException as error:  # of any type: failures.decide says what follows
             self.error = error
 
