@@ -1,5 +1,6 @@
 """The resources that a run needs, and whether the cluster has them."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,8 @@ from ddpm.cluster import ray_init
 from ddpm.config.kinds import AUTO
 from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.01
 """CPUs of the driver of a trial."""
@@ -51,6 +54,16 @@ def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
         gpus = have.get("GPU", 0.0)
         on_gpus = cluster.gpu if cluster.gpu is not None else gpus > 0
         most = _most_workers(config, have.get("CPU", 0.0), gpus if on_gpus else None)
+        if on_gpus and most < int(gpus):
+            micro_batches = config.train.batch_size // config.train.micro_batch_size
+            log.warning(
+                "%d of %d GPUs are unused: more than %d workers would share the %d micro-batches of a step unevenly; "
+                "set --train.micro-batch-size lower, or --cluster.num-workers",
+                gpus - most,
+                gpus,
+                most,
+                micro_batches,
+            )
         workers = f"1:{most}" if ray_init.limits() and most > 1 else most
         if threads is None and not on_gpus:
             threads = 1
@@ -159,7 +172,8 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
             state = f"{total - unused:g} of {total:g} in use (`ray status` shows by whom)"
             if placed or total < need:
                 state = f"the cluster has {total:g}"
-            return f"{need:g} {name}{'s' * (need > 1)}: {state}"
+            unit = f"{name}s" if need > 1 else name
+            return f"{need:g} {unit}: {state}"
     return None
 
 

@@ -63,6 +63,8 @@ def to_file(report: Report, plot: bytes, location: Location) -> Iterator[str]:
 def to_runs(report: Report, plot: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
     """Write each run's results to `evaluations/` in its folder, and push the run to MLflow, if MLflow has it.
 
+    A run that is not tracked is not pushed.
+
     The names of the files depend on the checkpoints and the settings, so the same evaluation replaces only its own, and
     keeps its time. Yields lines that name the files and the MLflow runs.
 
@@ -95,6 +97,8 @@ def _to_run(of_run: Report, result: CheckpointResult, plot: bytes, timeout_s: fl
         yield f"run         {result.run} does not keep its results: {error}"
         return
     yield f"run         {file.uri}"
+    if run_folder.read_card(folder).config.get("run", {}).get("tracking") == "none":
+        return
     yield _push(RunFolder(Path(folder.path).name, folder, result.run_key), timeout_s)
 
 

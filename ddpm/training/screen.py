@@ -104,7 +104,8 @@ class Screen:
             return ""
         if waiting == 0:
             return "MLflow: up to date"
-        return f"MLflow: {waiting} checkpoint{'s' * (waiting > 1)} behind"
+        checkpoints = "1 checkpoint" if waiting == 1 else f"{waiting} checkpoints"
+        return f"MLflow: {checkpoints} behind"
 
     def _text(self) -> str:
         """The screen of a terminal."""
@@ -133,7 +134,8 @@ class Screen:
         workers = self._values.get(run_state.WORKERS) or 1
         goodput = self._newest("train/goodput", 1.0)  # it is not logged while nothing has been lost
         useful = f"  goodput {goodput:.1%}" if self._curves else ""
-        add("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
+        group = "1 worker" if workers == 1 else f"{workers} workers"
+        add("speed", self._speed(), f"{group}{useful}")
         for name, metric in CURVES.items():
             newest = self._newest(metric)
             if newest is None:

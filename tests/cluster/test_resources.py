@@ -191,6 +191,21 @@ def test_auto_workers_have_a_gpu_or_a_cpu_each_and_none_is_idle(
     assert resources.with_workers(typed, {}) == typed
 
 
+def test_gpus_that_no_worker_of_auto_uses_are_reported_once(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"train.batch_size": 512, "train.micro_batch_size": 32}
+    cluster(64, 6)
+    resources.with_workers(override(with_workers("auto"), sizes), {})
+    assert "2 of 6 GPUs are unused" in caplog.text
+    caplog.clear()
+    resources.with_workers(override(with_workers("auto"), sizes), {"num_workers": 4})
+    resources.with_workers(override(with_workers(4), sizes), {})
+    cluster(64, 8)
+    resources.with_workers(override(with_workers("auto"), sizes), {})
+    assert not caplog.text
+
+
 def test_auto_workers_of_a_run_that_resumes_are_those_that_it_began_with(cluster: Cluster) -> None:
     cluster(64)
     began = {"num_workers": 2, "threads_per_worker": 1}

@@ -185,6 +185,16 @@ def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+def test_an_untracked_run_is_not_pushed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    card = run.location.child(run_folder.CARD)
+    content = json.loads(card.read())
+    content["config"] = {"run": {"tracking": "none"}}
+    card.write(json.dumps(content).encode())
+    (line,) = kept(report_on(run, 1))
+    assert line.startswith("run         ")
+
+
 def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
