@@ -98,6 +98,14 @@ def test_a_benchmark_runs(
     assert {file.name for file in tmp_path.iterdir()} <= {"runs"}
 
 
+@pytest.mark.slow
+def test_the_losses_that_show_that_a_change_does_not_affect_them(tmp_path: Path) -> None:
+    words = ["--case", "digits", "--losses", "20", "--only", "ours, float32", "--without", "compiled"]
+    done = run([sys.executable, REPO / "benchmarks/step.py", *words], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "digits: ours, float32: 0.9" in done.stdout and done.stdout.count(", 0.") == 1
+
+
 def test_a_contestant_and_its_children_are_suspended_between_turns(tmp_path: Path) -> None:
     script = tmp_path / "count.py"
     script.write_text(COUNT)
