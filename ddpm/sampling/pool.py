@@ -33,6 +33,8 @@ MAX_RETRIES = 3
 """How often Ray repeats a piece whose worker process or node died."""
 FIRST_RESULT_S = 15.0
 """Seconds without a first result after which the pool logs that the cluster has no free GPU or core."""
+WAIT_S = 1.0
+"""Time-out of a wait for threads: a signal that arrives just before Python waits is handled only afterwards."""
 
 _this_thread = threading.local()
 """`cancelled` is the event of the pool that this thread works for."""
@@ -129,7 +131,10 @@ class _Threads:
             for piece in islice(pieces, self._num_workers):
                 running[threads.submit(work, held, piece)] = piece
             while running:
-                finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+                done = wait(running, WAIT_S, return_when=FIRST_COMPLETED).done
+                if not done:
+                    continue
+                finished = next(iter(done))
                 finished_piece = running.pop(finished)
                 for piece in islice(pieces, 1):
                     running[threads.submit(work, held, piece)] = piece
