@@ -58,7 +58,7 @@ def smaller(line: str) -> str:
         return line
     if "--model.net" not in words and "--train.init-from" not in words:
         line = f"{line} {NET}"
-    if not {"--workers", "--cluster.num-workers"} & {*words}:
+    if words[1] == "train" and not {"--workers", "--cluster.num-workers"} & {*words}:
         line = f"{line} --cluster.num-workers 1"
     if words[1] == "train" and "--name" not in words:
         name = f"folder-{words[3]}" if words[2] == "folder" else words[2]
