@@ -39,7 +39,7 @@ def main() -> None:
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    location = save_results.output_location(arguments.out, "report.html")
+    location = save_results.output_location(arguments.out)
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
     save_results.write(location, comparison_page.render(runs))
     for run in runs:

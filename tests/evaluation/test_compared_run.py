@@ -118,7 +118,7 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     report = made(
         result(3, *samplings, run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
     )
-    assert len(list(save_results.to_runs(report, b"PNG"))) == 2
+    assert len(list(save_results.to_runs(report))) == 2
     file = tmp_path / "y.json"
     file.write_text(report.to_json())
     (both,) = read([uri], [str(file)])

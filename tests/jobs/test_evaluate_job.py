@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from PIL import Image
 from support.evaluated import POSITIONS, make_data, make_run
 
 from ddpm.runs.run_folder import RunFolder
@@ -41,9 +40,8 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert {"bits/dim 180/180", "images sampled 360/360"} <= set(lines)
     names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
-    assert [line for line in lines[-10:] if not line.startswith("run ")] == [
+    assert [line for line in lines[-9:] if not line.startswith("run ")] == [
         f"results     {tmp_path}/found.json",
-        f"plot        {tmp_path}/found.png",
         *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
         f"MLflow      run {run_id} in {mlflow_server}",
     ]
@@ -65,8 +63,6 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     assert "60 held-out images are too few for a 1st percentile" in done.stdout
     for name in names:
         assert (tmp_path / f"found-nearest-{name}.png").read_bytes().startswith(b"\x89PNG")
-    with Image.open(tmp_path / "found.png", formats=("PNG",)) as plot:
-        assert len(np.unique(np.asarray(plot.convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
     history = client.get_metric_history(run_id, "eval/KID-pixels")
     ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
