@@ -2,8 +2,9 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
 MLflow's registry, or builtin:NAME. Measures bits/dim of held-out images, and KID, FID, precision, recall and
-memorisation of generated images. The results are printed as a table and written to FILE.json, to the runs' folders (evaluations/), and
-to MLflow; pictures of the images nearest to training images are beside the files. Other settings default to those of training.
+memorisation of generated images. The results are printed as a table and written to FILE.json, to the runs' folders
+(evaluations/), and to MLflow; pictures of the images nearest to training images are beside the files. Other settings
+default to those of training.
 """
 
 from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed, Variance
+from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed
 from ddpm.utils.errors import UserError
 
 
@@ -36,8 +36,6 @@ class Arguments(SampleFlags):
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: PositiveInt | None = None
     """Number of sampling steps. None: those of training; all T if --sampler ddpm takes the place of another one."""
-    variance: Variance | None = None
-    """ddpm: variance of the noise that a step adds."""
     label: NonEmptyStr | None = None
     """Class to sample, its name or number (conditional nets). None: all classes in turn."""
     seed: Seed = 0
@@ -67,7 +65,6 @@ def main() -> None:
         sample = arguments.changed(
             with_sampler(own, arguments.sampler, trained.config.objective),
             num_sample_steps=arguments.num_sample_steps,
-            variance=arguments.variance,
             seed=arguments.seed,
         )
         trained = trained.sampled_with(sample)

@@ -16,7 +16,7 @@ import numpy as np
 from ddpm.evaluation.compared_run import ERRORS, ComparedRun, Remark
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.evaluation.results import CheckpointResult, Report, SampledScores, Score
+from ddpm.evaluation.results import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
 
 NO_EFFECT_ON_SCORES = ("num_train_images",)
@@ -138,13 +138,14 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
 
 
 def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
-    """The results with the evaluation settings that most runs share; of equals, most images; and their held-out images.
+    """The results with the settings and the sampler that most runs share; and the held-out images of their data.
 
-    Results of one checkpoint are merged.
+    Of equals those with most images count, then those of the runs' own samplers.
     """
     newest = {run.key: run.images_seen for run in runs}
     groups: dict[str, dict[str, dict[int, CheckpointResult]]] = {}
     settings: dict[str, Mapping[str, Any]] = {}
+    is_own: dict[str, bool] = {}
     reports = {id(report): report for run in runs for report in run.evaluations}
     for report in reports.values():
         for result in report.results:
@@ -153,26 +154,20 @@ def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
                 continue
             key = _evaluation_key(report, result)
             settings[key] = report.settings
-            of_run = groups.setdefault(key, {}).setdefault(of, {})
-            before = of_run.get(result.images_seen)
-            of_run[result.images_seen] = _merged(before, result) if before else result
+            is_own[key] = result.drawn.is_own
+            groups.setdefault(key, {}).setdefault(of, {})[result.images_seen] = result
 
     def worth(key: str) -> tuple[int, ...]:
         group = groups[key]
         num_newest = sum(newest[run_key] in of_run for run_key, of_run in group.items())
         num_checkpoints = sum(len(of_run) for of_run in group.values())
-        return len(group), num_newest, settings[key].get("num_images", 0), num_checkpoints
+        num_images = settings[key].get("num_images", 0)
+        return len(group), num_newest, num_images, is_own[key], num_checkpoints
 
     if not groups:
         return {}, 0
     best = max(groups, key=worth)
     return groups[best], settings[best]["data"].get("num_images", 0)
-
-
-def _merged(before: CheckpointResult, result: CheckpointResult) -> CheckpointResult:
-    """All scores of a checkpoint, from two evaluations with the same settings."""
-    samplings = {sampling.name: sampling for sampling in (*before.drawn, *result.drawn)}
-    return replace(result if result.bits else before, drawn=tuple(samplings.values()))
 
 
 def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
@@ -301,26 +296,16 @@ def _has_more_images(ranking: Ranking, num_held_out: int) -> bool:
 
 def _evaluation_key(report: Report, result: CheckpointResult) -> str:
     """Everything that the ranked scores depend on, except the checkpoint."""
-    settings: dict[str, Any] = {k: v for k, v in report.settings.items() if k not in NO_EFFECT_ON_SCORES}
-    data = settings.get("data")
-    if isinstance(data, Mapping):  # the same images may be stored in two places
-        settings["data"] = {key: value for key, value in data.items() if key != "shards"}
-    return json.dumps([settings, result.variance_is_default or result.variance], sort_keys=True)
+    settings = {k: v for k, v in report.settings.items() if k not in NO_EFFECT_ON_SCORES}
+    sampler = "own" if result.drawn.is_own else result.drawn.name
+    return json.dumps([settings, sampler], sort_keys=True)
 
 
 def ranked_scores(result: CheckpointResult) -> Iterator[Score]:
-    """The ranked scores: bits/dim, and those of the own sampling configuration, else of the one with most steps."""
-    scores = list(result.bits)
-    if result.drawn:
-        scores += sorted(result.drawn, key=_importance)[-1].scores
-    for score in scores:
-        is_of_images = score.n_real is not None and score.name.partition("-")[0] in RANKED
-        if score.is_finite and (is_of_images or score.name in RANKED):
+    """Those of the scores that are ranked."""
+    for score in result.scores:
+        if score.is_finite and score.name.partition("-")[0] in RANKED:
             yield score
-
-
-def _importance(drawn: SampledScores) -> tuple[bool, int]:
-    return drawn.is_own, drawn.sample.num_sample_steps or 0
 
 
 def _ranking(

@@ -29,8 +29,6 @@ from ddpm.utils.progress import track
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
-MIN_HELD_OUT = 99
-"""With fewer held-out images the 1st percentile is below all of them; the smallest distance is the threshold."""
 BLOCK_IMAGES = 4096
 """Training images compared at a time."""
 NODES = 200
@@ -88,7 +86,7 @@ def search(
 
     found = []
     for i, image in enumerate(generated, start=1):
-        shares = [nearer_share(space, of[i], of[0], reference.num_train) for space, of in spaces.items()]
+        shares = [nearer_share(space, of[i], of[0]) for space, of in spaces.items()]
         shown = spaces[first]
         found.append(Memorised(tuple(shares), picture(first, shown[i], shown[0], image, train_at)))
     return found
@@ -120,7 +118,7 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
     return nearest_of
 
 
-def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) -> NearerShare:
+def nearer_share(space: str, drawn: Nearest, held_out: Nearest) -> NearerShare:
     """The share of generated images that are nearer to a training image than 99 % of held-out images are.
 
     The interval is of F(q), with F the distribution of generated distances and q the quantile of held-out ones that
@@ -131,12 +129,11 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
     A bootstrap of both sides fails, since its smallest held-out distance is never below the observed one: without
     memorisation, N = 2,000 and M = 90, it covers 1 % in 72 % of repetitions, this interval in 98 %.
 
-    Nearer is strict: where more than 1 % of held-out images are copies of training images, the threshold is 0, and
-    nothing is below it.
+    With fewer than 99 held-out images the smallest of their distances is the threshold. Nearer is strict: where more
+    than 1 % of held-out images are copies of training images, the threshold is 0, and nothing is below it.
 
     Args:
-        space: the feature net's name, or "pixels".
-        n_train: training images searched.
+        space: of the distances: the feature net's name, or "pixels".
     """
     n = len(drawn.distance)
     m = len(held_out.distance)
@@ -152,12 +149,8 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
         n_real=m,
         floor=k / (m + 1),
         floor_error=float(stats.betabinom.std(n, k, m + 1 - k)) / n,
-        floor_n=n,
         low=low,
         high=high,
-        space=space,
-        threshold=threshold,
-        n_train=n_train,
     )
 
 
@@ -167,7 +160,7 @@ def picture(
     """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
 
     Args:
-        space: of the distances, as in NearerShare.
+        space: of the distances, as in `nearer_share`.
         image: [N, H, W, C], the generated images.
         train_at: from a position to the training image there, [H, W, C].
     """

@@ -43,8 +43,8 @@ def to_file(report: Report, location: Location) -> Iterator[str]:
     """Write the report to `location`, and its pictures beside it; yields lines that name the files."""
     write(location, report.to_json().encode())
     yield f"results     {location.uri}"
-    for name, _, drawn in nearest_pictures(report, Path(location.path).name):
-        write(location.beside(name), drawn.nearest)
+    for name, result in nearest_pictures(report, Path(location.path).name):
+        write(location.beside(name), result.drawn.nearest)
         yield f"nearest     {location.beside(name).uri}"
 
 
@@ -75,8 +75,8 @@ def _to_run(of_run: Report, result: CheckpointResult, timeout_s: float) -> Itera
         return
     file = folder.child(run_folder.EVALUATIONS).child(f"{of_run.key}.json")
     try:
-        for name, _, drawn in nearest_pictures(of_run, Path(file.path).name):
-            write(file.beside(name), drawn.nearest)
+        for name, pictured in nearest_pictures(of_run, Path(file.path).name):
+            write(file.beside(name), pictured.drawn.nearest)
         write(file, _with_points(of_run, file))  # last, so that a file of results has its pictures
     except UserError as error:
         yield f"run         {result.run} does not keep its results: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import evaluated
 from support.compared import COMMAND, NEWEST, STEPS, grid, make_run, run, shown_text
-from support.reported import drawn, made, near, result
+from support.reported import made, near, result
 
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation import save_results
@@ -114,9 +114,8 @@ def test_a_run_without_grids_is_sampled_from_its_newest_checkpoint(tmp_path: Pat
 def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     uri, key = make_run(str(tmp_path), "a")
     of_image = tuple(i / 7 for i in range(90))
-    samplings = near(0.03), drawn(2, 20)
     report = made(
-        result(3, *samplings, run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
+        result(3, near(0.03), run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
     )
     assert len(list(save_results.to_runs(report))) == 2
     file = tmp_path / "y.json"

@@ -21,16 +21,15 @@ from ddpm.utils.errors import UserError
 
 def test_a_report_is_read_back_as_it_was() -> None:
     odd = Score("KID-pixels", math.nan, math.nan, 500, 90)
-    samplings = drawn(2, 10, own=False, guidance_interval=(0.1, 2.0)), near(0.03, 20)
-    report = made(result(1, *samplings), result(2))
+    sampled = drawn(2, 10, own=False, guidance_interval=(0.1, 2.0))
+    report = made(result(1, sampled), result(2, near(0.03, 20)), result(3, bits=None))
     assert Report.from_json(report.to_json(), "x.json") == report
     thresholded = report.to_json().replace('"sampler":', '"dynamic_threshold": 0.9, "sampler":')
     with pytest.raises(UserError, match=r"^x\.json: sample\.dynamic_threshold is 0\.9; "):
         Report.from_json(thresholded, "x.json")
     unknown = dataclasses.replace(drawn(1), scores=(odd, *near(0.03).scores))
-    few = dataclasses.replace(drawn(1, 10), scores=(odd,))
-    back = Report.from_json(made(result(1, unknown, few)).to_json(), "x.json")
-    assert [score.is_finite for score in back.results[0].drawn[0].scores] == [False, True]
+    back = Report.from_json(made(result(1, unknown)).to_json(), "x.json")
+    assert [score.is_finite for score in back.results[0].drawn.scores] == [False, True]
     alike = results_alike([run("a", evaluations=[back])])[0]
     assert {chart.title for chart in comparison_page.charts([run("a")], alike)} == {"bits/dim"}
     wrong_type = report.to_json().replace('"n": 90', '"n": "a"')
@@ -41,12 +40,13 @@ def test_a_report_is_read_back_as_it_was() -> None:
 
 
 def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
+    unscored = dataclasses.replace(drawn(2), scores=())
     bits = {"a": (3.0, 0.01), "b": (2.0, 0.01), "c": (2.001, 0.01)}
     results = [
-        result(2, run=name, bits=(Score("bits/dim", value, error, 90),))
+        result(2, unscored, run=name, bits=Score("bits/dim", value, error, 90))
         for name, (value, error) in bits.items()
     ]
-    older = result(1, run="a", bits=(Score("bits/dim", 1.0, 0.01, 90),))
+    older = result(1, unscored, run="a", bits=Score("bits/dim", 1.0, 0.01, 90))
     other = Report({**made().settings, "num_images": 7}, (result(9, run="a"), result(9, run="b")))
     shared = [made(older, *results), other]
     compared = [run(name, evaluations=shared) for name in "abc"]
@@ -62,22 +62,24 @@ def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
 def test_of_evaluations_of_equally_many_runs_the_one_with_most_images_counts() -> None:
     """Unless it has older checkpoints; so evaluating with more images, as the page says, changes the answer."""
     few, many = (
-        Report({**made().settings, "num_images": n}, (result(2, num_classes=n), result(1))) for n in (60, 240)
+        Report({**made().settings, "num_images": n}, (result(2, weights_sha256=str(n)), result(1)))
+        for n in (60, 240)
     )
     stale = Report({**made().settings, "num_images": 999}, (result(1),))
     compared = [run("a", images_seen=2000, evaluations=[few, many, stale])]
     (of_run,) = results_alike(compared)[0].values()
-    assert sorted(of_run) == [1000, 2000] and of_run[2000].num_classes == 240
+    assert sorted(of_run) == [1000, 2000] and of_run[2000].weights_sha256 == "240"
 
 
-def test_evaluations_that_differ_only_in_the_neighbour_search_are_merged() -> None:
-    """Paths of the data and --num-train-images do not affect the ranked scores."""
-    first = made(result(1, drawn(1)))
-    second = made(result(1, drawn(1, 10, own=False)))
-    second = Report({**second.settings, "num_train_images": 0}, second.results)
-    second.settings["data"]["shards"] = "elsewhere"
-    (of_run,) = results_alike([run("a", evaluations=[first, second])])[0].values()
-    assert sorted(sampling.name for sampling in of_run[1000].drawn) == ["ddim-10", "ddim-50"]
+def test_the_neighbour_search_does_not_affect_ranks_and_the_sampler_does() -> None:
+    """Results of the runs' own samplers count, if there are equally many of others."""
+    first = made(result(1, drawn(1)), result(2, drawn(2)))
+    second = Report({**first.settings, "num_train_images": 0}, (result(3, drawn(3)),))
+    other = made(*(result(i, drawn(i, 10, own=False)) for i in (1, 2, 3)))
+    for evaluations in ([first, second, other], [other, second, first]):
+        (of_run,) = results_alike([run("a", evaluations=evaluations)])[0].values()
+        assert sorted(of_run) == [1000, 2000, 3000]
+        assert {found.drawn.name for found in of_run.values()} == {"ddim-50"}
 
 
 def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
@@ -100,9 +102,10 @@ def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True)
     results = []
     for i, level in enumerate(levels):
         each = BITS + level + 0.01 * np.sin(np.arange(90) * (i + 1))
-        bits = (Score("bits/dim", each.mean(), each.std() / 90**0.5, n),)
+        bits = Score("bits/dim", each.mean(), each.std() / 90**0.5, n)
         own = tuple(each) if paired else ()
-        results.append(result(2, run="abc"[i], bits=bits, bits_of_image=own))
+        unscored = dataclasses.replace(drawn(2), scores=())
+        results.append(result(2, unscored, run="abc"[i], bits=bits, bits_of_image=own))
     report = made(*results)
     report.settings["data"]["num_images"] = held_out
     facts = {"seed": "4"}
@@ -160,7 +163,7 @@ def test_no_more_images_than_kid_takes_are_advised() -> None:
     for one in compared:
         for each in one.evaluations[0].results:
             kid = Score("KID-pixels", 0.1, 0.01, MAX_PAIRWISE, MAX_PAIRWISE)
-            object.__setattr__(each, "drawn", (dataclasses.replace(drawn(1), scores=(kid,)),))
+            object.__setattr__(each, "drawn", dataclasses.replace(drawn(1), scores=(kid,)))
     step = answer(compared)[1]
     assert step and step.text.startswith("All held-out images are used.")
 

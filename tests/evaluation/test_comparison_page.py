@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.compared import Page, make_run, png, run, shown_text
-from support.reported import drawn, made, near, result
+from support.reported import drawn, made, result
 
 from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import RATE, Remark, read
@@ -130,9 +130,8 @@ def test_the_job_writes_a_page(run_job: Callable[..., Any], two_runs: list[str],
 
 @pytest.fixture
 def page_file(two_runs: list[str], tmp_path: Path) -> Path:
-    samplings = drawn(1), drawn(1, 10, own=False), near(0.02, 20)
     results = [
-        result(i, *samplings, run=name * 30, run_key=run_folder.existing_run(uri).key)
+        result(i, drawn(1), run=name * 30, run_key=run_folder.existing_run(uri).key)
         for name, uri in zip("ab", two_runs, strict=True)
         for i in (1, 3)
     ]
