@@ -1,4 +1,4 @@
-"""Comparison of runs: ranks with ties, which run is better, and the command that would settle it.
+"""Comparison of runs: ranks with ties, and which run is better.
 
 Scores are compared among runs that were evaluated alike: the same held-out images, number of images, feature net and
 seed. Training losses are not ranked: losses of different schedules are not comparable.
@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm.evaluation.compared_run import ERRORS, ComparedRun, Remark
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation.compared_run import ERRORS, ComparedRun
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.results import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
@@ -44,8 +43,6 @@ class Cell(NamedTuple):
     error: float
     images_seen: int
     rank: Rank
-    n: int = 0
-    """Held-out images."""
     of_image: Sequence[float] = ()
     """Values of the held-out images, if all runs have those of the same images."""
 
@@ -98,6 +95,13 @@ class Verdict(NamedTuple):
     has_winner: bool
 
 
+class Step(NamedTuple):
+    """What to do next."""
+
+    text: str
+    command: str
+
+
 class Answer(NamedTuple):
     """Which run is better, and what that rests on."""
 
@@ -108,8 +112,8 @@ class Answer(NamedTuple):
     results: Results
     rankings: Sequence[Ranking]
     verdicts: Sequence[Verdict]
-    step: Remark | None
-    """The command that would settle the comparison; None: it is settled, or the rankings were given."""
+    step: Step | None
+    """The command that evaluates the runs; None: they are evaluated, or the rankings were given."""
 
 
 def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> Answer:
@@ -120,13 +124,13 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     """
     if len(runs) > len(LETTERS):
         raise UserError(f"{len(runs)} runs are too many for one page; name at most {len(LETTERS)}")
-    results, num_held_out = results_alike(runs)
+    results = results_alike(runs)
     letters = {run.key: letter for run, letter in zip(runs, LETTERS, strict=False)}
     names = {run.key: f"{letters[run.key]} ({run.name})" for run in runs}
     step = None
     if rankings is None:
         rankings = ranked(runs, results)
-        step = next_step(runs, results, num_held_out, rankings, names)
+        step = next_step(runs, results, names)
     return Answer(
         letters=letters,
         names=names,
@@ -137,8 +141,8 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     )
 
 
-def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
-    """The results with the settings and the sampler that most runs share; and the held-out images of their data.
+def results_alike(runs: Sequence[ComparedRun]) -> Results:
+    """The results with the settings and the sampler that most runs share.
 
     Of equals those with most images count, then those of the runs' own samplers.
     """
@@ -165,9 +169,8 @@ def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
         return len(group), num_newest, num_images, is_own[key], num_checkpoints
 
     if not groups:
-        return {}, 0
-    best = max(groups, key=worth)
-    return groups[best], settings[best]["data"].get("num_images", 0)
+        return {}
+    return groups[max(groups, key=worth)]
 
 
 def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
@@ -250,48 +253,21 @@ def _verdict(ranking: Ranking, names: Mapping[str, str]) -> Verdict:
     return Verdict(ranking.name, headline, detail, ranking.has_winner)
 
 
-def next_step(
-    runs: Sequence[ComparedRun],
-    results: Results,
-    num_held_out: int,
-    rankings: Sequence[Ranking],
-    names: Mapping[str, str],
-) -> Remark | None:
-    """The command that would settle the comparison; None: it is settled.
+def next_step(runs: Sequence[ComparedRun], results: Results, names: Mapping[str, str]) -> Step | None:
+    """The command that evaluates the runs alike; None: they are.
 
     Args:
-        num_held_out: held-out images of the data set.
         names: as in `verdicts`.
     """
     runs = [run for run in runs if run.images_seen]
-    evaluate = shlex.join(["ddpm", "evaluate", *(run.where for run in runs)])
-    if len({run.data for run in runs if run.data}) > 1:
-        evaluate += f" --data.shards {shlex.quote(runs[0].settings.get('data.shards', 'DATA'))}"
     late = [run for run in runs if max(results.get(run.key, {}), default=-1) < run.images_seen]
-    if late:
-        who = ", ".join(names[run.key] for run in late)
-        text = f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:"
-        return Remark(text, evaluate)
-    ties = [r for r in rankings if r.is_answer and r.is_comparable and not r.has_winner]
-    if not runs or not ties:
+    if not late:
         return None
-    if any(_has_more_images(ranking, num_held_out) for ranking in ties):
-        used = min(cell.n for ranking in ties for cell in ranking.cells.values())
-        return Remark("More images make the errors smaller:", f"{evaluate} --num-images {4 * used}")
-    tied = {key for ranking in ties for key, cell in ranking.cells.items() if cell.rank.best == 1}
-    again = [
-        f"{run.command} --run.name {shlex.quote(f'{run.name}-again')} --train.seed {int(run.facts['seed']) + 1}"
-        for run in runs
-        if run.key in tied and run.command
-    ]
-    text = "All held-out images are used. Train those that are tied with another seed, too, and compare all:"
-    return Remark(text, "\n".join(again))
-
-
-def _has_more_images(ranking: Ranking, num_held_out: int) -> bool:
-    """Whether the data set has more held-out images than this metric was computed with."""
-    most = min(num_held_out, MAX_PAIRWISE) if ranking.title.startswith("KID") else num_held_out
-    return any(cell.n < most for cell in ranking.cells.values())
+    who = ", ".join(names[run.key] for run in late)
+    return Step(
+        f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:",
+        shlex.join(["ddpm", "evaluate", *(run.where for run in runs)]),
+    )
 
 
 def _evaluation_key(report: Report, result: CheckpointResult) -> str:
@@ -326,7 +302,6 @@ def _ranking(
             error=score.error,
             images_seen=at,
             rank=rank,
-            n=score.n_real or score.n,
             of_image=of_image[key] if is_paired else (),
         )
     return Ranking(name, cells, floor=scores[0].floor)

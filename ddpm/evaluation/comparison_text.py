@@ -22,15 +22,14 @@ def table(runs: Sequence[ComparedRun], answer: Answer) -> Table:
 
 
 def lines(answer: Answer) -> Iterator[str]:
-    """Which run is better, and the command that would settle it."""
+    """Which run is better, and the command that evaluates them."""
     for verdict in answer.verdicts:
         yield f"{verdict.metric}: {verdict.headline}. {verdict.detail}"
     if answer.verdicts:
         yield "Lower is better; ± is one standard error, without the spread between seeds of training."
     if answer.step is not None:
         yield answer.step.text
-        for command in answer.step.command.splitlines():
-            yield f"    {command}"
+        yield f"    {answer.step.command}"
 
 
 def _cell(text: str) -> str:

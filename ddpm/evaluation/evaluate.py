@@ -240,9 +240,5 @@ def _settings(reference: Reference, settings: Settings) -> dict[str, Any]:
         "features": {"name": net.name, "size": net.size, "digest": net.digest},
         "num_train_images": reference.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
-        "data": {
-            "split": held_out.split,
-            "num_images": held_out.rows.num_rows,
-            "fingerprint": held_out.rows.fingerprint,
-        },
+        "data": {"split": held_out.split, "fingerprint": held_out.rows.fingerprint},
     }

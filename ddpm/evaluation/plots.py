@@ -1,4 +1,4 @@
-"""Charts of scores and curves."""
+"""Charts of scores and curves over images seen."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,15 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.results import Score
 
-IMAGES_SEEN = "images seen"
-"""Label of an x axis."""
-LOG_SPAN = 5
-"""A logarithmic axis that spans more than this factor has ticks at 1, 2, 5, 10, ..."""
 GREY = "0.5"
 
 
@@ -23,7 +19,7 @@ class ChartPoint(NamedTuple):
     """One point of a curve."""
 
     x: float
-    """Images seen, unless the chart says otherwise."""
+    """Images seen."""
     value: float
     error: float = 0.0
     """Standard error; 0: unknown."""
@@ -34,7 +30,6 @@ class Chart:
     """Curves of one metric, by label."""
 
     title: str
-    x_label: str
     curves: dict[str, list[ChartPoint]]
     is_log_y: bool = False
     floor: float | None = None
@@ -45,15 +40,15 @@ Scored = tuple[str, float, Score]
 """A curve's label, a position, and the score there."""
 
 
-def charts_of(x_label: str, scored: Iterable[Scored]) -> dict[str, Chart]:
+def charts_of(scored: Iterable[Scored]) -> list[Chart]:
     """A chart for each metric."""
     charts: dict[str, Chart] = {}
     for label, x, score in scored:
-        new = Chart(score.name, x_label, {}, floor=score.floor, floor_error=score.floor_error)
+        new = Chart(score.name, {}, floor=score.floor, floor_error=score.floor_error)
         error = score.error if math.isfinite(score.error) else 0.0
         curve = charts.setdefault(score.name, new).curves.setdefault(label, [])
         curve.append(ChartPoint(x, score.value, error))
-    return charts
+    return list(charts.values())
 
 
 def draw_chart(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -73,21 +68,11 @@ def draw_chart(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]])
         spread = Z * (chart.floor_error or 0)
         axes.axhspan(chart.floor - spread, chart.floor + spread, color=GREY, alpha=0.2, linewidth=0)
         axes.axhline(chart.floor, color=GREY, linewidth=1)
-    axes.set_xlabel(chart.x_label, fontsize=9)
+    axes.set_xlabel("images seen", fontsize=9)
     axes.tick_params(labelsize=8)
-    _scale(axes, chart)
-
-
-def _scale(axes: Axes, chart: Chart) -> None:
-    """Scales and ticks."""
-    x, y, _ = np.array([point for points in chart.curves.values() for point in points]).T
-    axes.set_xlim(0, 1.05 * x.max() or 1)  # one point alone has no range of its own
-    if chart.x_label == IMAGES_SEEN:
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if chart.is_log_y and y.min() > 0:
+    last = max(point.x for points in chart.curves.values() for point in points)
+    axes.set_xlim(0, 1.05 * last or 1)  # one point alone has no range of its own
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if chart.is_log_y:
         axes.set_yscale("log")
-        spans_much = y.max() / y.min() > LOG_SPAN
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if spans_much else MaxNLocator(5))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())

@@ -11,9 +11,8 @@ from support.compared import run, shown_text
 from support.reported import drawn, made, near, result
 
 from ddpm.evaluation import comparison, comparison_page, comparison_text
-from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
-from ddpm.evaluation.comparison import results_alike
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation.compared_run import ComparedRun
+from ddpm.evaluation.comparison import Step, results_alike
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import Report, Score
 from ddpm.utils.errors import UserError
@@ -30,7 +29,7 @@ def test_a_report_is_read_back_as_it_was() -> None:
     unknown = dataclasses.replace(drawn(1), scores=(odd, *near(0.03).scores))
     back = Report.from_json(made(result(1, unknown)).to_json(), "x.json")
     assert [score.is_finite for score in back.results[0].drawn.scores] == [False, True]
-    alike = results_alike([run("a", evaluations=[back])])[0]
+    alike = results_alike([run("a", evaluations=[back])])
     assert {chart.title for chart in comparison_page.charts([run("a")], alike)} == {"bits/dim"}
     wrong_type = report.to_json().replace('"n": 90', '"n": "a"')
     for damaged in ("", "[]", "{}", '{"format": "x"}', wrong_type, "[" * 100_000):
@@ -50,7 +49,7 @@ def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
     other = Report({**made().settings, "num_images": 7}, (result(9, run="a"), result(9, run="b")))
     shared = [made(older, *results), other]
     compared = [run(name, evaluations=shared) for name in "abc"]
-    alike, _ = results_alike(compared)
+    alike = results_alike(compared)
     positions = {key: sorted(of_run) for key, of_run in alike.items()}
     assert positions == {"keya": [1000, 2000], "keyb": [2000], "keyc": [2000]}
     (ranking,) = comparison.ranked(compared, alike)
@@ -67,7 +66,7 @@ def test_of_evaluations_of_equally_many_runs_the_one_with_most_images_counts() -
     )
     stale = Report({**made().settings, "num_images": 999}, (result(1),))
     compared = [run("a", images_seen=2000, evaluations=[few, many, stale])]
-    (of_run,) = results_alike(compared)[0].values()
+    (of_run,) = results_alike(compared).values()
     assert sorted(of_run) == [1000, 2000] and of_run[2000].weights_sha256 == "240"
 
 
@@ -77,7 +76,7 @@ def test_the_neighbour_search_does_not_affect_ranks_and_the_sampler_does() -> No
     second = Report({**first.settings, "num_train_images": 0}, (result(3, drawn(3)),))
     other = made(*(result(i, drawn(i, 10, own=False)) for i in (1, 2, 3)))
     for evaluations in ([first, second, other], [other, second, first]):
-        (of_run,) = results_alike([run("a", evaluations=evaluations)])[0].values()
+        (of_run,) = results_alike([run("a", evaluations=evaluations)]).values()
         assert sorted(of_run) == [1000, 2000, 3000]
         assert {found.drawn.name for found in of_run.values()} == {"ddim-50"}
 
@@ -97,40 +96,33 @@ BITS = 3 + np.random.default_rng(0).normal(size=90)
 """Bits/dim of 90 held-out images: their standard error is 0.1."""
 
 
-def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True) -> list[ComparedRun]:
+def scored(*levels: float, paired: bool = True) -> list[ComparedRun]:
     """Runs that were evaluated alike; the bits/dim of all images differ by the difference of their levels."""
     results = []
     for i, level in enumerate(levels):
         each = BITS + level + 0.01 * np.sin(np.arange(90) * (i + 1))
-        bits = Score("bits/dim", each.mean(), each.std() / 90**0.5, n)
+        bits = Score("bits/dim", each.mean(), each.std() / 90**0.5, 90)
         own = tuple(each) if paired else ()
         unscored = dataclasses.replace(drawn(2), scores=())
         results.append(result(2, unscored, run="abc"[i], bits=bits, bits_of_image=own))
     report = made(*results)
-    report.settings["data"]["num_images"] = held_out
-    facts = {"seed": "4"}
-    return [
-        run(name, images_seen=2000, evaluations=[report], command=f"train {name}", facts=facts)
-        for name in "abc"[: len(levels)]
-    ]
+    return [run(name, images_seen=2000, evaluations=[report]) for name in "abc"[: len(levels)]]
 
 
-def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Remark | None]:
+def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Step | None]:
     """Headlines, and what to run next."""
-    results, num_held_out = results_alike(compared)
+    results = results_alike(compared)
     names = {run.key: run.name for run in compared}
     rankings = comparison.ranked(compared, results)
-    step = comparison.next_step(compared, results, num_held_out, rankings, names)
+    step = comparison.next_step(compared, results, names)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step
 
 
 def test_the_answer_compares_image_by_image_where_it_can() -> None:
     """Two runs whose errors overlap widely differ on every image alike; without images they are tied."""
     assert answer(scored(0.02, 0)) == (["held-out bits/dim: b is better than a"], None)
-    (headline,), step = answer(scored(0.02, 0, paired=False))
-    assert headline == "held-out bits/dim: No winner: b and a are tied"
-    again = "train a --run.name a-again --train.seed 5\ntrain b --run.name b-again --train.seed 5"
-    assert step and step.command == again
+    tied = "held-out bits/dim: No winner: b and a are tied"
+    assert answer(scored(0.02, 0, paired=False)) == ([tied], None)
     text = shown_text(scored(0.02, 0))
     assert re.search(r"B \(b\) is better than A \(a\) B \(b\) has \d\.\d{4}, A \(a\) has", text)
     assert re.search(r"they differ by 0\.0\d\d\d ± 0\.001\d, outside the errors\.", text)
@@ -158,28 +150,13 @@ def test_metrics_of_training_on_different_data_have_no_winner() -> None:
         assert answer(compared)[0] == [f"bits/dim of a few held-out images, in training: {headline}"]
 
 
-def test_no_more_images_than_kid_takes_are_advised() -> None:
-    compared = scored(0.02, 0, held_out=20_000)
-    for one in compared:
-        for each in one.evaluations[0].results:
-            kid = Score("KID-pixels", 0.1, 0.01, MAX_PAIRWISE, MAX_PAIRWISE)
-            object.__setattr__(each, "drawn", dataclasses.replace(drawn(1), scores=(kid,)))
-    step = answer(compared)[1]
-    assert step and step.text.startswith("All held-out images are used.")
-
-
-def test_the_next_step_is_the_exact_command() -> None:
-    few = answer(scored(0, 0, held_out=1000))[1]
-    assert few and few.command == "ddpm evaluate runs/a runs/b --num-images 360"
+def test_the_next_step_is_the_command_that_evaluates_the_runs() -> None:
     one = scored(0.02, 0)
-    its = {"data.shards": "its shards"}
-    late = [one[0], dataclasses.replace(one[1], images_seen=3000, data="x", settings=its)]
+    late = [one[0], dataclasses.replace(one[1], images_seen=3000, data="x")]
     step = answer(late)[1]
     assert step and step.text.startswith("Not evaluated alike at the newest checkpoint: b.")
     assert step.command == "ddpm evaluate runs/a runs/b"
-    late[0] = dataclasses.replace(late[0], data="y", settings={"data.shards": "my shards"})
-    step = answer(late)[1]
-    assert step and step.command == "ddpm evaluate runs/a runs/b --data.shards 'my shards'"
+    late[0] = dataclasses.replace(late[0], data="y")
     page = shown_text(late)
     assert "The runs were trained on different data" in page and step.command in page
     assert "different data" not in shown_text(one)
@@ -189,14 +166,12 @@ def test_the_next_step_is_the_exact_command() -> None:
     assert answer([run("without a checkpoint")]) == ([], None)
 
 
-def test_curves_over_images_and_over_time() -> None:
-    curves = {"train/loss": [ChartPoint(3600, 0.5), ChartPoint(7200, 0.25)], RATE: [ChartPoint(7200, 100.0)]}
-    images_seen, hours = comparison_page.charts([run("a", curves=curves)], {})
-    assert images_seen.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
-    assert [x for x, _, _ in hours.curves["keya"]] == pytest.approx([0.01, 0.02])
-    assert (images_seen.x_label, hours.x_label) == ("images seen", "hours of training")
+def test_curves_over_images() -> None:
+    curves = {"train/loss": [ChartPoint(3600, 0.5), ChartPoint(7200, 0.25)]}
+    (loss,) = comparison_page.charts([run("a", curves=curves)], {})
+    assert loss.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
     evaluated = [run("a", evaluations=[made(result(1, drawn(1)), result(2, drawn(2)))])]
-    charts = {chart.title: chart for chart in comparison_page.charts(evaluated, results_alike(evaluated)[0])}
+    charts = {chart.title: chart for chart in comparison_page.charts(evaluated, results_alike(evaluated))}
     assert set(charts) == {"bits/dim", "FID-pixels", "KID-pixels"}
     (bits,) = charts["bits/dim"].curves.values()
     assert [point[0] for point in bits] == [1000, 2000] and [point[2] for point in bits] == [0.05, 0.05]
@@ -210,8 +185,9 @@ def test_the_answer_as_lines_is_that_of_the_page() -> None:
     headline, _, detail = verdict.partition(": ")[2].partition(". ")
     assert headline == "B (b) is better than A (a)"
     assert headline in page and detail in page and "standard error" in about
-    tied = list(comparison_text.lines(comparison.answer(scored(0.02, 0, paired=False))))
-    assert tied[-1].strip() == "train b --run.name b-again --train.seed 5"
+    unevaluated = [run("a", images_seen=7), run("b", images_seen=7)]
+    *_, command = comparison_text.lines(comparison.answer(unevaluated))
+    assert command.strip() == "ddpm evaluate runs/a runs/b"
 
 
 def test_the_table_of_runs_fits_a_terminal() -> None:

@@ -16,7 +16,7 @@ from support.compared import Page, make_run, png, run, shown_text
 from support.reported import drawn, made, result
 
 from ddpm.evaluation import comparison, comparison_page
-from ddpm.evaluation.compared_run import RATE, Remark, read
+from ddpm.evaluation.compared_run import read
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.runs import run_folder
@@ -75,7 +75,6 @@ def test_hostile_names_and_settings_are_escaped() -> None:
         grids={1: lambda: b"<svg onload='alert(1)'>"},
         curves={"train/loss": [ChartPoint(1, 1.0), ChartPoint(2, 0.5)]},
         evaluations=[made(result(1, drawn(1), run="a", checkpoint=NASTY))],
-        remarks=[Remark(NASTY, NASTY)],
         facts={NASTY: NASTY},
     )
     data = comparison_page.render([hostile, run("b", settings={"x": "1"})])
@@ -95,7 +94,7 @@ def test_hostile_names_and_settings_are_escaped() -> None:
 
 
 def test_every_image_has_an_alt_text_and_the_page_is_reproducible() -> None:
-    curves = {"train/loss": [ChartPoint(1, 1.0), ChartPoint(2, 0.5)], RATE: [ChartPoint(2, 1.0)]}
+    curves = {"train/loss": [ChartPoint(1, 1.0), ChartPoint(2, 0.5)]}
     a = run("a", images_seen=2, curves=curves, grids={1: png(3)})
     compared = [a, dataclasses.replace(a, name="b", key="keyb")]
     data = comparison_page.render(compared)
