@@ -33,15 +33,13 @@ def main() -> None:
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs, or builtin:NAME")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import compared_run, comparison, comparison_page, comparison_text, save_results
+    from ddpm.evaluation import compared_run, comparison, comparison_page, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
     location = save_results.output_location(arguments.out)
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=True)
     save_results.write(location, comparison_page.render(runs))
-    answer = comparison.answer(runs)
-    comparison_text.table(runs, answer).show()
-    for line in comparison_text.lines(answer):
+    for line in comparison.lines(comparison.answer(runs)):
         print(printable(line))
     print(printable(f"comparison  {location.uri}"))

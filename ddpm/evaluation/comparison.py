@@ -18,8 +18,6 @@ from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.results import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
 
-NO_EFFECT_ON_SCORES = ("num_train_images",)
-"""Settings of an evaluation that do not affect the ranked scores."""
 RANKED = ("bits/dim", "KID", "FID")
 """Metrics that are ranked; lower is better."""
 ANSWERS = {
@@ -270,9 +268,20 @@ def next_step(runs: Sequence[ComparedRun], results: Results, names: Mapping[str,
     )
 
 
+def lines(found: Answer) -> Iterator[str]:
+    """The answer for a terminal."""
+    for verdict in found.verdicts:
+        yield f"{verdict.metric}: {verdict.headline}. {verdict.detail}"
+    if found.verdicts:
+        yield "Lower is better; ± is one standard error, without the spread between seeds of training."
+    if found.step is not None:
+        yield found.step.text
+        yield f"    {found.step.command}"
+
+
 def _evaluation_key(report: Report, result: CheckpointResult) -> str:
     """Everything that the ranked scores depend on, except the checkpoint."""
-    settings = {k: v for k, v in report.settings.items() if k not in NO_EFFECT_ON_SCORES}
+    settings = {key: value for key, value in report.settings.items() if key != "num_train_images"}
     sampler = "own" if result.drawn.is_own else result.drawn.name
     return json.dumps([settings, sampler], sort_keys=True)
 

@@ -42,12 +42,7 @@ class Candidate(TrainedNet):
     @property
     def run(self) -> str:
         """The name of its run; without a name, its folder."""
-        if self.config.run.name:
-            return self.config.run.name
-        above, _, name = self.uri.rstrip("/").rpartition("/")
-        if name.startswith(checkpoint.PREFIX) and above:
-            return above.rpartition("/")[2]
-        return name
+        return self.config.run.name or names.name_of(self.uri)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, WrapValidator
 
-from ddpm.config.json import without_retired
 from ddpm.config.tree import SampleConfig
 from ddpm.utils import strict_json
 
@@ -146,10 +145,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
         """The report that `to_json` wrote, without pictures."""
-        wrong = f"{where} is not a result of ddpm evaluate"
-        saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
-        for result in strict_json.parse(dict[str, Any], text, wrong)["checkpoints"]:
-            without_retired({"sample": result["drawn"]["sample"]}, where)
+        saved = strict_json.parse(_Saved, text, f"{where} is not a result of ddpm evaluate", extra="ignore")
         return cls(saved.settings, saved.checkpoints)
 
 

@@ -66,9 +66,6 @@ def _to_run(of_run: Report, result: CheckpointResult, timeout_s: float) -> Itera
     Args:
         result: one of these results.
     """
-    if not result.run_key:
-        yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
-        return
     folder = run_folder.folder_of(result.checkpoint, result.run_key)
     if folder is None:
         yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"

@@ -111,7 +111,7 @@ def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server:
     assert [line for line in lines if line.startswith("MLflow ")] == [
         *(f"MLflow      run {run_id} in {mlflow_server}" for run_id in ids),
         f"MLflow      {mlflow_server} does not have run strange; `ddpm sync {unknown.location.uri}` sends it",
-        "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
+        "MLflow      nothing is logged for runs/imported/checkpoint-0, which is not in its run's folder",
         f"MLflow      nothing is logged for {moved.checkpoint}, which is not in its run's folder",
     ]
     for i, run_id in enumerate(ids, 1):
