@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
@@ -23,7 +21,8 @@ from ddpm.evaluation.features import WINDOW_ROWS, Features, images_of
 from ddpm.evaluation.inputs import Reference
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.results import NearerShare
-from ddpm.utils.images import Pixels, figure_png
+from ddpm.utils import images
+from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track
 
 METRIC = "nearer_than_held_out"
@@ -35,9 +34,8 @@ NODES = 200
 """Quantiles of the threshold's rank over which the interval is integrated."""
 NUM_PAIRS = 16
 """Pairs in a picture."""
-PAIR_WIDTH = 1.8
-PAIR_HEIGHT = 1.3
-"""Inches."""
+CAPTIONS = ("sample", "nearest") * 4
+"""Four pairs in a row."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def search(
     found = []
     for i, image in enumerate(generated, start=1):
         shares = [nearer_share(space, of[i], of[0]) for space, of in spaces.items()]
-        shown = spaces[first]
-        found.append(Memorised(tuple(shares), picture(first, shown[i], shown[0], image, train_at)))
+        found.append(Memorised(tuple(shares), picture(spaces[first][i], image, train_at)))
     return found
 
 
@@ -154,37 +151,18 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest) -> NearerShare:
     )
 
 
-def picture(
-    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
-) -> bytes:
+def picture(drawn: Nearest, image: Pixels, train_at: Callable[[int], Pixels]) -> bytes:
     """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
 
     Args:
-        space: of the distances, as in `nearer_share`.
         image: [N, H, W, C], the generated images.
         train_at: from a position to the training image there, [H, W, C].
     """
-    pairs = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
-    columns = 4
-    lines = -(-len(pairs) // columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
-    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
-    figure.suptitle(
-        f"generated | nearest training image, by {space}; their distance,\n"
-        "and the share of held-out images that are nearer to a training image",
-        fontsize=9,
-    )
-    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set_axis_off()
-    for i, axes in zip(pairs, all_axes, strict=False):
-        pair = np.concatenate([image[i], train_at(int(drawn.index[i]))], axis=1)
-        axes.imshow(np.broadcast_to(pair, (*pair.shape[:2], 3)), interpolation="nearest")
-        axes.axvline(image.shape[2] - 0.5, color="white", linewidth=3)
-        nearer = (held_out.distance < drawn.distance[i]).mean()
-        title = f"image {i}: {drawn.distance[i]:.3g}\n{nearer:.0%} of held-out nearer"
-        axes.set_title(title, fontsize=7)
-    return figure_png(figure)
+    shown = []
+    for i in np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]:
+        shown.append(image[i])
+        shown.append(train_at(int(drawn.index[i])))
+    return images.png_bytes(images.grid(np.stack(shown), len(CAPTIONS), CAPTIONS))
 
 
 def _interval(count: int, n: int, k: int, m: int) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """Shares and intervals with known answers: copies, samples of one distribution, mixtures of both."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -117,32 +116,19 @@ def test_a_few_copies_are_detected(num_held_out: int, share: float) -> None:
     assert found.low > 1.5 * found.floor
 
 
-@pytest.mark.parametrize(("channels", "num_drawn"), [(1, 40), (3, 5)])
-def test_the_plot_of_nearest_images_shows_the_nearest_pairs_first(
-    monkeypatch: pytest.MonkeyPatch, channels: int, num_drawn: int
-) -> None:
+@pytest.mark.parametrize(("channels", "num_drawn"), [(1, 40), (3, 16)])
+def test_the_picture_of_nearest_images_shows_the_nearest_pairs_first(channels: int, num_drawn: int) -> None:
     image = np.random.RandomState(0).randint(0, 256, (130, 8, 8, channels)).astype(np.uint8)
     image[..., 0, 0, :] = 255
     train = image[:60]
-    held_out = image[60:90]
     drawn = image[90 : 90 + num_drawn]
     drawn[4] = train[50]
     drawn[3] = train[20]
     drawn[3, 0, 1] ^= 4
-    near, near_held_out = nearest([drawn, held_out], [train])
-    figures: list[Any] = []
-    monkeypatch.setattr(
-        memorisation, "figure_png", lambda figure: figures.append(figure) or images.figure_png(figure)
-    )
-    shown = images.from_png(memorisation.picture("pixels", near, near_held_out, drawn, lambda at: train[at]))[
-        ..., :3
-    ]
+    (near,) = nearest([drawn], [train])
+    shown = images.from_png(memorisation.picture(near, drawn, lambda at: train[at]))
     order = np.argsort(near.distance)[:16]
     assert order[:2].tolist() == [4, 3]
-    titles = [title for axes in figures[0].axes if (title := axes.get_title())]
-    nearer = (near_held_out.distance[:, None] < near.distance).mean(0)
-    assert titles == [f"image {i}: {near.distance[i]:.3g}\n{nearer[i]:.0%} of held-out nearer" for i in order]
-    assert titles[1].startswith("image 3: 0.5\n0%")  # sqrt(4^2 / 64)
     for pair_image in (*drawn[order], *train[near.index[order]]):
         pixel = np.broadcast_to(pair_image[4, 4], 3)
         assert (shown == pixel).all(-1).sum() > 9, "an image is missing"
