@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -139,36 +139,37 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     )
 
 
+class _Alike(NamedTuple):
+    """Results of evaluations with the same settings and the same sampler."""
+
+    num_images: int
+    is_own: bool
+    """Whether each run was sampled as it is configured."""
+    results: dict[str, dict[int, CheckpointResult]]
+
+
 def results_alike(runs: Sequence[ComparedRun]) -> Results:
     """The results with the settings and the sampler that most runs share.
 
     Of equals those with most images count, then those of the runs' own samplers.
     """
     newest = {run.key: run.images_seen for run in runs}
-    groups: dict[str, dict[str, dict[int, CheckpointResult]]] = {}
-    settings: dict[str, Mapping[str, Any]] = {}
-    is_own: dict[str, bool] = {}
-    reports = {id(report): report for run in runs for report in run.evaluations}
-    for report in reports.values():
+    groups: dict[str, _Alike] = {}
+    for report in (report for run in runs for report in run.evaluations):
         for result in report.results:
             of = result.run_key or result.checkpoint  # a built-in net belongs to no run
-            if of not in newest:
-                continue
-            key = _evaluation_key(report, result)
-            settings[key] = report.settings
-            is_own[key] = result.drawn.is_own
-            groups.setdefault(key, {}).setdefault(of, {})[result.images_seen] = result
+            if of in newest:
+                new = _Alike(report.settings.get("num_images", 0), result.drawn.is_own, {})
+                group = groups.setdefault(_evaluation_key(report, result), new)
+                group.results.setdefault(of, {})[result.images_seen] = result
 
-    def worth(key: str) -> tuple[int, ...]:
-        group = groups[key]
-        num_newest = sum(newest[run_key] in of_run for run_key, of_run in group.items())
-        num_checkpoints = sum(len(of_run) for of_run in group.values())
-        num_images = settings[key].get("num_images", 0)
-        return len(group), num_newest, num_images, is_own[key], num_checkpoints
+    def worth(group: _Alike) -> tuple[int, ...]:
+        num_newest = sum(newest[key] in of_run for key, of_run in group.results.items())
+        return len(group.results), num_newest, group.num_images, group.is_own
 
     if not groups:
         return {}
-    return groups[max(groups, key=worth)]
+    return max(groups.values(), key=worth).results
 
 
 def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
