@@ -185,11 +185,11 @@ class Judge:
     def score(self, candidate: Candidate, sample: SampleConfig, num_images: int) -> tuple[float, float]:
         """Sample images on all GPUs or cores, and compare them; the value and its standard error, for FID 0."""
         starts = range(0, num_images, PIECE_IMAGES)
-        pieces = [Piece(0, sample, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
+        pieces = [Piece(0, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
         settings = inputs.Settings(num_train_images=0)
         worker = partial(
             EvalWorker,
-            candidates=[candidate],
+            candidates=[candidate.sampled_with(sample)],
             train=self.data,
             held_out=self.data,
             feature_net=self.net,

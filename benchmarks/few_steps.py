@@ -8,7 +8,7 @@ Values are means over seeds, with Student's 95 % interval. The table goes to ben
 of the first seed for each of its lines beside it.
 """
 
-from collections import defaultdict
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,22 +59,21 @@ def compare(arguments: Arguments, name: str, folder: Path) -> Measured:
     """A row for each net and sampling configuration, and the first seed's nets."""
     preset, flags = preset_of(name, folder)
     minutes = [train_both(preset, seed, arguments, folder, *flags) for seed in range(arguments.seeds)]
-    settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
+    settings = Settings(num_images=arguments.num_images, num_train_images=0)
     rows = []
     nets = []
     for net, samplers in SAMPLERS.items():
         candidates = inputs.read_checkpoints(
             [str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)]
         )
-        report = evaluate.evaluate(candidates, replace(settings, sampler=samplers))
-        kids = defaultdict(list)
-        for drawn in (drawn for result in report.results for drawn in result.drawn):
-            kids[drawn.sample] += [s.value for s in drawn.scores if s.name.startswith("KID")]
         cost = interval([of_seed[net] for of_seed in minutes], 1)
-        for sample, values in kids.items():
-            steps = str(sample.num_sample_steps)
-            rows.append([name, net, cost, sample.sampler, steps, interval(values, 4)])
-            nets.append(candidates[0].sampled_with(sample))
+        for sampler, steps in itertools.product(samplers, arguments.steps):
+            sampled_with = replace(settings, sampler=sampler, num_sample_steps=steps)
+            report = evaluate.evaluate(candidates, sampled_with, bounds=False)
+            scores = [score for result in report.results for score in result.drawn.scores]
+            kids = [score.value for score in scores if score.name.startswith("KID")]
+            rows.append([name, net, cost, sampler, str(steps), interval(kids, 4)])
+            nets.append(candidates[0].sampled_with(report.results[0].drawn.sample))
     return rows, nets
 
 

@@ -18,6 +18,7 @@ from harness.arguments import read
 from harness.rankings import agreement
 
 from ddpm.build import build_objective, build_schedule
+from ddpm.config.tree import BoundVariance
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.objectives import Denoised
@@ -166,10 +167,10 @@ def search_table(run: str) -> None:
 def in_ten_steps(uris: Sequence[str]) -> np.ndarray:
     """KID of all with ten steps of dpmpp_2m."""
     settings = Settings(
-        num_images=500, sampler=("dpmpp_2m",), num_sample_steps=(10,), num_draws=2, num_train_images=0
+        num_images=500, sampler="dpmpp_2m", num_sample_steps=10, num_draws=2, num_train_images=0
     )
     report = evaluate.evaluate(inputs.read_checkpoints(uris), settings)
-    return np.array([kid_of(v.drawn[0].scores).value for v in report.results])
+    return np.array([kid_of(v.drawn.scores).value for v in report.results])
 
 
 def kid_of(scores: Sequence[Score]) -> Score:
@@ -177,30 +178,51 @@ def kid_of(scores: Sequence[Score]) -> Score:
 
 
 def learned_table(chosen: Learned) -> None:
-    steps = chosen.num_sample_steps
     names = ["run", "images seen", "variance", "bits/dim", "KL", "decoder"]
     rows: list[list[object]] = []
     for candidate in inputs.read_checkpoints(chosen.runs):
         learned = candidate.config.objective.variance == "learned"
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
-            settings = Settings(
-                num_images=chosen.num_images,
-                sampler=("ddpm",),
-                num_sample_steps=steps,
-                variance=variance,  # type: ignore[arg-type]
-                num_draws=chosen.num_draws,
-                num_train_images=0,
-            )
-            (result,) = evaluate.evaluate([candidate], settings).results
-            total, _, kl, decoder = result.bits
-            found = (total, *(kid_of(drawn.scores) for drawn in result.drawn))
-            bits, *kids = (f"{s.value:.4f} ± {s.error:.4f}" for s in found)
+            terms = terms_of(candidate, variance, chosen)  # type: ignore[arg-type]
+            bits = bits_per_dim.bound_score(terms)
+            _, kl, decoder = terms.mean(0)
             if variance == "measured":  # it is the bound's alone
-                kids = [""] * len(steps)
-            bound = [bits, f"{kl.value:.4f}", f"{decoder.value:.4f}"]
-            rows.append([candidate.run, f"{result.images_seen:,}", variance, *bound, *kids])
+                kids = [""] * len(chosen.num_sample_steps)
+            else:
+                kids = [kid_of_ddpm(candidate, variance, steps, chosen) for steps in chosen.num_sample_steps]
+            bound = [f"{bits.value:.4f} ± {bits.error:.4f}", f"{kl:.4f}", f"{decoder:.4f}"]
+            seen = f"{candidate.state['images_seen']:,}"
+            rows.append([candidate.run, seen, variance, *bound, *kids])
             print(*rows[-1], flush=True)
-    print("\n".join(tables.table([*names, *(f"KID, ddpm-{n}" for n in steps)], rows)))
+    print("\n".join(tables.table([*names, *(f"KID, ddpm-{n}" for n in chosen.num_sample_steps)], rows)))
+
+
+def terms_of(candidate: Candidate, variance: BoundVariance, chosen: Learned) -> np.ndarray:
+    """The bound's terms of held-out images, [images, (prior, kl, decoder)]."""
+    train, held_out = data_sets(candidate)
+    errors = bits_per_dim.measure_errors(
+        candidate, images_of(train, 0, bits_per_dim.MEASURED_IMAGES), variance
+    )
+    num_images = min(chosen.num_images, held_out.rows.num_rows)
+    terms = []
+    for start in range(0, num_images, bits_per_dim.PIECE_IMAGES):
+        batch = images_of(held_out, start, min(start + bits_per_dim.PIECE_IMAGES, num_images))
+        terms.append(bits_per_dim.bound_terms(candidate, errors, batch, start, chosen.num_draws))
+    return np.concatenate(terms)
+
+
+def kid_of_ddpm(candidate: Candidate, variance: str, steps: int, chosen: Learned) -> str:
+    """KID of `steps` steps of ddpm with a variance."""
+    settings = Settings(
+        num_images=chosen.num_images,
+        sampler="ddpm",
+        num_sample_steps=steps,
+        variance=variance,  # type: ignore[arg-type]
+        num_train_images=0,
+    )
+    (result,) = evaluate.evaluate([candidate], settings, bounds=False).results
+    kid = kid_of(result.drawn.scores)
+    return f"{kid.value:.4f} ± {kid.error:.4f}"
 
 
 def main() -> None:

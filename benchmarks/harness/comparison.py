@@ -104,19 +104,19 @@ def compare(
     settings = Settings(
         num_images=num_images,
         num_train_images=num_train_images,
-        sampler=("dpmpp_2m",),
-        num_sample_steps=(STEPS,),
+        sampler="dpmpp_2m",
+        num_sample_steps=STEPS,
         eta=1.0,
     )
     report = evaluate.evaluate(candidates, settings)
     rows = []
     for choice, i in place.items():
         results = report.results[i * seeds : (i + 1) * seeds]
-        bits = [result.bits[0].value for result in results]
-        scores = [score for result in results for score in result.drawn[0].scores]
+        bits = [result.bits.value for result in results if result.bits]
+        scores = [score for result in results for score in result.drawn.scores]
         kid = [score.value for score in scores if score.name.startswith("KID")]
         copied = [score.value for score in scores if score.name == f"{METRIC}-pixels"]
         copies = [interval(copied, 3)] if num_train_images else []
         rows.append([choice, interval(bits, 3), interval(kid, 4), *copies, interval(minutes[choice], 2)])
     first = zip(candidates[::seeds], report.results[::seeds], strict=True)
-    return rows, [net.sampled_with(result.drawn[0].sample) for net, result in first]
+    return rows, [net.sampled_with(result.drawn.sample) for net, result in first]

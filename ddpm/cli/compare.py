@@ -1,9 +1,9 @@
 """Compare runs: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
 RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The answer is
-printed: which run is better, or which command would settle it. The page is one HTML file that needs no network. It
-shows the answer, samples of equal seeds side by side, settings that differ, ranks with ties, and curves over images
-seen and over hours. It reads the runs' folders; a run without samples is sampled.
+printed: which run is better. The page is one HTML file that needs no network. It shows the answer, samples of equal
+seeds side by side, settings that differ, ranks with ties, and curves. It reads the runs' folders; a run without samples
+is sampled.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,6 @@ class Arguments:
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
     """Files or s3:// URIs that ddpm evaluate --out wrote, in addition to the evaluations in the runs' folders."""
-    sample: bool = True
-    """Sample 64 images of the newest checkpoint of a run that has no samples."""
 
 
 def main() -> None:
@@ -35,18 +33,13 @@ def main() -> None:
     if not arguments.runs:
         raise UserError("no RUN is given; expected folders or URIs of runs, or builtin:NAME")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import compared_run, comparison, comparison_page, comparison_text, save_results
+    from ddpm.evaluation import compared_run, comparison, comparison_page, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
-    location = save_results.output_location(arguments.out, "report.html")
-    runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
+    location = save_results.output_location(arguments.out)
+    runs = compared_run.read(arguments.runs, arguments.evaluations, sample=True)
     save_results.write(location, comparison_page.render(runs))
-    for run in runs:
-        for remark in run.remarks:
-            print(printable(f"{run.name}: {remark}"))
-    answer = comparison.answer(runs)
-    comparison_text.table(runs, answer).show()
-    for line in comparison_text.lines(answer):
+    for line in comparison.lines(comparison.answer(runs)):
         print(printable(line))
     print(printable(f"comparison  {location.uri}"))

@@ -2,8 +2,9 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
 MLflow's registry, or builtin:NAME. Measures bits/dim of held-out images, and KID, FID, precision, recall and
-memorisation of generated images. The results are printed as a table and written to FILE.json, with plots next to it, to
-the runs' folders (evaluations/), and to MLflow. Other settings default to those of training.
+memorisation of generated images. The results are printed as a table and written to FILE.json, to the runs' folders
+(evaluations/), and to MLflow; pictures of the images nearest to training images are beside the files. Other settings
+default to those of training.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Arguments:
     """Number of workers. None: all GPUs, or all cores if there are no GPUs, of this machine or of the Ray cluster at
     RAY_ADDRESS. The results do not depend on it."""
     out: NonEmptyStr = "evaluation.json"
-    """File or s3:// URI for all results with their n and uncertainty; plots are written next to it."""
+    """File or s3:// URI for all results with their n and uncertainty; pictures are written next to it."""
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     if not arguments.checkpoints:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from ddpm.cluster import job_folder
-    from ddpm.evaluation import evaluate, inputs, plots, results_table, save_results
+    from ddpm.evaluation import evaluate, inputs, results_table, save_results
     from ddpm.utils.progress import printable
 
     job_folder.set_home()
@@ -49,11 +50,10 @@ def main() -> None:
     candidates = inputs.read_checkpoints(arguments.checkpoints, arguments.all_checkpoints)
     report = evaluate.evaluate(candidates, arguments.settings, arguments.num_workers)
     results_table.table(report).show()
-    plot = plots.picture(report)
     lines = chain(
         results_table.remarks(report, location.uri),
-        save_results.to_file(report, plot, location),
-        save_results.to_runs(report, plot),
+        save_results.to_file(report, location),
+        save_results.to_runs(report),
     )
     for line in lines:
         print(printable(line))

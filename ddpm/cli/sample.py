@@ -6,15 +6,13 @@ depends on the seed and i alone. Other settings default to those of training. Th
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed, Variance
-from ddpm.utils.errors import UserError
+from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,6 @@ class Arguments(SampleFlags):
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: PositiveInt | None = None
     """Number of sampling steps. None: those of training; all T if --sampler ddpm takes the place of another one."""
-    variance: Variance | None = None
-    """ddpm: variance of the noise that a step adds."""
     label: NonEmptyStr | None = None
     """Class to sample, its name or number (conditional nets). None: all classes in turn."""
     seed: Seed = 0
@@ -47,8 +43,6 @@ class Arguments(SampleFlags):
 
 
 def main() -> None:
-    if any(word.partition("=")[0] == "--inpaint" for word in sys.argv):
-        raise UserError("--inpaint is an example now: python examples/inpainting/inpaint.py RUN")
     arguments: Arguments = parsing.parse(Arguments, __doc__)
     from ddpm.build import with_sampler
     from ddpm.cluster import job_folder
@@ -63,20 +57,12 @@ def main() -> None:
     job_folder.set_home()
     with local_checkpoint(arguments.checkpoint) as folder:
         trained = checkpoint.load_net(folder)
-        own = trained.config.sample
         sample = arguments.changed(
-            with_sampler(own, arguments.sampler, trained.config.objective),
+            with_sampler(trained.config.sample, arguments.sampler, trained.config.objective),
             num_sample_steps=arguments.num_sample_steps,
-            variance=arguments.variance,
             seed=arguments.seed,
         )
         trained = trained.sampled_with(sample)
-    if own.num_sample_steps is not None and sample.num_sample_steps is None:
-        print(
-            f"steps       {trained.config.schedule.num_timesteps:,}, all of the schedule: the run's "
-            f"{own.num_sample_steps} are for another sampler (--num-sample-steps)",
-            flush=True,
-        )
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
     label = generate.class_of(trained, arguments.label)

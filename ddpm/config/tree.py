@@ -315,6 +315,8 @@ class SampleFlags:
     """karras: sigma of the last step; 0: the schedule's smallest."""
     eta: Share | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
+    variance: Variance | None = None
+    """ddpm: variance of the noise that a step adds."""
     guidance_scale: NonNegativeFloat | None = None
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None

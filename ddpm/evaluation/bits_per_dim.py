@@ -33,8 +33,6 @@ PIECE_IMAGES = 125
 """Images sampled or read as one batch."""
 MEASURED_IMAGES = 125
 """Training images on which the errors of a net are measured."""
-BOUND_TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
-"""Names of the bound's terms."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +121,16 @@ def bound_terms(
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
 
 
-def bound_scores(terms: NDArray[np.float64]) -> list[Score]:
-    """The bound and its three terms, in bits/dim; the errors are over images, noise and t.
+def bound_score(terms: NDArray[np.float64]) -> Score:
+    """The bound in bits/dim; the error is over images, noise and t.
 
     Args:
         terms: [N, 3], from `bound_terms`.
     """
-    scores = [_mean("bits/dim", terms.sum(axis=1))]
-    for name, values in zip(BOUND_TERMS, terms.T, strict=True):
-        scores.append(_mean(name, values))
-    return scores
-
-
-def _mean(name: str, values: NDArray[np.float64]) -> Score:
-    n = len(values)
-    error = float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-    return Score(name, float(values.mean()), error, n)
+    bits = terms.sum(axis=1)
+    n = len(bits)
+    error = float(bits.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    return Score("bits/dim", float(bits.mean()), error, n)
 
 
 def _prepared(

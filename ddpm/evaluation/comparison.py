@@ -1,4 +1,4 @@
-"""Comparison of runs: ranks with ties, which run is better, and the command that would settle it.
+"""Comparison of runs: ranks with ties, and which run is better.
 
 Scores are compared among runs that were evaluated alike: the same held-out images, number of images, feature net and
 seed. Training losses are not ranked: losses of different schedules are not comparable.
@@ -9,18 +9,15 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ddpm.evaluation.compared_run import ERRORS, ComparedRun, Remark
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation.compared_run import ERRORS, ComparedRun
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.evaluation.results import CheckpointResult, Report, SampledScores, Score
+from ddpm.evaluation.results import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
 
-NO_EFFECT_ON_SCORES = ("num_train_images",)
-"""Settings of an evaluation that do not affect the ranked scores."""
 RANKED = ("bits/dim", "KID", "FID")
 """Metrics that are ranked; lower is better."""
 ANSWERS = {
@@ -44,8 +41,6 @@ class Cell(NamedTuple):
     error: float
     images_seen: int
     rank: Rank
-    n: int = 0
-    """Held-out images."""
     of_image: Sequence[float] = ()
     """Values of the held-out images, if all runs have those of the same images."""
 
@@ -98,6 +93,13 @@ class Verdict(NamedTuple):
     has_winner: bool
 
 
+class Step(NamedTuple):
+    """What to do next."""
+
+    text: str
+    command: str
+
+
 class Answer(NamedTuple):
     """Which run is better, and what that rests on."""
 
@@ -108,8 +110,8 @@ class Answer(NamedTuple):
     results: Results
     rankings: Sequence[Ranking]
     verdicts: Sequence[Verdict]
-    step: Remark | None
-    """The command that would settle the comparison; None: it is settled, or the rankings were given."""
+    step: Step | None
+    """The command that evaluates the runs; None: they are evaluated, or the rankings were given."""
 
 
 def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> Answer:
@@ -120,13 +122,13 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     """
     if len(runs) > len(LETTERS):
         raise UserError(f"{len(runs)} runs are too many for one page; name at most {len(LETTERS)}")
-    results, num_held_out = results_alike(runs)
+    results = results_alike(runs)
     letters = {run.key: letter for run, letter in zip(runs, LETTERS, strict=False)}
     names = {run.key: f"{letters[run.key]} ({run.name})" for run in runs}
     step = None
     if rankings is None:
         rankings = ranked(runs, results)
-        step = next_step(runs, results, num_held_out, rankings, names)
+        step = next_step(runs, results, names)
     return Answer(
         letters=letters,
         names=names,
@@ -137,42 +139,37 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     )
 
 
-def results_alike(runs: Sequence[ComparedRun]) -> tuple[Results, int]:
-    """The results with the evaluation settings that most runs share; of equals, most images; and their held-out images.
+class _Alike(NamedTuple):
+    """Results of evaluations with the same settings and the same sampler."""
 
-    Results of one checkpoint are merged.
+    num_images: int
+    is_own: bool
+    """Whether each run was sampled as it is configured."""
+    results: dict[str, dict[int, CheckpointResult]]
+
+
+def results_alike(runs: Sequence[ComparedRun]) -> Results:
+    """The results with the settings and the sampler that most runs share.
+
+    Of equals those with most images count, then those of the runs' own samplers.
     """
     newest = {run.key: run.images_seen for run in runs}
-    groups: dict[str, dict[str, dict[int, CheckpointResult]]] = {}
-    settings: dict[str, Mapping[str, Any]] = {}
-    reports = {id(report): report for run in runs for report in run.evaluations}
-    for report in reports.values():
+    groups: dict[str, _Alike] = {}
+    for report in (report for run in runs for report in run.evaluations):
         for result in report.results:
             of = result.run_key or result.checkpoint  # a built-in net belongs to no run
-            if of not in newest:
-                continue
-            key = _evaluation_key(report, result)
-            settings[key] = report.settings
-            of_run = groups.setdefault(key, {}).setdefault(of, {})
-            before = of_run.get(result.images_seen)
-            of_run[result.images_seen] = _merged(before, result) if before else result
+            if of in newest:
+                new = _Alike(report.settings.get("num_images", 0), result.drawn.is_own, {})
+                group = groups.setdefault(_evaluation_key(report, result), new)
+                group.results.setdefault(of, {})[result.images_seen] = result
 
-    def worth(key: str) -> tuple[int, ...]:
-        group = groups[key]
-        num_newest = sum(newest[run_key] in of_run for run_key, of_run in group.items())
-        num_checkpoints = sum(len(of_run) for of_run in group.values())
-        return len(group), num_newest, settings[key].get("num_images", 0), num_checkpoints
+    def worth(group: _Alike) -> tuple[int, ...]:
+        num_newest = sum(newest[key] in of_run for key, of_run in group.results.items())
+        return len(group.results), num_newest, group.num_images, group.is_own
 
     if not groups:
-        return {}, 0
-    best = max(groups, key=worth)
-    return groups[best], settings[best]["data"].get("num_images", 0)
-
-
-def _merged(before: CheckpointResult, result: CheckpointResult) -> CheckpointResult:
-    """All scores of a checkpoint, from two evaluations with the same settings."""
-    samplings = {sampling.name: sampling for sampling in (*before.drawn, *result.drawn)}
-    return replace(result if result.bits else before, drawn=tuple(samplings.values()))
+        return {}
+    return max(groups.values(), key=worth).results
 
 
 def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
@@ -255,72 +252,46 @@ def _verdict(ranking: Ranking, names: Mapping[str, str]) -> Verdict:
     return Verdict(ranking.name, headline, detail, ranking.has_winner)
 
 
-def next_step(
-    runs: Sequence[ComparedRun],
-    results: Results,
-    num_held_out: int,
-    rankings: Sequence[Ranking],
-    names: Mapping[str, str],
-) -> Remark | None:
-    """The command that would settle the comparison; None: it is settled.
+def next_step(runs: Sequence[ComparedRun], results: Results, names: Mapping[str, str]) -> Step | None:
+    """The command that evaluates the runs alike; None: they are.
 
     Args:
-        num_held_out: held-out images of the data set.
         names: as in `verdicts`.
     """
     runs = [run for run in runs if run.images_seen]
-    evaluate = shlex.join(["ddpm", "evaluate", *(run.where for run in runs)])
-    if len({run.data for run in runs if run.data}) > 1:
-        evaluate += f" --data.shards {shlex.quote(runs[0].settings.get('data.shards', 'DATA'))}"
     late = [run for run in runs if max(results.get(run.key, {}), default=-1) < run.images_seen]
-    if late:
-        who = ", ".join(names[run.key] for run in late)
-        text = f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:"
-        return Remark(text, evaluate)
-    ties = [r for r in rankings if r.is_answer and r.is_comparable and not r.has_winner]
-    if not runs or not ties:
+    if not late:
         return None
-    if any(_has_more_images(ranking, num_held_out) for ranking in ties):
-        used = min(cell.n for ranking in ties for cell in ranking.cells.values())
-        return Remark("More images make the errors smaller:", f"{evaluate} --num-images {4 * used}")
-    tied = {key for ranking in ties for key, cell in ranking.cells.items() if cell.rank.best == 1}
-    again = [
-        f"{run.command} --run.name {shlex.quote(f'{run.name}-again')} --train.seed {int(run.facts['seed']) + 1}"
-        for run in runs
-        if run.key in tied and run.command
-    ]
-    text = "All held-out images are used. Train those that are tied with another seed, too, and compare all:"
-    return Remark(text, "\n".join(again))
+    who = ", ".join(names[run.key] for run in late)
+    return Step(
+        f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:",
+        shlex.join(["ddpm", "evaluate", *(run.where for run in runs)]),
+    )
 
 
-def _has_more_images(ranking: Ranking, num_held_out: int) -> bool:
-    """Whether the data set has more held-out images than this metric was computed with."""
-    most = min(num_held_out, MAX_PAIRWISE) if ranking.title.startswith("KID") else num_held_out
-    return any(cell.n < most for cell in ranking.cells.values())
+def lines(found: Answer) -> Iterator[str]:
+    """The answer for a terminal."""
+    for verdict in found.verdicts:
+        yield f"{verdict.metric}: {verdict.headline}. {verdict.detail}"
+    if found.verdicts:
+        yield "Lower is better; ± is one standard error, without the spread between seeds of training."
+    if found.step is not None:
+        yield found.step.text
+        yield f"    {found.step.command}"
 
 
 def _evaluation_key(report: Report, result: CheckpointResult) -> str:
     """Everything that the ranked scores depend on, except the checkpoint."""
-    settings: dict[str, Any] = {k: v for k, v in report.settings.items() if k not in NO_EFFECT_ON_SCORES}
-    data = settings.get("data")
-    if isinstance(data, Mapping):  # the same images may be stored in two places
-        settings["data"] = {key: value for key, value in data.items() if key != "shards"}
-    return json.dumps([settings, result.variance_is_default or result.variance], sort_keys=True)
+    settings = {key: value for key, value in report.settings.items() if key != "num_train_images"}
+    sampler = "own" if result.drawn.is_own else result.drawn.name
+    return json.dumps([settings, sampler], sort_keys=True)
 
 
 def ranked_scores(result: CheckpointResult) -> Iterator[Score]:
-    """The ranked scores: bits/dim, and those of the own sampling configuration, else of the one with most steps."""
-    scores = list(result.bits)
-    if result.drawn:
-        scores += sorted(result.drawn, key=_importance)[-1].scores
-    for score in scores:
-        is_of_images = score.n_real is not None and score.name.partition("-")[0] in RANKED
-        if score.is_finite and (is_of_images or score.name in RANKED):
+    """Those of the scores that are ranked."""
+    for score in result.scores:
+        if score.is_finite and score.name.partition("-")[0] in RANKED:
             yield score
-
-
-def _importance(drawn: SampledScores) -> tuple[bool, int]:
-    return drawn.is_own, drawn.sample.num_sample_steps or 0
 
 
 def _ranking(
@@ -341,7 +312,6 @@ def _ranking(
             error=score.error,
             images_seen=at,
             rank=rank,
-            n=score.n_real or score.n,
             of_image=of_image[key] if is_paired else (),
         )
     return Ranking(name, cells, floor=scores[0].floor)

@@ -7,8 +7,7 @@ URIs, and the content security policy allows only the page's own script.
 import base64
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,9 +21,9 @@ from matplotlib.figure import Figure
 from ddpm.config.json import keys_that_affect
 from ddpm.config.tree import Affects, Config
 from ddpm.evaluation import comparison, plots
-from ddpm.evaluation.compared_run import RATE, ComparedRun
+from ddpm.evaluation.compared_run import ComparedRun
 from ddpm.evaluation.comparison import LETTERS, Ranking, Results
-from ddpm.evaluation.plots import IMAGES_SEEN, Chart, ChartPoint, charts_of
+from ddpm.evaluation.plots import Chart, charts_of
 from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import estimate
 
@@ -69,11 +68,8 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         grids={run.key: _grids(run, positions) for run in runs},
         facts=list(dict.fromkeys(title for run in runs for title in run.facts)),
         differing=differing,
-        sampled_unlike=", ".join(
-            key for key in differing or () if key.startswith("sample.") or key == "model.num_classes"
-        ),
         rankings=answer.rankings,
-        curves=list(charts(runs, answer.results)),
+        curves=charts(runs, answer.results),
         plot=partial(_plot, letters),
         plot_size=(round(WIDTH * PX), round(HEIGHT * PX)),
         script=Markup(script),
@@ -101,31 +97,20 @@ def shared_positions(runs: Sequence[ComparedRun]) -> list[int]:
     return [at[round((i + 1) * len(at) / MAX_GRIDS) - 1] for i in range(MAX_GRIDS)]
 
 
-def charts(runs: Sequence[ComparedRun], results: Results) -> Iterator[Chart]:
-    """Curves over images seen, each followed by the same curves over hours of training; labels are run keys."""
-    shown: dict[str, Chart] = {}
+def charts(runs: Sequence[ComparedRun], results: Results) -> list[Chart]:
+    """Curves over images seen; labels are run keys."""
+    logged: dict[str, Chart] = {}
     for run in runs:
         for name, points in run.curves.items():
-            if name != RATE:
-                chart = shown.setdefault(name, Chart(name, IMAGES_SEEN, {}, is_log_y=name in LOSSES))
-                chart.curves[run.key] = list(points)
+            chart = logged.setdefault(name, Chart(name, {}, is_log_y=name in LOSSES))
+            chart.curves[run.key] = list(points)
     scored = (
         (run.key, at, score)
         for run in runs
         for at, result in sorted(results.get(run.key, {}).items())
         for score in comparison.ranked_scores(result)
     )
-    for chart in chain(shown.values(), charts_of(IMAGES_SEEN, scored).values()):
-        yield chart
-        over_hours = {run.key: _over_hours(run, chart.curves.get(run.key, ())) for run in runs}
-        known = {key: points for key, points in over_hours.items() if points}
-        if known:
-            yield replace(chart, x_label="hours of training", curves=known)
-
-
-def _over_hours(run: ComparedRun, points: Sequence[ChartPoint]) -> list[ChartPoint]:
-    hours = ((point, run.hours(point.x)) for point in points)
-    return [point._replace(x=x) for point, x in hours if x is not None]
+    return [*logged.values(), *charts_of(scored)]
 
 
 def _grids(run: ComparedRun, positions: Sequence[int]) -> dict[int, str]:

@@ -44,7 +44,7 @@ def score_features(
         return scores
     floors = _without_floor(net_name, other_real[: len(generated)], real)
     return [
-        replace(score, floor=floor.value, floor_error=floor.error, floor_n=floor.n)
+        replace(score, floor=floor.value, floor_error=floor.error)
         for score, floor in zip(scores, floors, strict=True)
     ]
 

@@ -17,7 +17,6 @@ from ddpm.data import prepare_for_run
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
-from ddpm.evaluation.bits_per_dim import bound_variance
 from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.evaluation.features import Cache, FeatureNet, Features, real_features, real_labels
 from ddpm.evaluation.results import SETTINGS
@@ -43,12 +42,7 @@ class Candidate(TrainedNet):
     @property
     def run(self) -> str:
         """The name of its run; without a name, its folder."""
-        if self.config.run.name:
-            return self.config.run.name
-        above, _, name = self.uri.rstrip("/").rpartition("/")
-        if name.startswith(checkpoint.PREFIX) and above:
-            return above.rpartition("/")[2]
-        return name
+        return self.config.run.name or names.name_of(self.uri)
 
 
 @dataclass(frozen=True)
@@ -79,21 +73,12 @@ def read_checkpoints(uris: Sequence[str], every: bool = False) -> list[Candidate
     return [_read(uri) for uri in dict.fromkeys(checkpoints)]
 
 
-def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
-    """The sampling configurations of a net of `config`, each with its sampler and its number of steps."""
-    bound_variance(config, settings.variance)  # checks it
-    own = settings.changed(config.sample, seed=settings.seed)
-    configs: list[SampleConfig] = []
-    for sampler in settings.sampler or (config.sample.sampler,):
-        of_sampler = with_sampler(config.sample, sampler, config.objective)
-        for steps in settings.num_sample_steps or (of_sampler.num_sample_steps,):
-            sample = replace(own, sampler=sampler, num_sample_steps=steps)
-            is_ddpm = resolve_sample(sample, config.objective).sampler == "ddpm"
-            if is_ddpm and settings.variance != "auto" and settings.variance != "measured":
-                sample = replace(sample, variance=settings.variance)
-            build_sampler(replace(config, sample=sample))  # checks it
-            configs.append(resolved(config, sample))
-    return list(dict.fromkeys(configs))
+def sampling_config(config: Config, settings: Settings) -> SampleConfig:
+    """How a net of `config` is sampled."""
+    sample = with_sampler(config.sample, settings.sampler, config.objective)
+    sample = settings.changed(sample, num_sample_steps=settings.num_sample_steps, seed=settings.seed)
+    build_sampler(replace(config, sample=sample))  # checks it
+    return resolved(config, sample)
 
 
 def resolved(config: Config, sample: SampleConfig) -> SampleConfig:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
@@ -23,23 +21,21 @@ from ddpm.evaluation.features import WINDOW_ROWS, Features, images_of
 from ddpm.evaluation.inputs import Reference
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.results import NearerShare
-from ddpm.utils.images import Pixels, figure_png
+from ddpm.utils import images
+from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track
 
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
-MIN_HELD_OUT = 99
-"""With fewer held-out images the 1st percentile is below all of them; the smallest distance is the threshold."""
 BLOCK_IMAGES = 4096
 """Training images compared at a time."""
 NODES = 200
 """Quantiles of the threshold's rank over which the interval is integrated."""
 NUM_PAIRS = 16
 """Pairs in a picture."""
-PAIR_WIDTH = 1.8
-PAIR_HEIGHT = 1.3
-"""Inches."""
+CAPTIONS = ("sample", "nearest") * 4
+"""Four pairs in a row."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,8 @@ def search(
 
     found = []
     for i, image in enumerate(generated, start=1):
-        shares = [nearer_share(space, of[i], of[0], reference.num_train) for space, of in spaces.items()]
-        shown = spaces[first]
-        found.append(Memorised(tuple(shares), picture(first, shown[i], shown[0], image, train_at)))
+        shares = [nearer_share(space, of[i], of[0]) for space, of in spaces.items()]
+        found.append(Memorised(tuple(shares), picture(spaces[first][i], image, train_at)))
     return found
 
 
@@ -120,7 +115,7 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
     return nearest_of
 
 
-def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) -> NearerShare:
+def nearer_share(space: str, drawn: Nearest, held_out: Nearest) -> NearerShare:
     """The share of generated images that are nearer to a training image than 99 % of held-out images are.
 
     The interval is of F(q), with F the distribution of generated distances and q the quantile of held-out ones that
@@ -131,12 +126,11 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
     A bootstrap of both sides fails, since its smallest held-out distance is never below the observed one: without
     memorisation, N = 2,000 and M = 90, it covers 1 % in 72 % of repetitions, this interval in 98 %.
 
-    Nearer is strict: where more than 1 % of held-out images are copies of training images, the threshold is 0, and
-    nothing is below it.
+    With fewer than 99 held-out images the smallest of their distances is the threshold. Nearer is strict: where more
+    than 1 % of held-out images are copies of training images, the threshold is 0, and nothing is below it.
 
     Args:
-        space: the feature net's name, or "pixels".
-        n_train: training images searched.
+        space: of the distances: the feature net's name, or "pixels".
     """
     n = len(drawn.distance)
     m = len(held_out.distance)
@@ -152,46 +146,23 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
         n_real=m,
         floor=k / (m + 1),
         floor_error=float(stats.betabinom.std(n, k, m + 1 - k)) / n,
-        floor_n=n,
         low=low,
         high=high,
-        space=space,
-        threshold=threshold,
-        n_train=n_train,
     )
 
 
-def picture(
-    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
-) -> bytes:
+def picture(drawn: Nearest, image: Pixels, train_at: Callable[[int], Pixels]) -> bytes:
     """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
 
     Args:
-        space: of the distances, as in NearerShare.
         image: [N, H, W, C], the generated images.
         train_at: from a position to the training image there, [H, W, C].
     """
-    pairs = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
-    columns = 4
-    lines = -(-len(pairs) // columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
-    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
-    figure.suptitle(
-        f"generated | nearest training image, by {space}; their distance,\n"
-        "and the share of held-out images that are nearer to a training image",
-        fontsize=9,
-    )
-    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set_axis_off()
-    for i, axes in zip(pairs, all_axes, strict=False):
-        pair = np.concatenate([image[i], train_at(int(drawn.index[i]))], axis=1)
-        axes.imshow(np.broadcast_to(pair, (*pair.shape[:2], 3)), interpolation="nearest")
-        axes.axvline(image.shape[2] - 0.5, color="white", linewidth=3)
-        nearer = (held_out.distance < drawn.distance[i]).mean()
-        title = f"image {i}: {drawn.distance[i]:.3g}\n{nearer:.0%} of held-out nearer"
-        axes.set_title(title, fontsize=7)
-    return figure_png(figure)
+    shown = []
+    for i in np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]:
+        shown.append(image[i])
+        shown.append(train_at(int(drawn.index[i])))
+    return images.png_bytes(images.grid(np.stack(shown), len(CAPTIONS), CAPTIONS))
 
 
 def _interval(count: int, n: int, k: int, m: int) -> tuple[float, float]:

@@ -2,15 +2,13 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, WrapValidator
 
-from ddpm.config.json import without_retired
 from ddpm.config.tree import SampleConfig
 from ddpm.utils import strict_json
 
@@ -44,8 +42,6 @@ class Score:
     floor: float | None = None
     """Value of real images against real images."""
     floor_error: float | None = None
-    floor_n: int | None = None
-    """Images of the floor: n, unless there are fewer."""
 
     @property
     def is_finite(self) -> bool:
@@ -66,11 +62,6 @@ class NearerShare(Score):
     low: float
     """The lower end of the 95 % interval, over generated and held-out images."""
     high: float
-    space: str
-    """Space of the distances: the feature net's name, or "pixels"."""
-    threshold: float
-    """The held-out images' 1st percentile, a root mean square difference."""
-    n_train: int
 
 
 @dataclass(frozen=True)
@@ -91,25 +82,15 @@ class SampledScores:
         return any(isinstance(score, NearerShare) for score in self.scores)
 
     @property
-    def sampler(self) -> str:
-        """The sampler and its steps, such as "ddim-50"."""
-        return f"{self.sample.sampler}-{self.sample.num_sample_steps}"
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The sampler's settings that are not defaults."""
-        found = {}
+    def name(self) -> str:
+        """The sampler with its steps, and its settings that are not defaults: "ddim-50 eta 0.5"."""
+        words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
         for setting in SETTINGS:
             value = getattr(self.sample, setting)
             if value not in (getattr(SampleConfig, setting), "beta_tilde"):
                 parts = value if isinstance(value, tuple) else (value,)
-                found[setting] = " ".join(map(str, parts))
-        return found
-
-    @property
-    def name(self) -> str:
-        """The sampler with its steps and settings: "ddim-50 eta 0.5"."""
-        return " ".join([self.sampler, *(f"{setting} {value}" for setting, value in self.settings.items())])
+                words.append(" ".join(map(str, (setting, *parts))))
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -121,20 +102,20 @@ class CheckpointResult:
     run: str
     run_key: str
     """Empty: imported, without a run."""
-    experiment: str
     images_seen: int
     saw_this_data: bool
     """Whether it was trained on the data set of these held-out images."""
-    variance: str
-    """Variance of p(x_{t-1} | x_t) in the bound; empty for a process without a bound."""
-    variance_is_default: bool
-    bits: tuple[Score, ...]
-    """The bound and its terms, if the process has one."""
-    drawn: tuple[SampledScores, ...]
-    num_classes: int
-    """Classes of a conditional net, whose bits are of log p(x | y); 0: unconditional, bits are of log p(x)."""
+    bits: Score | None
+    """The bound of the held-out images; None: the process has none."""
+    drawn: SampledScores
     bits_of_image: tuple[float, ...] = ()
     """Bits/dim of each held-out image, rounded, for comparisons image by image."""
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All scores, bits/dim first."""
+        bits = () if self.bits is None else (self.bits,)
+        return (*bits, *self.drawn.scores)
 
 
 @dataclass(frozen=True)
@@ -147,9 +128,8 @@ class Report:
     @property
     def key(self) -> str:
         """A name that is equal for equal checkpoints and settings; it sorts by the newest checkpoint."""
-        what = [(v.weights_sha256, v.images_seen, [d.sample for d in v.drawn]) for v in self.results]
-        bounds = [v.variance for v in self.results if not v.variance_is_default]
-        digest = hashlib.sha256(repr((self.settings, what, *bounds)).encode()).hexdigest()
+        what = [(v.weights_sha256, v.images_seen, v.drawn.sample) for v in self.results]
+        digest = hashlib.sha256(repr((self.settings, what)).encode()).hexdigest()
         return f"{max(v.images_seen for v in self.results):012d}-{digest[:8]}"
 
     def of_run(self, run_key: str) -> "Report":
@@ -159,17 +139,13 @@ class Report:
     def to_json(self) -> str:
         """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
         saved = _Saved("ddpm-evaluation/1", dict(self.settings), self.results)
-        pictures = {"checkpoints": {"__all__": {"drawn": {"__all__": {"nearest"}}}}}
+        pictures = {"checkpoints": {"__all__": {"drawn": {"nearest"}}}}
         return TypeAdapter(_Saved).dump_json(saved, indent=2, exclude=pictures).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
         """The report that `to_json` wrote, without pictures."""
-        wrong = f"{where} is not a result of ddpm evaluate"
-        saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
-        for result in strict_json.parse(dict[str, Any], text, wrong)["checkpoints"]:
-            for drawn in result["drawn"]:
-                without_retired({"sample": drawn["sample"]}, where)
+        saved = strict_json.parse(_Saved, text, f"{where} is not a result of ddpm evaluate", extra="ignore")
         return cls(saved.settings, saved.checkpoints)
 
 
@@ -182,36 +158,17 @@ class _Saved:
     checkpoints: tuple[CheckpointResult, ...]
 
 
-class ScoreRow(NamedTuple):
-    """One score, with its checkpoint and its sampling configuration, if it has one."""
+def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult]]:
+    """The results that have a picture of nearest pairs, with its name beside the file `out`.
 
-    score: Score
-    result: CheckpointResult
-    drawn: SampledScores | None
-
-
-def rows(report: Report) -> Iterator[ScoreRow]:
-    """All scores, in the order of checkpoints and sampling configurations."""
-    for result in report.results:
-        yield from (ScoreRow(score, result, None) for score in result.bits)
-        for drawn in result.drawn:
-            yield from (ScoreRow(score, result, drawn) for score in drawn.scores)
-
-
-def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, SampledScores]]:
-    """The pictures of the nearest pairs of all sampling configurations, with their names beside the file `out`.
-
-    "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-SAMPLING.png" where there are several.
+    "digits.json" has "digits-nearest.png", or "digits-nearest-1.png", ... in the order of several results.
     """
-    pictured = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.has_nearest]
+    pictured = [result for result in report.results if result.drawn.has_nearest]
     folder, slash, name = out.rpartition("/")
     stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
-    words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in pictured]
-    if len(set(words)) < len(pictured):  # two runs with the same name
-        words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, pictured, strict=True)]
-    for word, (result, drawn) in zip(words, pictured, strict=True):
-        suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(pictured) > 1 else ""
-        yield f"{stem}{suffix}.png", result, drawn
+    for number, result in enumerate(pictured, start=1):
+        suffix = f"-{number}" if len(pictured) > 1 else ""
+        yield f"{stem}{suffix}.png", result
 
 
 def curve_values(result: CheckpointResult) -> dict[str, float]:
@@ -219,14 +176,16 @@ def curve_values(result: CheckpointResult) -> dict[str, float]:
 
     MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
     against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A sampling configuration
-    other than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is a variance other than the default:
-    eval/bits_per_dim-beta_tilde.
+    other than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0.
     """
-    bits_per_dim = "bits_per_dim" if result.variance_is_default else f"bits_per_dim-{result.variance}"
     values: dict[str, float] = {}
-    for score, _, drawn in rows(Report({}, (result,))):
-        prefix = "" if drawn is None or drawn.is_own else f"{drawn.name}/"
-        name = f"{prefix}{score.name.replace('bits/dim', bits_per_dim)}"
+    for score in result.scores:
+        if score is result.bits:
+            name = "bits_per_dim"
+        elif result.drawn.is_own:
+            name = score.name
+        else:
+            name = f"{result.drawn.name}/{score.name}"
         values[f"eval/{name}"] = score.value
         values[f"eval_error/{name}"] = score.error
         if isinstance(score, NearerShare):

@@ -26,72 +26,54 @@ MLFLOW_TIMEOUT_S = 20.0
 """A push gives up after this many seconds in which MLflow accepted nothing."""
 
 
-def output_location(out: str, example: str = "evaluation.json") -> Location:
-    """The file `out`, a path or a URI; checked to be writable.
-
-    Args:
-        example: a file name that error messages suggest.
-    """
+def output_location(out: str) -> Location:
+    """The file `out`, a path or a URI; checked to be writable."""
     location = storage.resolve(out)
-    if location.path.endswith(".png") and example.endswith(".json"):
-        raise UserError(
-            f"--out {out} names an image, but it must name the JSON file; plots are written next to it"
-        )
     if location.is_local:
         path = Path(location.path)
         if path.is_dir():
-            raise UserError(f"--out {out} is a folder; name a file, such as {out.rstrip('/')}/{example}")
+            raise UserError(f"--out {out} is a folder; it must name a file")
         nearest = next(parent for parent in path.parents if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"--out {out} cannot be written: {nearest} is not a writable folder")
     return location
 
 
-def to_file(report: Report, plot: bytes, location: Location) -> Iterator[str]:
-    """Write the report to `location`, and its pictures beside it; yields lines that name the files.
-
-    Args:
-        plot: a PNG, from `plots.picture`.
-    """
+def to_file(report: Report, location: Location) -> Iterator[str]:
+    """Write the report to `location`, and its pictures beside it; yields lines that name the files."""
     write(location, report.to_json().encode())
     yield f"results     {location.uri}"
-    for name, data in _pictures(report, Path(location.path).stem, plot):
-        write(location.beside(name), data)
-        yield f"{'plot' if data is plot else 'nearest':<12}{location.beside(name).uri}"
+    for name, result in nearest_pictures(report, Path(location.path).name):
+        write(location.beside(name), result.drawn.nearest)
+        yield f"nearest     {location.beside(name).uri}"
 
 
-def to_runs(report: Report, plot: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
+def to_runs(report: Report, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
     """Write each run's results to `evaluations/` in its folder, and push the run to MLflow, if MLflow has it.
 
     A run that is not tracked is not pushed.
 
     The names of the files depend on the checkpoints and the settings, so the same evaluation replaces only its own, and
     keeps its time. Yields lines that name the files and the MLflow runs.
-
-    Args:
-        plot: a PNG, from `plots.picture`.
     """
     for result in {result.run_key: result for result in report.results}.values():
-        yield from _to_run(report.of_run(result.run_key), result, plot, timeout_s)
+        yield from _to_run(report.of_run(result.run_key), result, timeout_s)
 
 
-def _to_run(of_run: Report, result: CheckpointResult, plot: bytes, timeout_s: float) -> Iterator[str]:
+def _to_run(of_run: Report, result: CheckpointResult, timeout_s: float) -> Iterator[str]:
     """Write the results of one run.
 
     Args:
         result: one of these results.
     """
-    if not result.run_key:
-        yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
-        return
     folder = run_folder.folder_of(result.checkpoint, result.run_key)
     if folder is None:
         yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"
         return
     file = folder.child(run_folder.EVALUATIONS).child(f"{of_run.key}.json")
     try:
-        for name, data in _pictures(of_run, of_run.key, plot):
-            write(file.beside(name), data)
+        for name, pictured in nearest_pictures(of_run, Path(file.path).name):
+            write(file.beside(name), pictured.drawn.nearest)
         write(file, _with_points(of_run, file))  # last, so that a file of results has its pictures
     except UserError as error:
         yield f"run         {result.run} does not keep its results: {error}"
@@ -128,13 +110,6 @@ def _push(run: RunFolder, timeout_s: float) -> str:
     except UserError as error:
         return f"MLflow      nothing is logged in {shown}: {error}"
     return f"MLflow      run {pushed.run_id} in {shown}"
-
-
-def _pictures(report: Report, stem: str, plot: bytes) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the pictures beside the report's file."""
-    yield f"{stem}.png", plot
-    for name, _, drawn in nearest_pictures(report, f"{stem}.json"):
-        yield name, drawn.nearest
 
 
 def write(file: Location, data: bytes) -> None:

@@ -6,7 +6,6 @@ from typing import Annotated
 import tyro
 
 from ddpm.config.tree import (
-    BoundVariance,
     FeatureNetName,
     NonEmptyStr,
     NonNegativeInt,
@@ -24,18 +23,15 @@ class Settings(SampleFlags):
     """Settings of an evaluation; None is the run's own, unless stated otherwise."""
 
     num_images: NumScoredImages = 2000
-    """Images generated with each sampler, and the largest number of held-out images."""
+    """Images generated, and the largest number of held-out images."""
     features: FeatureNetName | None = None
     """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
     inception_weights: str | None = None
     """inception: file of its weights. None: the file of torch-fidelity in torch.hub's folder."""
-    sampler: tuple[SamplerName, ...] = ()
-    """One or several samplers; each is evaluated with each number of steps."""
-    num_sample_steps: tuple[PositiveInt, ...] = ()
-    """One or several numbers of sampling steps."""
-    variance: BoundVariance = "auto"
-    """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ddpm. auto: for bits/dim, learned if the net
-    learned it, else measured on training images; for sampling, as in training. measured: for bits/dim alone."""
+    sampler: SamplerName | None = None
+    """Sampler of the compared images."""
+    num_sample_steps: PositiveInt | None = None
+    """Number of sampling steps. None: those of training; all T if --sampler ddpm takes the place of another one."""
     num_train_images: NumImagesOrZero = 50_000
     """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""
     num_draws: NonNegativeInt = 8

@@ -5,7 +5,6 @@ Training (for its grids) and ddpm sample sample with `draw`: image i is a functi
 Axes: N images, C channels, H W.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -57,23 +56,17 @@ def class_of(trained: TrainedNet, label: int | str | None) -> int | None:
         number = None
     if number is not None and 0 <= number < classes:
         return number
-    raise UserError(f"label is {label}; {_right_labels(classes, names, str(label))}")
+    raise UserError(f"label is {label}; {_right_labels(classes, names)}")
 
 
-def _right_labels(classes: int, names: Sequence[str], label: str) -> str:
-    """What a label must be instead of `label`."""
+def _right_labels(classes: int, names: Sequence[str]) -> str:
+    """What a label must be."""
     if not names:
-        numbers = f"it must be in 0..{classes - 1}"
-        if label.lstrip("-").isdecimal():
-            return numbers
-        return f"{numbers}: this checkpoint does not have the names of its classes"
-    known = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(label.lower(), known, n=1)
-    suggestion = f" (did you mean {known[close[0]]}?)" if close else ""
+        return f"it must be in 0..{classes - 1}"
     listed = ", ".join(names[:MAX_LISTED])
     if len(names) > MAX_LISTED:
         listed += f", ... ({len(names)} classes)"
-    return f"it must be one of {listed}{suggestion}"
+    return f"it must be one of {listed}"
 
 
 Label = int | NDArray[np.int64] | None

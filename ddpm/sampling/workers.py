@@ -8,7 +8,6 @@ batch (tests/sampling/test_generate.py), bit for bit in the same piece on one ki
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -63,12 +62,6 @@ class SampleJob:
         """The first images of the job, uint8 [N, H, W, C], as one RGB image."""
         return generate.grid(self.trained, drawn, self.label)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an image."""
-        model = self.config.model
-        return model.image_size, model.image_size, model.channels
-
     def asked(self, batch_size: int) -> dict[str, Any]:
         """Everything that determines image i and its file, as flat JSON."""
         if self.sampler is not None:
@@ -77,8 +70,8 @@ class SampleJob:
         config = replace(config, sample=resolve_sample(config.sample, config.objective))
         keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
         flat = {key: value for key, value in flatten(config).items() if key in keys}
-        asked: dict[str, Any] = {"format": "png", "batch_size": batch_size}  # requests of 0.1 have a format
-        asked |= {
+        asked = {
+            "batch_size": batch_size,
             "generator": GENERATOR,
             "weights": _sha256(self.trained.net.state_dict()),
             "label": self.label,
@@ -125,8 +118,6 @@ def draw(
         with_trajectory: also write trajectory.png and trajectory.gif of the first 8 images.
         show: called with the number of existing images, and the speed.
     """
-    with suppress(OSError):  # a write error has a better message
-        writers.check_room(out, num_images, job.shape)
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size, pieces = _pieces(job, pool, num_images)
         with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):

@@ -10,12 +10,9 @@ Axes: N images, H W, C channels.
 """
 
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,25 +30,6 @@ IMAGES = "images"
 RESERVED_NAMES = (IMAGES, GRID)
 """Names that make a folder without a request.json unusable: its images are unknown."""
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
-COMPRESSION = 4
-"""Assumed compression: images need a quarter of the bytes of their pixels, and a PNG at least one disk block."""
-GB = 10**9
-
-
-def check_room(location: Location, num_images: int, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if a folder's disk certainly has too little space for so many images of this (H, W, C)."""
-    if not location.is_local:
-        return
-    path = Path(location.path)
-    disk = next(folder for folder in (path, *path.parents) if folder.exists())
-    least = max(int(np.prod(shape)) / COMPRESSION, os.statvfs(disk).f_frsize)
-    needed = num_images * least
-    free = shutil.disk_usage(disk).free
-    if needed > free and needed > free + _bytes_in(path):
-        raise UserError(
-            f"{num_images:,} images need {needed / GB:,.1f} GB or more, but {location.uri} has {free / GB:,.1f} GB "
-            "free; ask for fewer with --num-images, or name another --out"
-        )
 
 
 def begin(location: Location, asked: Mapping[str, Any]) -> None:
@@ -120,10 +98,6 @@ class PngWriter:
 
 def _piece(k: int, size: int, num_images: int) -> range:
     return range(k * size, min((k + 1) * size, num_images))
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def _name(i: int) -> str:

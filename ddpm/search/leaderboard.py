@@ -101,15 +101,15 @@ def _score(setup: Setup, trials: Trials, todo: Sequence[Trial], num_steps: int) 
     settings = Settings(
         num_images=chosen.drawn_images,
         features=chosen.features,
-        sampler=(SAMPLER,),
-        num_sample_steps=(num_steps,),
+        sampler=SAMPLER,
+        num_sample_steps=num_steps,
         num_train_images=0,
         seed=chosen.seed,
     )
     candidates = inputs.read_checkpoints([setup.folder.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings, bounds=False)
     for trial, result in zip(todo, report.results, strict=True):
-        kid = next(score for score in result.drawn[0].scores if score.name.startswith("KID"))
+        kid = next(score for score in result.drawn.scores if score.name.startswith("KID"))
         trials.score(trial.name, kid)
 
 

@@ -101,7 +101,6 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
                 error=own_bits.error,
                 images_seen=last.images_seen,
                 rank=row.by_bits,
-                n=len(of_image),
                 of_image=of_image,
             )
         if last and score and row.by_kid:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,12 +108,11 @@ def parquet(rows: Sequence[Row]) -> bytes:
     return file.getvalue()
 
 
-def remarks(rows: Sequence[Row], metric: Metric = "bits_per_dim", grey_levels: int = 256) -> Iterator[str]:
+def remarks(rows: Sequence[Row], metric: Metric = "bits_per_dim") -> Iterator[str]:
     """Remarks for reading the table: how the best trial was chosen, what its number and the ranks mean.
 
     Args:
         metric: the metric that the search minimises.
-        grey_levels: the number of different values in the held-out images.
     """
     if rows and rows[0].by_bits:
         yield _how_chosen(rows, metric)
@@ -148,11 +146,6 @@ def remarks(rows: Sequence[Row], metric: Metric = "bits_per_dim", grey_levels: i
         yield (
             "Trials differ in T. Fewer timesteps raise the bound of the same net, of the digits "
             f"{FEWER_TIMESTEPS}, with a fixed --variance by more: T alone can explain that (benchmarks/honesty.md)."
-        )
-    if grey_levels < 256:
-        yield (
-            f"The held-out images have {grey_levels} grey levels, not 256, so that bits/dim rank how finely a schedule "
-            f"resolves these; a uniform code for them costs log2({grey_levels}) = {math.log2(grey_levels):.2f}."
         )
     if any(row.is_flagged for row in rows):
         yield (

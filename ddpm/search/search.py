@@ -4,7 +4,6 @@ import sys
 import time
 
 from ddpm.cluster import ray_init, resources
-from ddpm.evaluation.evaluate import grey_levels
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.run_folder import Search
 from ddpm.search import leaderboard, publish, results
@@ -88,9 +87,7 @@ def _report(setup: Setup, parent: Parent, trials: Trials, began: float) -> int:
         print(f"warning: there is no KID of the finalists: {error}", file=sys.stderr)
     rows = leaderboard.ranked(setup, trials)
     results.table(rows).show()
-    evaluator = setup.rungs.evaluator
-    levels = grey_levels(evaluator.held_out, evaluator.num_images)
-    remarks = list(results.remarks(rows, setup.arguments.metric, levels))
+    remarks = list(results.remarks(rows, setup.arguments.metric))
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):

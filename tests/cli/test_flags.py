@@ -32,7 +32,7 @@ MISTAKES = {
     "train digits --schedule lineer": "(did you mean linear?)",
     "train digits --model.net unett": "(did you mean unet?)",
     "evaluate runs/a --features inceptoin": "(did you mean inception?)",
-    "evaluate runs/a --sampler ddim heum": "sampler.1 is 'heum'",
+    "evaluate runs/a --sampler heum": "sampler is 'heum'",
     "train folder nowhere": "nowhere is not a folder",
     "train folder": "--data.images FOLDER",
     "search digit": "there is no PRESET digit",

@@ -10,10 +10,9 @@ import pytest
 from support.compared import run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import comparison, comparison_page, comparison_text
-from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
-from ddpm.evaluation.comparison import results_alike
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.evaluation import comparison, comparison_page
+from ddpm.evaluation.compared_run import ComparedRun
+from ddpm.evaluation.comparison import Step, results_alike
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import Report, Score
 from ddpm.utils.errors import UserError
@@ -21,17 +20,13 @@ from ddpm.utils.errors import UserError
 
 def test_a_report_is_read_back_as_it_was() -> None:
     odd = Score("KID-pixels", math.nan, math.nan, 500, 90)
-    samplings = drawn(2, 10, own=False, guidance_interval=(0.1, 2.0)), near(0.03, 20)
-    report = made(result(1, *samplings), result(2))
+    sampled = drawn(2, 10, own=False, guidance_interval=(0.1, 2.0))
+    report = made(result(1, sampled), result(2, near(0.03, 20)), result(3, bits=None))
     assert Report.from_json(report.to_json(), "x.json") == report
-    thresholded = report.to_json().replace('"sampler":', '"dynamic_threshold": 0.9, "sampler":')
-    with pytest.raises(UserError, match=r"^x\.json: sample\.dynamic_threshold is 0\.9; "):
-        Report.from_json(thresholded, "x.json")
     unknown = dataclasses.replace(drawn(1), scores=(odd, *near(0.03).scores))
-    few = dataclasses.replace(drawn(1, 10), scores=(odd,))
-    back = Report.from_json(made(result(1, unknown, few)).to_json(), "x.json")
-    assert [score.is_finite for score in back.results[0].drawn[0].scores] == [False, True]
-    alike = results_alike([run("a", evaluations=[back])])[0]
+    back = Report.from_json(made(result(1, unknown)).to_json(), "x.json")
+    assert [score.is_finite for score in back.results[0].drawn.scores] == [False, True]
+    alike = results_alike([run("a", evaluations=[back])])
     assert {chart.title for chart in comparison_page.charts([run("a")], alike)} == {"bits/dim"}
     wrong_type = report.to_json().replace('"n": 90', '"n": "a"')
     for damaged in ("", "[]", "{}", '{"format": "x"}', wrong_type, "[" * 100_000):
@@ -41,16 +36,17 @@ def test_a_report_is_read_back_as_it_was() -> None:
 
 
 def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
+    unscored = dataclasses.replace(drawn(2), scores=())
     bits = {"a": (3.0, 0.01), "b": (2.0, 0.01), "c": (2.001, 0.01)}
     results = [
-        result(2, run=name, bits=(Score("bits/dim", value, error, 90),))
+        result(2, unscored, run=name, bits=Score("bits/dim", value, error, 90))
         for name, (value, error) in bits.items()
     ]
-    older = result(1, run="a", bits=(Score("bits/dim", 1.0, 0.01, 90),))
+    older = result(1, unscored, run="a", bits=Score("bits/dim", 1.0, 0.01, 90))
     other = Report({**made().settings, "num_images": 7}, (result(9, run="a"), result(9, run="b")))
     shared = [made(older, *results), other]
     compared = [run(name, evaluations=shared) for name in "abc"]
-    alike, _ = results_alike(compared)
+    alike = results_alike(compared)
     positions = {key: sorted(of_run) for key, of_run in alike.items()}
     assert positions == {"keya": [1000, 2000], "keyb": [2000], "keyc": [2000]}
     (ranking,) = comparison.ranked(compared, alike)
@@ -62,22 +58,24 @@ def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
 def test_of_evaluations_of_equally_many_runs_the_one_with_most_images_counts() -> None:
     """Unless it has older checkpoints; so evaluating with more images, as the page says, changes the answer."""
     few, many = (
-        Report({**made().settings, "num_images": n}, (result(2, num_classes=n), result(1))) for n in (60, 240)
+        Report({**made().settings, "num_images": n}, (result(2, weights_sha256=str(n)), result(1)))
+        for n in (60, 240)
     )
     stale = Report({**made().settings, "num_images": 999}, (result(1),))
     compared = [run("a", images_seen=2000, evaluations=[few, many, stale])]
-    (of_run,) = results_alike(compared)[0].values()
-    assert sorted(of_run) == [1000, 2000] and of_run[2000].num_classes == 240
+    (of_run,) = results_alike(compared).values()
+    assert sorted(of_run) == [1000, 2000] and of_run[2000].weights_sha256 == "240"
 
 
-def test_evaluations_that_differ_only_in_the_neighbour_search_are_merged() -> None:
-    """Paths of the data and --num-train-images do not affect the ranked scores."""
-    first = made(result(1, drawn(1)))
-    second = made(result(1, drawn(1, 10, own=False)))
-    second = Report({**second.settings, "num_train_images": 0}, second.results)
-    second.settings["data"]["shards"] = "elsewhere"
-    (of_run,) = results_alike([run("a", evaluations=[first, second])])[0].values()
-    assert sorted(sampling.name for sampling in of_run[1000].drawn) == ["ddim-10", "ddim-50"]
+def test_the_neighbour_search_does_not_affect_ranks_and_the_sampler_does() -> None:
+    """Results of the runs' own samplers count, if there are equally many of others."""
+    first = made(result(1, drawn(1)), result(2, drawn(2)))
+    second = Report({**first.settings, "num_train_images": 0}, (result(3, drawn(3)),))
+    other = made(*(result(i, drawn(i, 10, own=False)) for i in (1, 2, 3)))
+    for evaluations in ([first, second, other], [other, second, first]):
+        (of_run,) = results_alike([run("a", evaluations=evaluations)]).values()
+        assert sorted(of_run) == [1000, 2000, 3000]
+        assert {found.drawn.name for found in of_run.values()} == {"ddim-50"}
 
 
 def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
@@ -95,39 +93,33 @@ BITS = 3 + np.random.default_rng(0).normal(size=90)
 """Bits/dim of 90 held-out images: their standard error is 0.1."""
 
 
-def scored(*levels: float, n: int = 90, held_out: int = 90, paired: bool = True) -> list[ComparedRun]:
+def scored(*levels: float, paired: bool = True) -> list[ComparedRun]:
     """Runs that were evaluated alike; the bits/dim of all images differ by the difference of their levels."""
     results = []
     for i, level in enumerate(levels):
         each = BITS + level + 0.01 * np.sin(np.arange(90) * (i + 1))
-        bits = (Score("bits/dim", each.mean(), each.std() / 90**0.5, n),)
+        bits = Score("bits/dim", each.mean(), each.std() / 90**0.5, 90)
         own = tuple(each) if paired else ()
-        results.append(result(2, run="abc"[i], bits=bits, bits_of_image=own))
+        unscored = dataclasses.replace(drawn(2), scores=())
+        results.append(result(2, unscored, run="abc"[i], bits=bits, bits_of_image=own))
     report = made(*results)
-    report.settings["data"]["num_images"] = held_out
-    facts = {"seed": "4"}
-    return [
-        run(name, images_seen=2000, evaluations=[report], command=f"train {name}", facts=facts)
-        for name in "abc"[: len(levels)]
-    ]
+    return [run(name, images_seen=2000, evaluations=[report]) for name in "abc"[: len(levels)]]
 
 
-def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Remark | None]:
+def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Step | None]:
     """Headlines, and what to run next."""
-    results, num_held_out = results_alike(compared)
+    results = results_alike(compared)
     names = {run.key: run.name for run in compared}
     rankings = comparison.ranked(compared, results)
-    step = comparison.next_step(compared, results, num_held_out, rankings, names)
+    step = comparison.next_step(compared, results, names)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step
 
 
 def test_the_answer_compares_image_by_image_where_it_can() -> None:
     """Two runs whose errors overlap widely differ on every image alike; without images they are tied."""
     assert answer(scored(0.02, 0)) == (["held-out bits/dim: b is better than a"], None)
-    (headline,), step = answer(scored(0.02, 0, paired=False))
-    assert headline == "held-out bits/dim: No winner: b and a are tied"
-    again = "train a --run.name a-again --train.seed 5\ntrain b --run.name b-again --train.seed 5"
-    assert step and step.command == again
+    tied = "held-out bits/dim: No winner: b and a are tied"
+    assert answer(scored(0.02, 0, paired=False)) == ([tied], None)
     text = shown_text(scored(0.02, 0))
     assert re.search(r"B \(b\) is better than A \(a\) B \(b\) has \d\.\d{4}, A \(a\) has", text)
     assert re.search(r"they differ by 0\.0\d\d\d ± 0\.001\d, outside the errors\.", text)
@@ -155,28 +147,13 @@ def test_metrics_of_training_on_different_data_have_no_winner() -> None:
         assert answer(compared)[0] == [f"bits/dim of a few held-out images, in training: {headline}"]
 
 
-def test_no_more_images_than_kid_takes_are_advised() -> None:
-    compared = scored(0.02, 0, held_out=20_000)
-    for one in compared:
-        for each in one.evaluations[0].results:
-            kid = Score("KID-pixels", 0.1, 0.01, MAX_PAIRWISE, MAX_PAIRWISE)
-            object.__setattr__(each, "drawn", (dataclasses.replace(drawn(1), scores=(kid,)),))
-    step = answer(compared)[1]
-    assert step and step.text.startswith("All held-out images are used.")
-
-
-def test_the_next_step_is_the_exact_command() -> None:
-    few = answer(scored(0, 0, held_out=1000))[1]
-    assert few and few.command == "ddpm evaluate runs/a runs/b --num-images 360"
+def test_the_next_step_is_the_command_that_evaluates_the_runs() -> None:
     one = scored(0.02, 0)
-    its = {"data.shards": "its shards"}
-    late = [one[0], dataclasses.replace(one[1], images_seen=3000, data="x", settings=its)]
+    late = [one[0], dataclasses.replace(one[1], images_seen=3000, data="x")]
     step = answer(late)[1]
     assert step and step.text.startswith("Not evaluated alike at the newest checkpoint: b.")
     assert step.command == "ddpm evaluate runs/a runs/b"
-    late[0] = dataclasses.replace(late[0], data="y", settings={"data.shards": "my shards"})
-    step = answer(late)[1]
-    assert step and step.command == "ddpm evaluate runs/a runs/b --data.shards 'my shards'"
+    late[0] = dataclasses.replace(late[0], data="y")
     page = shown_text(late)
     assert "The runs were trained on different data" in page and step.command in page
     assert "different data" not in shown_text(one)
@@ -186,14 +163,12 @@ def test_the_next_step_is_the_exact_command() -> None:
     assert answer([run("without a checkpoint")]) == ([], None)
 
 
-def test_curves_over_images_and_over_time() -> None:
-    curves = {"train/loss": [ChartPoint(3600, 0.5), ChartPoint(7200, 0.25)], RATE: [ChartPoint(7200, 100.0)]}
-    images_seen, hours = comparison_page.charts([run("a", curves=curves)], {})
-    assert images_seen.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
-    assert [x for x, _, _ in hours.curves["keya"]] == pytest.approx([0.01, 0.02])
-    assert (images_seen.x_label, hours.x_label) == ("images seen", "hours of training")
+def test_curves_over_images() -> None:
+    curves = {"train/loss": [ChartPoint(3600, 0.5), ChartPoint(7200, 0.25)]}
+    (loss,) = comparison_page.charts([run("a", curves=curves)], {})
+    assert loss.curves == {"keya": [(3600.0, 0.5, 0.0), (7200.0, 0.25, 0.0)]}
     evaluated = [run("a", evaluations=[made(result(1, drawn(1)), result(2, drawn(2)))])]
-    charts = {chart.title: chart for chart in comparison_page.charts(evaluated, results_alike(evaluated)[0])}
+    charts = {chart.title: chart for chart in comparison_page.charts(evaluated, results_alike(evaluated))}
     assert set(charts) == {"bits/dim", "FID-pixels", "KID-pixels"}
     (bits,) = charts["bits/dim"].curves.values()
     assert [point[0] for point in bits] == [1000, 2000] and [point[2] for point in bits] == [0.05, 0.05]
@@ -202,21 +177,11 @@ def test_curves_over_images_and_over_time() -> None:
 def test_the_answer_as_lines_is_that_of_the_page() -> None:
     compared = scored(0.02, 0)
     found = comparison.answer(compared)
-    (verdict, about) = comparison_text.lines(found)
+    (verdict, about) = comparison.lines(found)
     page = shown_text(compared)
     headline, _, detail = verdict.partition(": ")[2].partition(". ")
     assert headline == "B (b) is better than A (a)"
     assert headline in page and detail in page and "standard error" in about
-    tied = list(comparison_text.lines(comparison.answer(scored(0.02, 0, paired=False))))
-    assert tied[-1].strip() == "train b --run.name b-again --train.seed 5"
-
-
-def test_the_table_of_runs_fits_a_terminal() -> None:
-    facts = {"status": "finished", "images seen": "160,000", "hardware": "2 cores " * 9, "data": "x" * 70}
-    compared = [run(name, facts=facts) for name in ("a", "b" * 90)]
-    text = comparison_text.table(compared, comparison.answer(compared)).text(80)
-    assert max(map(len, text.splitlines())) <= 80
-    lines = [line.split() for line in text.splitlines()]
-    assert ["status", "finished", "finished"] in lines
-    assert ["images", "seen", "160,000", "160,000"] in lines
-    assert "2 cores" not in text
+    unevaluated = [run("a", images_seen=7), run("b", images_seen=7)]
+    *_, command = comparison.lines(comparison.answer(unevaluated))
+    assert command.strip() == "ddpm evaluate runs/a runs/b"

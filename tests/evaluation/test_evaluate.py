@@ -13,11 +13,10 @@ from ddpm.config.json import override
 from ddpm.config.tree import SampleConfig
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.prepare import options_of
-from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import bits_per_dim, evaluate, inputs, memorisation
-from ddpm.evaluation.bits_per_dim import bound_scores
+from ddpm.evaluation.bits_per_dim import bound_score
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import PixelFeatures
@@ -60,8 +59,8 @@ def evaluated(uri: str, *, every: bool = False, num_workers: int | None = 1, **s
 
 @pytest.fixture(scope="module")
 def one_worker(run: RunFolder) -> Report:
-    """All checkpoints with two numbers of sampling steps, by one worker."""
-    return evaluated(run.location.uri, every=True, num_sample_steps=(2, 4))
+    """All checkpoints, by one worker."""
+    return evaluated(run.location.uri, every=True)
 
 
 def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, shards: str) -> None:
@@ -74,39 +73,39 @@ def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, sh
     measured = bits_per_dim.measure_errors(candidate, train)
     bits = bits_per_dim.bound_terms(candidate, measured, held_out, start=0, num_draws=2)
     *_, last = one_worker.results
-    assert [drawn.name for drawn in last.drawn] == ["ddim-2", "ddim-4"]
-    assert [drawn.is_own for drawn in last.drawn] == [False, True]
+    assert (last.drawn.name, last.drawn.is_own) == ("ddim-4", True)
     assert len({result.bits for result in one_worker.results}) == len(POSITIONS)
-    assert (last.variance, last.variance_is_default) == ("measured", True)
-    for found, expected in zip(last.bits, bound_scores(bits), strict=True):
-        assert (found.name, found.n) == (expected.name, 150)
-        assert found.value == pytest.approx(expected.value, rel=1e-5)
-        assert found.error == pytest.approx(expected.error, rel=1e-4)
+    expected = bound_score(bits)
+    assert last.bits is not None
+    assert (last.bits.name, last.bits.n) == (expected.name, 150)
+    assert last.bits.value == pytest.approx(expected.value, rel=1e-5)
+    assert last.bits.error == pytest.approx(expected.error, rel=1e-4)
     image = generate.draw(candidate, range(150))
     drawn = features_of(PixelFeatures((8, 8, 1)), image)
-    *scores, share = last.drawn[1].scores
+    *scores, share = last.drawn.scores
     for found, expected in zip(
         scores, score_features("pixels", drawn, chosen.real, chosen.other_real), strict=True
     ):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
-        assert (found.floor, found.floor_n) == (expected.floor, 150)
+        assert found.floor == expected.floor
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
     everything = chosen.train.read(chosen.train.plan(0, 8192), 0, 1500).image
     of_held_out, of_drawn = memorisation.nearest([held_out.image, image.numpy()], [everything])
-    assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1500)
+    assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out)
 
 
 def test_num_train_images_limits_the_search(run: RunFolder, one_worker: Report, tmp_path: Path) -> None:
+    assert one_worker.settings["num_train_images"] == 1500
     for result in one_worker.results:
-        for drawn in result.drawn:
-            assert isinstance(share := drawn.scores[-1], NearerShare)
-            assert (share.name, share.n_train) == ("nearer_than_held_out-pixels", 1500)
-            assert drawn.nearest.startswith(b"\x89PNG")
-    ((some,), (none,)) = (
-        evaluated(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).results[0].drawn
-        for n in (30, 0)
+        assert isinstance(share := result.drawn.scores[-1], NearerShare)
+        assert share.name == "nearer_than_held_out-pixels"
+        assert result.drawn.nearest.startswith(b"\x89PNG")
+    few, without = (
+        evaluated(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)) for n in (30, 0)
     )
-    assert isinstance(some.scores[-1], NearerShare) and some.scores[-1].n_train == 30
+    assert [report.settings["num_train_images"] for report in (few, without)] == [30, 0]
+    some = few.results[0].drawn
+    none = without.results[0].drawn
     assert [s.name for s in none.scores] == [s.name for s in some.scores[:-1]]
     assert none.nearest == b""
 
@@ -119,12 +118,12 @@ def test_several_workers_give_the_same_results_as_one(
     import ray
 
     try:
-        again = evaluated(run.location.uri, every=True, num_sample_steps=(2, 4), num_workers=num_workers)
+        again = evaluated(run.location.uri, every=True, num_workers=num_workers)
         assert ray.is_initialized() == (num_workers is not None)
     finally:
         ray.shutdown()
     assert again.to_json() == one_worker.to_json()
-    assert again.results[-1].drawn[-1].nearest == one_worker.results[-1].drawn[-1].nearest
+    assert again.results[-1].drawn.nearest == one_worker.results[-1].drawn.nearest
     assert again.key == one_worker.key
 
 
@@ -143,35 +142,6 @@ def test_reference_features_are_cached(
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == ours
 
 
-def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp_path: Path) -> None:
-    assert one_worker.settings["data"]["grey_levels"] == 17  # the number in scikit-learn's digits
-    assert [result.num_classes for result in one_worker.results] == [0, 0, 0]
-    location = storage.resolve(str(tmp_path))
-    value = np.arange(100, dtype=np.uint8)
-    image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # each image has its own level
-    part = write_shard(location, "test/00000.parquet", image, None, rows_per_row_group=50)
-    manifest = make_manifest("flat", (8, 8, 1), "raw", [], {"test": [part]}, options="test")
-    write_manifest(location, manifest)
-    held_out = DataSet(location, manifest, "test")
-    assert [evaluate.grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
-
-
-def test_the_variance_affects_the_bound_and_ancestral_sampling(run: RunFolder, one_worker: Report) -> None:
-    """`measured` gives the smallest bound, and does not change sampling."""
-    of_bound = {}
-    drawn = {}
-    for variance in ("auto", "measured", "beta_tilde", "beta"):
-        how = {"variance": variance, "sampler": ("ddpm",), "num_sample_steps": (4,)}
-        (result,) = evaluated(run.location.uri, **how).results
-        of_bound[variance] = result.bits[0].value
-        drawn[variance] = result.drawn[0]
-    assert of_bound["measured"] == of_bound["auto"] == one_worker.results[-1].bits[0].value
-    assert of_bound["measured"] < of_bound["beta_tilde"]
-    assert drawn["auto"].scores == drawn["measured"].scores == drawn["beta_tilde"].scores
-    assert drawn["beta"].scores != drawn["beta_tilde"].scores
-    assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4", "ddpm-4", "ddpm-4 variance beta"]
-
-
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFolder) -> None:
     uris = names.checkpoints_of(run.location.uri)
     found = inputs.read_checkpoints([run.location.uri, uris[-1], uris[0]])
@@ -179,27 +149,25 @@ def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: RunFo
     assert {candidate.run for candidate in found} == {"judged"}
 
 
-def test_sampling_configs() -> None:
-    def configs(**settings: Any) -> list[tuple[str, int | None]]:
-        return [
-            (s.sampler, s.num_sample_steps) for s in inputs.sampling_configs(CONFIG, Settings(**settings))
-        ]
+def test_the_sampling_configuration() -> None:
+    def config(**settings: Any) -> SampleConfig:
+        return inputs.sampling_config(CONFIG, Settings(**settings))
 
-    assert configs() == [("ddim", 4)]
-    assert configs(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
-    assert configs(sampler=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
-    (sample,) = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm",), eta=1.0))
+    assert (config().sampler, config().num_sample_steps) == ("ddim", 4)
+    sample = config(sampler="dpmpp_2m", num_sample_steps=5)
+    assert (sample.sampler, sample.num_sample_steps) == ("dpmpp_2m", 5)
+    sample = config(sampler="ddpm", eta=1.0)
     assert sample == inputs.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=20, sigma_min=0.1))
-    (sample,) = inputs.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
+    sample = config(eta=1.0, seed=3)
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
-    both = inputs.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))
-    assert [sample.variance for sample in both] == ["beta", "beta_tilde"]  # heun adds no noise
+    assert config(sampler="ddpm", variance="beta").variance == "beta"
+    assert config(sampler="heun", variance="beta").variance == "beta_tilde"  # it adds no noise
     with pytest.raises(UserError, match="variance is learned"):
-        configs(variance="learned")
+        config(variance="learned")
     with pytest.raises(UserError, match=r"num_sample_steps is 21"):
-        configs(num_sample_steps=(21,))
+        config(num_sample_steps=21)
     with pytest.raises(UserError, match="mix cannot undo the process gaussian"):
-        configs(sampler=("mix",))
+        config(sampler="mix")
     for sampler, resolved in {"auto": "ddim", "ddpm": "ddpm", "dpmpp_2m": "dpmpp_2m", "heun": "heun"}.items():
         sample = inputs.resolved(CONFIG, SampleConfig(sampler=sampler))  # type: ignore[arg-type]
         assert (sample.sampler, sample.num_sample_steps) == (resolved, 20)
@@ -209,8 +177,8 @@ def test_uniform_mix_is_evaluated_without_bits_per_dim(tmp_path: Path, shards: s
     config = override(CONFIG, {"objective.process": "uniform_mix", "run.name": "mix"})
     run = make_run(tmp_path / "runs", shards, config)
     (result,) = evaluated(run.location.uri, num_images=40).results
-    assert result.bits == ()
-    assert [drawn.name for drawn in result.drawn] == ["mix-4"]
+    assert result.bits is None
+    assert result.drawn.name == "mix-4"
 
 
 def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) -> None:
@@ -253,9 +221,9 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
         ({"train": 100, "test": 30, "side": 16}, {}, "8x8 .*16x16"),
         ({"test": 30}, {}, "has no split 'train'"),
         ({"train": 100, "test": 30}, {"features": "classifier"}, "classifier"),
-        ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0"),
+        ({"train": 100, "test": 30}, {"num_sample_steps": 0}, "num_sample_steps is 0"),
         ({"train": 100, "test": 30}, {"guidance_scale": 3.0}, "--guidance-scale"),
-        ({"train": 100, "test": 30}, {"sampler": ("heun",), "eta": 1.0}, "--eta"),
+        ({"train": 100, "test": 30}, {"sampler": "heun", "eta": 1.0}, "--eta"),
     ],
     ids=str,
 )
@@ -278,7 +246,7 @@ def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, sha
     assert len({*np.bincount(classes)}) > 1
     drawn = features_of(PixelFeatures((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
     held, free = (score_features("pixels", drawn, chosen.real, label=label) for label in (classes, None))
-    found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
+    found = [s.error for s in result.drawn.scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
 
@@ -300,5 +268,4 @@ def test_a_net_of_one_timestep_is_evaluated(tmp_path: Path, shards: str) -> None
     one = {"schedule.num_timesteps": 1, "sample.num_sample_steps": 1}
     run = make_run(tmp_path / "runs", shards, override(CONFIG, one))
     (result,) = evaluated(run.location.uri, num_images=40).results
-    kl = next(score for score in result.bits if score.name == "bits/dim-kl")
-    assert kl.value == 0 and result.bits[0].is_finite
+    assert result.bits is not None and result.bits.is_finite

@@ -59,7 +59,8 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
     found = evaluator.evaluate(checkpoint.load_net(Path(stored.path)), 192)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
     (result,) = evaluate.evaluate(inputs.read_checkpoints([stored.uri]), settings, 1).results
-    whole = result.bits[0]
+    whole = result.bits
+    assert whole is not None
     bits = np.array(found.bits)
     assert (bits.mean(), bits.std(ddof=1) / 60**0.5) == pytest.approx((whole.value, whole.error), rel=1e-6)
     half = bits[RANKING]

@@ -11,15 +11,13 @@ from mlflow.artifacts import load_dict
 from support import compared, servers, tracked
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import plots, save_results
+from ddpm.evaluation import save_results
 from ddpm.evaluation.results import CheckpointResult, Report
 from ddpm.runs import run_folder
 from ddpm.runs import storage as locations
 from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.push import push
 from ddpm.utils.errors import UserError
-
-PICTURE = b"\x89PNG..."
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def of_run(run: RunFolder, original: CheckpointResult) -> CheckpointResult:
 
 
 def report_on(run: RunFolder, *steps: int, change: int = 0, **settings: object) -> Report:
-    results = (of_run(run, result(i, drawn(i + change), drawn(i, 10, own=False))) for i in steps)
+    results = (of_run(run, result(i, drawn(i + change))) for i in steps)
     return Report({**made().settings, **settings}, tuple(results))
 
 
@@ -49,13 +47,12 @@ def points(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float
 
 def stored(report: Report, out: str, timeout_s: float = 20.0) -> list[str]:
     """Store a report as the command does; returns the lines."""
-    plot = plots.picture(report)
     location = save_results.output_location(out)
-    return [*save_results.to_file(report, plot, location), *save_results.to_runs(report, plot, timeout_s)]
+    return [*save_results.to_file(report, location), *save_results.to_runs(report, timeout_s)]
 
 
 def kept(report: Report) -> list[str]:
-    return list(save_results.to_runs(report, PICTURE))
+    return list(save_results.to_runs(report))
 
 
 def test_results_are_in_the_run_and_in_mlflow(
@@ -68,12 +65,11 @@ def test_results_are_in_the_run_and_in_mlflow(
     before = points(client, run_id, "train/loss")
     report = report_on(run, 1, 2)
     assert kept(report)[-1] == f"MLflow      run {run_id} in {mlflow_server}"
-    values = [v.drawn[0].scores[1].value for v in report.results]
+    values = [v.drawn.scores[1].value for v in report.results]
     assert points(client, run_id, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
     assert [step for step, _ in points(client, run_id, "eval/bits_per_dim")] == [1000, 2000]
-    assert len(points(client, run_id, "eval/ddim-10/KID-pixels")) == 2
     files = [file.path for file in client.list_artifacts(run_id, "evaluation")]
-    assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
+    assert files == [f"evaluation/{report.key}.json"]
     shown = load_dict(f"{client.get_run(run_id).info.artifact_uri}/evaluation/{report.key}.json")
     in_folder = json.loads(run.location.child(f"{run_folder.EVALUATIONS}/{report.key}.json").read())
     assert shown == in_folder
@@ -94,11 +90,11 @@ def test_publishing_again_adds_new_values_and_replaces_only_its_own_files(
     assert len(before) == 1
     changed = report_on(run, 1, change=5)
     kept(changed)
-    value = changed.results[0].drawn[0].scores[1].value
+    value = changed.results[0].drawn.scores[1].value
     assert sorted(points(client, run_id, "eval/KID-pixels")) == sorted([*before, (1000, value)])
     assert client.get_run(run_id).data.metrics["eval/KID-pixels"] == value
     kept(report_on(run, 1, num_images=7))
-    assert len(client.list_artifacts(run_id, "evaluation")) == 4
+    assert len(client.list_artifacts(run_id, "evaluation")) == 2
     kept(report)  # the first value counts as new again
     assert client.get_run(run_id).data.metrics["eval/KID-pixels"] == before[0][1]
 
@@ -115,12 +111,12 @@ def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server:
     assert [line for line in lines if line.startswith("MLflow ")] == [
         *(f"MLflow      run {run_id} in {mlflow_server}" for run_id in ids),
         f"MLflow      {mlflow_server} does not have run strange; `ddpm sync {unknown.location.uri}` sends it",
-        "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
+        "MLflow      nothing is logged for runs/imported/checkpoint-0, which is not in its run's folder",
         f"MLflow      nothing is logged for {moved.checkpoint}, which is not in its run's folder",
     ]
     for i, run_id in enumerate(ids, 1):
         assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [1000 * i]
-    assert len(unknown.location.child(run_folder.EVALUATIONS).files()) == 2
+    assert len(unknown.location.child(run_folder.EVALUATIONS).files()) == 1
     push(unknown)  # ddpm sync
     run_id = tracked.run_with_key(mlflow_server, unknown.key).info.run_id
     assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [3000]
@@ -133,7 +129,7 @@ def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
     run_id = push(run).run_id
     report = made(of_run(run, result(1, near(0.03))))
     lines = stored(report, "out/found.json")
-    assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
+    assert lines[1] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
     names = [file.path for file in client.list_artifacts(run_id, "evaluation")]
     assert f"evaluation/{report.key}-nearest.png" in names
@@ -157,16 +153,15 @@ def test_results_are_kept_in_the_folder_of_their_run(
     of_a = report.of_run(a.key)
     folder = a.location.child(run_folder.EVALUATIONS)
     lines = stored(report, f"{root}/all.json")
-    assert lines[:2] == [f"results     {root}/all.json", f"plot        {root}/all.png"]
+    assert lines[0] == f"results     {root}/all.json"
     assert f"run         {folder.uri}/{of_a.key}.json" in lines
     assert locations.resolve(f"{root}/all.json").read() == report.to_json().encode()
-    assert locations.resolve(f"{root}/all.png").read().startswith(b"\x89PNG")
     content = json.loads(folder.child(f"{of_a.key}.json").read())
     stored_points = content.pop("points")
     assert content == json.loads(of_a.to_json())
     assert {*stored_points["values"]} == {"1000", "2000"} and stored_points["time_ms"] > 10**12
     assert Report.from_json(folder.child(f"{of_a.key}.json").read(), "here").results == of_a.results
-    assert len(folder.files()) == 4  # with three pictures
+    assert len(folder.files()) == 3  # with two pictures
     assert not b.location.child(run_folder.EVALUATIONS).exists() and other.location.files() == ["run.json"]
 
 
@@ -200,11 +195,10 @@ def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
     report = report_on(make_run(tmp_path), 1)
     lines = stored(report, "out/found.json", timeout_s=0.5)
-    assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"plot        {tmp_path}/out/found.png"]
+    assert lines[0] == f"results     {tmp_path}/out/found.json"
     assert lines[-1].startswith("MLflow ") and uri.removeprefix("http://") in lines[-1]
     assert "s3cret" not in lines[-1] and "\n" not in lines[-1]
     assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
-    assert (tmp_path / "out/found.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / f"a/evaluations/{report.key}.json").exists()
 
 
@@ -214,7 +208,6 @@ def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path
     for out, message in {
         "folder": "folder is a folder",
         "file/found.json": "file is not a writable folder",
-        "found.png": "found.png names an image",
     }.items():
         with pytest.raises(UserError, match=message):
             save_results.output_location(out)

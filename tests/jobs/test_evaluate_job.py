@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from PIL import Image
 from support.evaluated import POSITIONS, make_data, make_run
 
 from ddpm.runs.run_folder import RunFolder
@@ -34,17 +33,15 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     client = MlflowClient(mlflow_server)
     run_id = push(run).run_id
-    steps = ("--num-sample-steps", "2", "4")
-    words = (run.location.uri, "--all-checkpoints", *steps, *FEW)
+    words = (run.location.uri, "--all-checkpoints", *FEW)
     done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert {"bits/dim 180/180", "images sampled 360/360"} <= set(lines)
-    names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
-    assert [line for line in lines[-10:] if not line.startswith("run ")] == [
+    assert {"bits/dim 180/180", "images sampled 180/180"} <= set(lines)
+    names = [f"found-nearest-{number}.png" for number in (1, 2, 3)]
+    assert [line for line in lines[-6:] if not line.startswith("run ")] == [
         f"results     {tmp_path}/found.json",
-        f"plot        {tmp_path}/found.png",
-        *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
+        *(f"nearest     {tmp_path}/{name}" for name in names),
         f"MLflow      run {run_id} in {mlflow_server}",
     ]
     (kept,) = Path(run.location.path, "evaluations").glob("*.json")
@@ -52,33 +49,29 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     in_run = json.loads(kept.read_text())
     assert in_run.pop("points") and in_run == report
     for judged in report["checkpoints"]:
-        assert np.mean(judged["bits_of_image"]) == pytest.approx(judged["bits"][0]["value"], abs=1e-5)
+        assert np.mean(judged["bits_of_image"]) == pytest.approx(judged["bits"]["value"], abs=1e-5)
     assert [judged["images_seen"] for judged in report["checkpoints"]] == list(POSITIONS)
-    numbers = [judged["bits"][0] for judged in report["checkpoints"]]
-    numbers += [s for judged in report["checkpoints"] for way in judged["drawn"] for s in way["scores"]]
+    numbers = [judged["bits"] for judged in report["checkpoints"]]
+    numbers += [score for judged in report["checkpoints"] for score in judged["drawn"]["scores"]]
     for score in numbers:
         uncertainty = (
             f"[{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else f"± {score['error']:.4f}"
         )
         assert f"{score['value']:.4f} {uncertainty}" in done.stdout
-    assert "90 held-out images are too few for a 1st percentile" not in done.stdout  # there are 60
-    assert "60 held-out images are too few for a 1st percentile" in done.stdout
     for name in names:
-        assert (tmp_path / f"found-nearest-{name}.png").read_bytes().startswith(b"\x89PNG")
-    with Image.open(tmp_path / "found.png", formats=("PNG",)) as plot:
-        assert len(np.unique(np.asarray(plot.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
     history = client.get_metric_history(run_id, "eval/KID-pixels")
-    ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
+    ours = [judged["drawn"]["scores"][1]["value"] for judged in report["checkpoints"]]
     assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
     low = client.get_metric_history(run_id, "eval_low/nearer_than_held_out-pixels")
     assert [point.step for point in low] == list(POSITIONS)
     paths = [file.path for file in client.list_artifacts(run_id, "evaluation")]
-    assert len([path for path in paths if "-nearest-judged-" in path]) == len(names)
+    assert len([path for path in paths if "-nearest-" in path]) == len(names)
     assert client.get_run(run_id).info.status == "RUNNING"
 
     newest = resolve.checkpoints_of(run.location.uri)[-1]
-    again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path)
+    again = run_job("evaluate", newest, *FEW, "--out", "again.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]
     assert judged == report["checkpoints"][-1:]

@@ -70,12 +70,7 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
         (["nothing-here"], "does not exist"),
         (["run", "--sampler", "mix"], "mix cannot undo the process gaussian"),
         (["run", "--num-sample-steps", "51"], "num_sample_steps is 51"),
-        (["run", "--label", "boot"], "(did you mean boots?)"),
         (["run", "--label", "3"], "bags, boots, blue coats"),
-        (
-            ["run", "--num-images", "100000000000"],
-            "100,000,000,000 images need 409,600.0 GB or more, but",
-        ),
         (["run", "--sampler", "heun", "--eta", "0.5"], "--eta has no effect here"),
         (["run", "--sampler", "ddpm", "--variance", "learned"], "this net did not learn it"),
         (["run", "--sampler", "ddpm", "--variance", "measured"], "--variance"),
@@ -134,7 +129,6 @@ def test_ddpm_takes_all_steps_of_a_run_that_samples_in_few(
         done = run_job(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         drawn.append({key: data for key, data in files(tmp_path / name).items() if key.startswith("images/")})
-        assert ("--num-sample-steps" in done.stdout) == (name == "all")
     assert drawn[0] == drawn[1] != drawn[2]
     pixels = ddpm.Run(str(tmp_path / "run")).sample(2, sampler="ddpm")
     assert (pixels[0, ..., 0] == np.asarray(Image.open(tmp_path / "all/images/000000.png"))).all()

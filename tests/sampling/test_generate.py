@@ -106,12 +106,10 @@ def test_classes_that_are_named_by_numbers_are_given_by_name(tiny: Config) -> No
 @pytest.mark.parametrize(
     ("names", "label", "advice"),
     [
-        (NAMES, "Boot", "(did you mean boots?)"),
-        (NAMES, "tshirts", "(did you mean T-shirts?)"),
-        (NAMES, "x", "bags, boots, T-shirts"),
+        (NAMES, "Boot", "bags, boots, T-shirts"),
         (NAMES, "3", "bags, boots, T-shirts"),
         (NAMES, -1, "bags, boots, T-shirts"),
-        ((), "boots", "0..2: this checkpoint does not have the names"),
+        ((), "boots", "0..2"),
         ((), 3, "0..2"),
     ],
 )

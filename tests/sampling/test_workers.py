@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import tracemalloc
 from pathlib import Path
@@ -159,27 +158,7 @@ def test_another_request_is_a_user_error(tmp_path: Path) -> None:
         sample_into(tmp_path / "a", job, 2)
 
 
-def test_too_little_disk_space_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = job_of(TINY)
-    with pytest.raises(
-        UserError, match=r"^1,000,000,000,000 images need .* GB or more, but .* another --out$"
-    ):
-        sample_into(tmp_path / "out", job, 10**12)
-    assert not (tmp_path / "out").exists()
-    whole = sample_into(tmp_path / "out", job)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    assert sample_into(tmp_path / "out", job) == whole  # existing images need no space
-    with pytest.raises(UserError, match="9,000 images need"):
-        sample_into(tmp_path / "out", job, 9000)
-
-
-def test_a_request_for_a_billion_images_needs_little_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**18))
-
+def test_a_request_for_a_billion_images_needs_little_memory(tmp_path: Path) -> None:
     def interrupt(done: int, detail: str) -> None:
         if done >= 12:
             raise Killed
