@@ -1,6 +1,6 @@
 """Results of a search, and of the naive choice by training loss, read from a real search.
 
-    python tune/search.py digits --name honest --num-trials 12 --scheduler none --finalists 12 ...
+    python tune/search.py digits --name honest --num-trials 12 --num-rungs 1 --finalists 12 ...
     python benchmarks/search.py runs/honest [--preset digits] [--seeds 1 2 3]
 
 The same trials are ranked by the training loss, by bits/dim and by KID, and the rankings compared. The best config and
@@ -94,8 +94,8 @@ def rankings(trials: list[Trial]) -> list[str]:
 
 def cost(trials: list[Trial]) -> str:
     """The cost of the naive choice."""
-    naive = min(trials, key=lambda trial: trial.value("train/loss"))
-    honest = min(trials, key=lambda trial: trial.value("bits_per_dim"))
+    naive = min(trials, key=lambda trial: trial.last.train_loss)
+    honest = min(trials, key=lambda trial: trial.bits_per_dim)
     a, b = (np.array(trial.last.bits)[REPORTING] for trial in (naive, honest))
     bits, error = difference(a, b)
     kid = naive.score.value - honest.score.value

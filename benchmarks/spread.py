@@ -46,7 +46,7 @@ def search(arguments: Arguments, preset: str, total_images: int) -> locations.Lo
     name = f"spread-{preset}-{total_images}"
     words = (
         f"{preset} --name {name} --storage {arguments.storage} --max-concurrent {arguments.max_concurrent} "
-        f"--num-trials 1 --finalists 1 --finalist-seeds {arguments.seeds} --searcher grid --scheduler none "
+        f"--num-trials 1 --finalists 1 --finalist-seeds {arguments.seeds} --searcher grid --num-rungs 1 "
         f"--space optim.lr={PRESETS[preset].optim.lr} --drawn-images 20 --features pixels "
         f"--cluster.threads-per-worker 1 --train.total-images {total_images} --train.sample-every-images 0"
     )

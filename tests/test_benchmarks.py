@@ -22,7 +22,7 @@ from ddpm.runs import curves, storage
 from ddpm.runs.curves import CurveRow
 
 # The search whose results some of the programs read; its trials are runs.
-SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num-images 20 --scheduler none
+SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num-images 20
     --finalists 2 --drawn-images 40 --features pixels
     --schedule.num-timesteps 60 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --train.total-images 640 --train.log-every-images 320 --train.sample-every-images 0 --train.held-out-images 20

@@ -16,9 +16,6 @@ from ddpm.config.tree import (
     UpTo4096,
 )
 
-Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
-Searcher = Literal["optuna", "random", "grid"]
-
 
 @dataclass(frozen=True)
 class Arguments(PresetArguments):
@@ -31,21 +28,13 @@ class Arguments(PresetArguments):
     space: tuple[str, ...] = ()
     """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; default_space.py lists the forms
     and the default."""
-    searcher: Searcher = "optuna"
-    grid_points: UpTo4096 = 3
-    """grid: number of values per range."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha: at each rung, the best 1 / reduction_factor of the trials seen there continue."""
-    reduction_factor: Annotated[int, Interval(ge=2, le=10**6)] = 3
-    """asha: factor between two rungs, in trials that continue and in images seen."""
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    """optuna: TPE. grid: every combination; the space then has values a|b|c only."""
     num_rungs: PositiveInt = 3
-    """asha: evaluations per trial. The last is at the trial's end; each earlier one is at 1 / reduction_factor of the
-    next one's images."""
-    metric: Metric = "bits_per_dim"
-    """Metric that the search minimises. The losses can compare learning rates, but not schedules."""
-    variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
-    """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
-    fixed ones favour schedules of many steps most."""
+    """Evaluations per trial. The last is at the trial's end; each earlier one is at 1 / reduction_factor of the next
+    one's images, and there ASHA stops bad trials. 1: every trial runs to its end."""
+    reduction_factor: Annotated[int, Interval(ge=2, le=10**6)] = 3
+    """Factor between two rungs: the best 1 / reduction_factor of the trials seen at a rung continue."""
     num_images: NumScoredImages = 512
     """Largest number of held-out images for evaluating trials: half rank them, the others report the best one."""
     seed: Seed = 0

@@ -86,7 +86,7 @@ class Row:
 def score_finalists(setup: Setup, trials: Trials) -> None:
     """Compute KID of the best few trials, and store it in their folders; known values are not computed again."""
     chosen = setup.arguments
-    finalists = best(trials.all(), chosen.metric)[: chosen.finalists]
+    finalists = best(trials.all())[: chosen.finalists]
     todo: dict[int, list[Trial]] = {}
     for trial in finalists:
         if _scored(trial, setup) is None:
@@ -114,10 +114,9 @@ def _score(setup: Setup, trials: Trials, todo: Sequence[Trial], num_steps: int) 
 
 
 def ranked(setup: Setup, trials: Trials) -> list[Row]:
-    """All trials: those trained several times by the mean of the metric, others by the metric, then by images seen."""
+    """All trials: those trained several times by their mean bits/dim, others by bits/dim, then by images seen."""
     everything = trials.all()
-    metric = setup.arguments.metric
-    order = best(everything, metric)
+    order = best(everything)
     bits = dict[str, NDArray[np.float64]]()
     mean = dict[str, float]()
     for own in order:
@@ -126,11 +125,11 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
             trial for trial in everything if trial.repeats == own.name and trial.status == "finished"
         ]
         bits[own.name] = np.array([trial.last.bits for trial in trainings if trial.last])
-        mean[own.name] = float(np.mean([trial.value(metric) for trial in trainings]))
+        mean[own.name] = float(np.mean([trial.bits_per_dim for trial in trainings]))
     several = {name: each[:, RANKING] for name, each in bits.items() if len(each) > 1}
     order.sort(key=lambda trial: (trial.name not in several, mean[trial.name]))
     rest = [trial for trial in everything if trial.name not in bits]
-    rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
+    rest.sort(key=lambda trial: (-trial.images_seen, trial.bits_per_dim))
 
     by_bits = _by_name(bits, paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else [])
     by_kid = _ranks_by_kid(order, setup)

@@ -12,24 +12,23 @@ from optuna.trial import create_trial
 from optuna.visualization.matplotlib import plot_parallel_coordinate
 
 from ddpm.evaluation.ranking import Z
-from ddpm.search.config import Metric
 from ddpm.search.space import Domain
 from ddpm.search.trials import Outcome, Trial
 from ddpm.utils.images import figure_png
 
 
-def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain], metric: Metric) -> bytes:
-    """One line per trial over its settings, coloured by the metric: the best are dark. A PNG."""
+def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain]) -> bytes:
+    """One line per trial over its settings, coloured by bits/dim: the best are dark. A PNG."""
     study = optuna.create_study()
     status = CategoricalDistribution(get_args(Outcome))
     of_name: dict[str, Any] = {_name(key): domain for key, domain in domains.items()} | {"status": status}
     for trial in (trial for trial in trials if trial.last and trial.repeats is None):
         params = {_name(key): value for key, value in trial.changes.items()} | {"status": trial.status}
         of_params = {name: of_name[name] for name in params}
-        study.add_trial(create_trial(params=params, distributions=of_params, value=trial.value(metric)))
+        study.add_trial(create_trial(params=params, distributions=of_params, value=trial.bits_per_dim))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an experimental function; an axis on which all trials are equal
-        figure: Any = plot_parallel_coordinate(study, target_name=metric).figure
+        figure: Any = plot_parallel_coordinate(study, target_name="bits/dim").figure
     figure.set_size_inches(1.4 * len(domains) + 6, 4.5)
     figure.tight_layout()
     png = figure_png(figure)

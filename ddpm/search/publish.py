@@ -38,7 +38,6 @@ def store(
     """
     shown = [row.trial for row in rows]
     folder = setup.folder
-    metric = setup.arguments.metric
     files = {
         "results.parquet": results.parquet(rows),
         "results.md": results.markdown(rows, remarks).encode(),
@@ -46,7 +45,7 @@ def store(
     config = results.best_config(rows, setup.arguments.config)
     if config is not None:
         files["best.json"] = config.encode()
-        files["parallel.png"] = plots.parallel(shown, setup.space.domains, metric)
+        files["parallel.png"] = plots.parallel(shown, setup.space.domains)
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:

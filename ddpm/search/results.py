@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from ddpm.config.json import flatten, keys_that_affect, override
 from ddpm.config.tree import Affects, Config
-from ddpm.search.config import Metric
 from ddpm.search.leaderboard import LEFTOVER, Row
 from ddpm.search.trials import short, shown
 from ddpm.utils.tables import Table, estimate
@@ -108,14 +107,10 @@ def parquet(rows: Sequence[Row]) -> bytes:
     return file.getvalue()
 
 
-def remarks(rows: Sequence[Row], metric: Metric = "bits_per_dim") -> Iterator[str]:
-    """Remarks for reading the table: how the best trial was chosen, what its number and the ranks mean.
-
-    Args:
-        metric: the metric that the search minimises.
-    """
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Remarks for reading the table: how the best trial was chosen, what its number and the ranks mean."""
     if rows and rows[0].by_bits:
-        yield _how_chosen(rows, metric)
+        yield _how_chosen(rows)
     reported = rows[0].reported if rows else None
     if reported is not None:
         line = (
@@ -159,15 +154,15 @@ def remarks(rows: Sequence[Row], metric: Metric = "bits_per_dim") -> Iterator[st
     yield from _best_line("KID", [row for row in rows if row.by_kid and row.by_kid.best == 1])
 
 
-def _how_chosen(rows: Sequence[Row], metric: Metric) -> str:
+def _how_chosen(rows: Sequence[Row]) -> str:
     """How the best trial was chosen, which best.json is of."""
     best = rows[0]
     if best.by_trainings:
         finalists = sum(row.by_trainings is not None for row in rows)
-        how = f"the lowest mean {metric} of several trainings, among {finalists} finalists that were trained again"
+        how = f"the lowest mean bits/dim of several trainings, among {finalists} finalists that were trained again"
     else:
         compared = sum(row.by_bits is not None for row in rows)
-        how = f"the lowest {metric} among {compared} trials with {best.trial.images_seen:,} images seen"
+        how = f"the lowest bits/dim among {compared} trials with {best.trial.images_seen:,} images seen"
     chose_nothing = "; KID is a second opinion, and chose nothing" if any(row.by_kid for row in rows) else ""
     return f"How the best trial was chosen: {best.trial.name} has {how}{chose_nothing}."
 

@@ -47,7 +47,6 @@ def _search(setup: Setup, lock: DriverLock) -> int:
         preset=arguments.preset,
         base=arguments.base or setup.base,
         rungs=setup.rungs,
-        metric=arguments.metric,
         search=parent.search,
         verbose=arguments.verbose,
     )
@@ -87,7 +86,7 @@ def _report(setup: Setup, parent: Parent, trials: Trials, began: float) -> int:
         print(f"warning: there is no KID of the finalists: {error}", file=sys.stderr)
     rows = leaderboard.ranked(setup, trials)
     results.table(rows).show()
-    remarks = list(results.remarks(rows, setup.arguments.metric))
+    remarks = list(results.remarks(rows))
     print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, remarks, parent, trials):

@@ -19,12 +19,6 @@ from ddpm.training import loop
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
-LOSS_CANNOT_RANK = (
-    "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of "
-    "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find an easy task, not a "
-    "good net; use bits_per_dim (the full bound), or vary only the learning rate: --space 'optim.lr=log(1e-4,1e-2)'"
-)
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -59,8 +53,8 @@ def prepare(arguments: Arguments) -> Setup:
     if not kinds.objective(config.objective.process).has_bound:
         raise UserError(f"the process {config.objective.process} has no bits/dim to search by")
     space = spaces.parse(arguments.space, config)
-    if arguments.metric != "bits_per_dim" and space.has_schedule:
-        raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))
+    if arguments.searcher == "grid":
+        space.check_grid()
     run_folder.check_writable(config)
     config = prepare_for_run.prepared(config)
     train = ray_stream.open_configured(config)
@@ -70,9 +64,8 @@ def prepare(arguments: Arguments) -> Setup:
             f"{config.data.shards} has fewer than 4 held-out images: trials are evaluated on a split named test, "
             f"besides {train.split}"
         )
-    num_rungs = arguments.num_rungs if arguments.scheduler == "asha" else 1
     at = rung_positions(
-        config.train.total_images, config.train.batch_size, arguments.reduction_factor, num_rungs
+        config.train.total_images, config.train.batch_size, arguments.reduction_factor, arguments.num_rungs
     )
     folder = resolve(config.run.storage).child(str(config.run.name))
     every = at[0] if len(at) > 1 else min(at[0], config.train.checkpoint_every_images)
@@ -83,19 +76,13 @@ def prepare(arguments: Arguments) -> Setup:
         "run.storage": folder.uri,
     }
     base = override(config, own)
-    evaluator = Evaluator(
-        train, held_out, arguments.num_images, seed=arguments.seed, variance=arguments.variance
-    )
+    evaluator = Evaluator(train, held_out, arguments.num_images, seed=arguments.seed)
     compared = keys_that_affect(base, Affects.WEIGHTS | Affects.TASK)
     settings = {
         "config": {key: value for key, value in flatten(base).items() if key in compared},
         "space": space.as_json(),
-        "metric": arguments.metric,
         "searcher": arguments.searcher,
-        "grid_points": arguments.grid_points,
-        "scheduler": arguments.scheduler,
         "reduction_factor": arguments.reduction_factor,
-        "variance": arguments.variance,
         "num_images": arguments.num_images,
         "seed": arguments.seed,
         "rungs": at,

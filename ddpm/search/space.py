@@ -4,11 +4,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import (
     CategoricalDistribution,
@@ -39,18 +38,6 @@ def ends(domain: Domain) -> tuple[Any, ...]:
     return domain.choices if isinstance(domain, CategoricalDistribution) else (domain.low, domain.high)
 
 
-def grid_values(domain: Domain, num_points: int) -> tuple[Any, ...]:
-    """Evenly spaced values of a range, on its scale, with both bounds; all values of a choice."""
-    if isinstance(domain, CategoricalDistribution):
-        return domain.choices
-    spaced = np.geomspace if domain.log else np.linspace
-    if num_points > 1:
-        values = spaced(domain.low, domain.high, num_points).tolist()
-    else:
-        values = spaced(domain.low, domain.high, 3)[1:2].tolist()  # the middle
-    return tuple(dict.fromkeys(map(round, values) if isinstance(domain, IntDistribution) else values))
-
-
 @dataclass(frozen=True)
 class Space:
     """The domains of some keys; those that choose a kind come first."""
@@ -58,11 +45,6 @@ class Space:
     domains: Mapping[str, Domain]
     base: Mapping[str, Any]
     """The flat config that trials change."""
-
-    @property
-    def has_schedule(self) -> bool:
-        """Whether trials differ in their noise schedules, or in the meaning of their loss."""
-        return any(key.startswith(("schedule.", "objective.")) for key in self.domains)
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """Optuna's value for each key that has an effect; kinds are asked for first."""
@@ -72,23 +54,29 @@ class Space:
                 suggested[key] = _ask(trial, key, domain)
         return suggested
 
-    def grid(self, num_points: int, most: int | None = None) -> list[dict[str, Any]]:
-        """The first `most` combinations, or all, with `num_points` of each range; only of keys that have an effect."""
-        return list(
-            itertools.islice(self._combinations(lambda domain: grid_values(domain, num_points)), most)
-        )
+    def check_grid(self) -> None:
+        """Raise UserError if the space has a range, which has no grid."""
+        for key, domain in self.domains.items():
+            if not isinstance(domain, CategoricalDistribution):
+                raise UserError(
+                    f"--searcher grid needs values of {key}, such as --space {key}=a|b|c, not a range"
+                )
+
+    def grid(self, most: int) -> list[dict[str, Any]]:
+        """The first `most` combinations of all values, each with only the keys that have an effect."""
+        return list(itertools.islice(self._combinations(), most))
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""
         of_schedule = {key: domain for key, domain in self.domains.items() if key.startswith("schedule.")}
-        yield from Space(of_schedule, self.base)._combinations(ends, MAX_CORNERS)
+        yield from Space(of_schedule, self.base)._combinations(MAX_CORNERS)
         for key, domain in self.domains.items():
             if key not in of_schedule:
                 yield from ({key: end} for end in ends(domain))
 
     def unused(self) -> list[str]:
         """The keys that have an effect in no trial."""
-        used = {key for point in self._combinations(ends, 1) for key in point}
+        used = {key for point in self._combinations(1) for key in point}
         return [key for key in self.domains if key not in used]
 
     def as_json(self) -> dict[str, Any]:
@@ -97,15 +85,13 @@ class Space:
     def _has_effect(self, key: str, chosen: Mapping[str, Any]) -> bool:
         return key not in kinds.without_effect({**self.base, **chosen})
 
-    def _combinations(
-        self, values_of: Callable[[Domain], tuple[Any, ...]], most: int | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """All combinations of the values of all domains, at most `most` for each combination of kinds."""
+    def _combinations(self, most: int | None = None) -> Iterator[dict[str, Any]]:
+        """All combinations of the ends of all domains, at most `most` for each combination of kinds."""
         choices = [key for key in self.domains if key in kinds.TABLES]
         for names in itertools.product(*(ends(self.domains[key]) for key in choices)):
             chosen = dict(zip(choices, names, strict=True))
             keys = [key for key in self.domains if self._has_effect(key, chosen)]
-            values = [(chosen[key],) if key in chosen else values_of(self.domains[key]) for key in keys]
+            values = [(chosen[key],) if key in chosen else ends(self.domains[key]) for key in keys]
             for point in itertools.islice(itertools.product(*values), most):
                 yield dict(zip(keys, point, strict=True))
 

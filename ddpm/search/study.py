@@ -110,7 +110,7 @@ class Study:
         """The trainings that are left."""
         chosen = self.arguments
         seed = self.spec.config.train.seed
-        finalists = best(self.trials.all(), chosen.metric)[: chosen.finalists]
+        finalists = best(self.trials.all())[: chosen.finalists]
         whole = [trial for trial in finalists if trial.status == "finished"]
         wanted = []
         for other in range(seed + 1, seed + chosen.finalist_seeds):
@@ -130,7 +130,7 @@ class Study:
         chosen = self.arguments
         if chosen.searcher != "grid":
             return None
-        points = self.space.grid(chosen.grid_points, chosen.num_trials + 1)
+        points = self.space.grid(chosen.num_trials + 1)
         if len(points) > chosen.num_trials:
             self.news(
                 f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"
@@ -162,7 +162,7 @@ class Study:
     def _as_optuna_trial(self, trial: Trial) -> optuna.trial.FrozenTrial:
         """A trial that has ended; one that was stopped early has its last value, as OptunaSearch reports it."""
         params = {key: value for key, value in trial.changes.items() if key in self.space.domains}
-        value = trial.value(self.arguments.metric)
+        value = trial.bits_per_dim
         has_failed = trial.status == "failed" or not math.isfinite(value)
         return create_trial(
             state=TrialState.FAIL if has_failed else TrialState.COMPLETE,
@@ -188,7 +188,7 @@ class Study:
             known: Any = SimpleNamespace(trial_id=trial.name)
             scheduler.on_trial_add(None, known)  # type: ignore[arg-type]
             for evaluation in trial.rungs:
-                scheduler.on_trial_result(None, known, result(evaluation, self.spec.metric))  # type: ignore[arg-type]
+                scheduler.on_trial_result(None, known, result(evaluation))  # type: ignore[arg-type]
         return scheduler
 
     def _tune(

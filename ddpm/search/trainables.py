@@ -24,8 +24,7 @@ from ddpm.runs import run_folder
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.run_folder import RunFolder, Search
 from ddpm.runs.settings import differences, run_name
-from ddpm.search.config import Metric
-from ddpm.search.trials import Trial, read_trial, value_of
+from ddpm.search.trials import Trial, read_trial
 from ddpm.training import loop, run_state
 from ddpm.training.fit import Origin, facts, fit
 from ddpm.training.runtime import Runtime
@@ -36,7 +35,7 @@ from ddpm.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 VALUE = "value"
-"""Key of a result: the metric; lower is better."""
+"""Key of a result: bits/dim; lower is better."""
 IMAGES_SEEN = "images_seen"
 """Key of a result: where it was measured."""
 FAILED = "failed"
@@ -56,7 +55,6 @@ class Spec:
     base: Config
     """The preset's own config, from which trials are named."""
     rungs: Rungs
-    metric: Metric
     search: Search
     verbose: bool
 
@@ -71,9 +69,9 @@ class Spec:
         return Origin(self.preset, differences(config, self.base), search=self.search)
 
 
-def result(evaluation: Evaluation, metric: Metric) -> dict[str, Any]:
+def result(evaluation: Evaluation) -> dict[str, Any]:
     """What a trial reports to Tune at a rung."""
-    return {IMAGES_SEEN: evaluation.images_seen, VALUE: value_of(evaluation, metric)}
+    return {IMAGES_SEEN: evaluation.images_seen, VALUE: evaluation.bits_per_dim.value}
 
 
 def failure(error: UserError) -> dict[str, Any]:
@@ -88,12 +86,11 @@ class TrialRuntime(Runtime):
         evaluator = spec.rungs.evaluator
         super().__init__(config, evaluator.train, evaluator.held_out, store)
         self.rungs = spec.rungs
-        self._metric = spec.metric
         self._trial_store = store
 
     def reached(self, rung: Evaluation) -> None:
         self._trial_store.flush()
-        tune.report(result(rung, self._metric))  # raises SystemExit if Tune stops the trial here
+        tune.report(result(rung))  # raises SystemExit if Tune stops the trial here
 
 
 def train_trial(changes: dict[str, Any], spec: Spec) -> None:
@@ -105,7 +102,7 @@ def train_trial(changes: dict[str, Any], spec: Spec) -> None:
         # An equal proposal that is being trained is waited for.
         with DriverLock(run.location, "trial", "--name", log.info, waits=True):
             for at in rung.recorded_at(run.location, config.run.storage_timeout_s):
-                tune.report(result(rung.read(run.location, at, config.run.storage_timeout_s), spec.metric))
+                tune.report(result(rung.read(run.location, at, config.run.storage_timeout_s)))
             trial = read_trial(run.location, config.run.storage_timeout_s)
             if trial is not None and trial.status == "failed":
                 raise UserError(trial.reason)
@@ -176,7 +173,7 @@ class GroupTrial(tune.Trainable):
                 if is_last and training is not None:
                     training.join()  # the last checkpoint
                 evaluation = rung.read(self._run.location, at, self._timeout_s)
-                self._reported.append(result(evaluation, self._spec.metric))
+                self._reported.append(result(evaluation))
                 return {**self._reported[-1], "done": is_last}
             trial = read_trial(self._run.location, self._timeout_s)
             has_ended = trial is not None and trial.status != "running"

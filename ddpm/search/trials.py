@@ -23,7 +23,6 @@ from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
 from ddpm.runs.storage import Location
-from ddpm.search.config import Metric
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
@@ -67,9 +66,10 @@ class Trial:
         """Images seen at its last rung; 0: there is none."""
         return self.last.images_seen if self.last else 0
 
-    def value(self, metric: Metric) -> float:
-        """The metric at its last rung; inf: there is none."""
-        return value_of(self.last, metric) if self.last else math.inf
+    @property
+    def bits_per_dim(self) -> float:
+        """What ranks the trial, at its last rung; inf: there is none."""
+        return self.last.bits_per_dim.value if self.last else math.inf
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,6 @@ class SearchFile:
     format: Literal["ddpm-search/3"]
     search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]
     settings: dict[str, Any]
-
-
-def value_of(evaluation: Evaluation, metric: Metric) -> float:
-    """The metric of a rung; lower is better."""
-    match metric:
-        case "bits_per_dim":
-            return evaluation.bits_per_dim.value
-        case "held_out/loss":
-            return evaluation.held_out_loss
-    return evaluation.train_loss
 
 
 def shown(value: Estimate) -> str:
@@ -236,12 +226,12 @@ def rung_positions(total_images: int, batch_size: int, reduction_factor: int, nu
     return [first * reduction_factor**k for k in range(num_rungs - 1)] + [total]
 
 
-def best(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
+def best(trials: Sequence[Trial]) -> list[Trial]:
     """The search's own finished trials, the best first; if there are none, those with the most images seen."""
     known = [trial for trial in trials if trial.last and trial.status != "failed" and trial.repeats is None]
     farthest = max((trial.images_seen for trial in known), default=0)
     there = [trial for trial in known if trial.images_seen == farthest]
-    return sorted(there, key=lambda trial: trial.value(metric))
+    return sorted(there, key=lambda trial: trial.bits_per_dim)
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def trials(without_finalists: Trials) -> Trials:
 def setup_of(place: Location, base: Config = BASE, drawn_images: int = 100) -> Setup:
     evaluator: Any = SimpleNamespace(held_out=None, train=None)  # no checkpoint is read
     asked = Arguments("digits", GIVEN, features="pixels", drawn_images=drawn_images)
-    settings = {"config": {}, "space": {}, "metric": "bits_per_dim"}
+    settings = {"config": {}, "space": {}}
     return Setup(asked, place, base, SPACE, Rungs((64, 128), evaluator), settings)
 
 
@@ -127,7 +127,7 @@ def test_ranks_ties_and_flags(trials: Trials) -> None:
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
     chosen, *_ = results.remarks(found)
-    assert all(word in chosen for word in ("digits-1", "lowest bits_per_dim", "3 trials", "KID"))
+    assert all(word in chosen for word in ("digits-1", "lowest bits/dim", "3 trials", "KID"))
     lines = "\n".join(results.remarks(found))
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
     assert "The best by bits/dim: digits-1.\n" in lines

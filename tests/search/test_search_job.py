@@ -31,9 +31,9 @@ TINY = """--schedule.num-timesteps 30 --model.base-width 8 --model.width-multipl
 FLAGS = f"""digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
     --finalists 1 --finalist-seeds 2 --drawn-images 40 --features pixels --run.experiment killed
     --space schedule.kind=cosine|linear optim.lr=2e-3|1e30 {TINY}""".split()
-# Two trials. The second has the lower loss at the first rung, so that both are trained to the end.
+# Two trials. The second has the lower bound at the first rung, so that both are trained to the end.
 TWO_TRIALS = f"""digits --name s --searcher grid --num-trials 2 --max-concurrent 1 --num-rungs 2 --num-images 20
-    --finalists 0 --run.experiment deaths --metric train/loss --space optim.lr=1e-6|2e-3 {TINY}""".split()
+    --finalists 0 --run.experiment deaths --space optim.lr=1e-6|2e-3 {TINY}""".split()
 TRIAL = "ray::ImplicitFunc"
 """Title of the process of a trial with one worker."""
 
@@ -181,6 +181,6 @@ def test_a_search_of_few_timesteps_without_tracking(run_job: Callable[..., Any],
 def test_a_user_error_is_one_line_and_nothing_is_written(
     user_error: Callable[..., str], tmp_path: Path
 ) -> None:
-    refused = user_error("search", "digits", "--metric", "train/loss")
-    assert refused.startswith("--metric train/loss ")
+    refused = user_error("search", "digits", "--searcher", "grid")
+    assert refused.startswith("--searcher grid ")
     assert list(tmp_path.iterdir()) == []

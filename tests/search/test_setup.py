@@ -13,7 +13,6 @@ from ddpm.cli import search
 from ddpm.cluster import ray_init, resources
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.diffusion import schedules
 from ddpm.search import search as whole_search
 from ddpm.search import setup
 from ddpm.search.config import Arguments
@@ -30,32 +29,13 @@ def prepared(**changes: Any) -> setup.Setup:
     return setup.prepare(replace(Arguments("digits", config), **changes))
 
 
-def test_the_losses_in_the_error_message_are_those_of_a_perfect_predictor() -> None:
-    """For x_0 ~ N(0, s^2), E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
-
-    def loss(schedule: schedules.Schedule) -> str:
-        kept = schedule.alpha_bar / 4
-        return f"{(kept / (kept + 1 - schedule.alpha_bar)).mean().item():.2f}"
-
-    gentle, steep = (schedules.linear(1000, 1e-4, beta_end) for beta_end in (0.01, 0.04))
-    text = f"a loss of {loss(gentle)} with linear beta_end 0.01, {loss(steep)} with 0.04"
-    assert text + f" and {loss(schedules.cosine(1000))} with cosine" in setup.LOSS_CANNOT_RANK
-
-
-@pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
-def test_a_loss_cannot_be_the_metric_when_schedules_vary(metric: Any) -> None:
-    with pytest.raises(UserError, match=f"--metric {metric}"):
-        prepared(metric=metric)
-    assert prepared(metric=metric, space=LR).settings["metric"] == metric
-
-
 def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     found = prepared(space=LR, name="s", storage=str(tmp_path))
     assert found.rungs.at == (128, 384, 1152)
     assert found.base.train.checkpoint_every_images == 128
     assert found.base.train.keep_checkpoints == 9  # jobs/evaluate.py can evaluate every rung
     assert found.folder.uri == found.base.run.storage == str(tmp_path / "s")
-    assert prepared(space=LR, scheduler="none").rungs.at == (1152,)
+    assert prepared(space=LR, num_rungs=1).rungs.at == (1152,)
     determining = set(found.settings["config"])
     assert not {"run", "cluster", "sample"} & {key.partition(".")[0] for key in determining}
     assert {"train.init_from", "optim.lr"} <= determining and "train.log_every_images" not in determining
@@ -67,6 +47,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "name of a folder": ({"name": "a/b"}, "cannot be a folder's name"),
     "process": ({"objective.process": "uniform_mix"}, "has no bits/dim to search by"),
     "space": ({"space": ("optim.lr=2",) * 2}, "has optim.lr twice"),
+    "grid": ({"searcher": "grid"}, "--searcher grid needs values of optim.lr"),
 }
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from support.processes import REPO
 
 from ddpm.config.json import override
@@ -14,37 +13,24 @@ from ddpm.config.presets import DIGITS, PRESETS
 from ddpm.diffusion import schedules
 from ddpm.search import space
 from ddpm.search.default_space import DEFAULT
-from ddpm.search.space import grid_values
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
 
-def test_the_points_of_a_grid_are_evenly_spaced_on_the_scale_of_the_domain() -> None:
-    assert grid_values(CategoricalDistribution(("a", "b")), 5) == ("a", "b")
-    assert grid_values(FloatDistribution(1.0, 3.0), 3) == (1.0, 2.0, 3.0)
-    assert grid_values(FloatDistribution(1e-4, 1e-2, log=True), 1) == pytest.approx((1e-3,))
-    assert grid_values(IntDistribution(1, 3), 7) == (1, 2, 3)
-    assert grid_values(IntDistribution(10, 1000, log=True), 3) == (10, 100, 1000)
-
-
 def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
-    flags = ["schedule.kind=linear|cosine", "schedule.beta_end=log(0.01,0.04)", "optim.lr=log(1e-4,1e-2)"]
-    found = space.parse(flags, DIGITS).grid(3)
+    flags = ["schedule.kind=linear|cosine", "schedule.beta_end=0.01|0.02|0.04", "optim.lr=1e-4|1e-3|1e-2"]
+    found = space.parse(flags, DIGITS).grid(100)
     linear = [point for point in found if point["schedule.kind"] == "linear"]
     cosine = [point for point in found if point["schedule.kind"] == "cosine"]
     assert (len(linear), len(cosine)) == (9, 3)
-    assert sorted({round(point["schedule.beta_end"], 9) for point in linear}) == [0.01, 0.02, 0.04]
+    assert {point["schedule.beta_end"] for point in linear} == {0.01, 0.02, 0.04}
     assert all(set(point) == {"schedule.kind", "optim.lr"} for point in cosine)
-    assert space.parse(flags, DIGITS).grid(4000, most=5)[-1] == {
-        "schedule.kind": "linear",
-        "schedule.beta_end": pytest.approx(0.01),
-        "optim.lr": pytest.approx(1e-4, rel=0.01),
-    }
+    assert space.parse(flags, DIGITS).grid(5) == found[:5]
 
 
 def test_a_key_of_another_choice_is_varied_only_where_it_is_read() -> None:
-    flags = ["objective.min_snr_gamma=uniform(1,5)", "objective.weight=simple|min_snr", "optim.lr=1e-3|1e-4"]
-    points = space.parse(flags, DIGITS).grid(2)
+    flags = ["objective.min_snr_gamma=1|5", "objective.weight=simple|min_snr", "optim.lr=1e-3|1e-4"]
+    points = space.parse(flags, DIGITS).grid(100)
     of_simple = [point for point in points if point["objective.weight"] == "simple"]
     assert (len(points), len(of_simple)) == (6, 2)
     assert all(("objective.min_snr_gamma" in point) == (point not in of_simple) for point in points)
@@ -79,7 +65,7 @@ def test_random_trials_have_only_the_keys_of_their_kind() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_default_space_fits_every_preset(preset: str) -> None:
-    assert space.parse(DEFAULT, PRESETS[preset]).has_schedule
+    assert "schedule.kind" in space.parse(DEFAULT, PRESETS[preset]).domains
 
 
 def test_the_documented_minimum_noise_is_true() -> None:

@@ -27,6 +27,13 @@ from ddpm.utils.errors import UserError
 
 RUNGS = (128, 384, 1152)
 NUM_TRIALS = 16
+GRID = (
+    "schedule.kind=linear|cosine",
+    "schedule.beta_end=0.01|0.04",
+    "schedule.num_timesteps=200|500|1000",
+    "optim.lr=1e-4|1e-3",
+)
+"""Of 18 points."""
 BROKEN = 4
 """The number of the trial that fails."""
 
@@ -121,7 +128,7 @@ def search(
     found = Simulated(
         arguments=replace(Arguments("digits", config), **chosen),
         space=space_of(flags),
-        spec=Spec(config, "digits", DIGITS, Rungs(rungs, evaluator), "bits_per_dim", Search("s", "k"), False),
+        spec=Spec(config, "digits", DIGITS, Rungs(rungs, evaluator), Search("s", "k"), False),
         trials=Trials(place, {}),
         publisher=silent,
         reserved={},
@@ -167,7 +174,7 @@ def test_trials_are_named_by_what_they_vary(undisturbed: list[Trial], tmp_path: 
 
 
 def test_a_grid_killed_after_any_rung_ends_the_same(tmp_path: Path) -> None:
-    whole = search(tmp_path / "whole", searcher="grid", grid_points=2)
+    whole = search(tmp_path / "whole", GRID, searcher="grid")
     expected = outcomes(whole.trials.all())
     total = sum(whole.trained.values())
     assert len(expected) == NUM_TRIALS and set(whole.trained.values()) == {1}
@@ -176,7 +183,7 @@ def test_a_grid_killed_after_any_rung_ends_the_same(tmp_path: Path) -> None:
         killed = True
         while killed:
             try:
-                last = search(folder, searcher="grid", grid_points=2, max_rungs=cut)
+                last = search(folder, GRID, searcher="grid", max_rungs=cut)
                 killed = False
             except DriverKilled:
                 pass
@@ -205,7 +212,7 @@ def test_what_has_ended_is_told_to_optuna_and_asha(undisturbed: list[Trial], tmp
     for trial, told in zip(ended, study.trials, strict=True):
         assert told.params == trial.changes
         assert told.state.name == ("FAIL" if trial.status == "failed" else "COMPLETE")
-        assert told.value == (None if trial.status == "failed" else trial.value("bits_per_dim"))
+        assert told.value == (None if trial.status == "failed" else trial.bits_per_dim)
     scheduler: Any = found._scheduler(ended)
     bad: Any = SimpleNamespace(trial_id="bad")
     scheduler.on_trial_add(None, bad)
@@ -225,11 +232,11 @@ def test_an_equal_proposal_is_not_trained_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("searcher", ["random", "grid"])
 def test_random_and_grid_search_without_asha(tmp_path: Path, searcher: Any) -> None:
-    found = search(tmp_path, searcher=searcher, grid_points=2, rungs=RUNGS[-1:]).trials.all()
+    flags = GRID if searcher == "grid" else DEFAULT
+    found = search(tmp_path, flags, searcher=searcher, rungs=RUNGS[-1:]).trials.all()
     assert Counter(trial.status for trial in found) == {"finished": NUM_TRIALS - 1, "failed": 1}
     if searcher == "grid":
-        points = space_of(DEFAULT).grid(2)[:NUM_TRIALS]
-        assert [trial.changes for trial in found] == points
+        assert [trial.changes for trial in found] == space_of(GRID).grid(NUM_TRIALS)
 
 
 def test_a_finished_search_can_be_extended(tmp_path: Path) -> None:

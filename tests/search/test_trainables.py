@@ -39,7 +39,6 @@ def trial(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> GroupTrial:
         preset="digits",
         base=DIGITS,
         rungs=Rungs(RUNGS, evaluator),
-        metric="bits_per_dim",
         search=Search("s", "k"),
         verbose=False,
     )

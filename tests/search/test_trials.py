@@ -16,7 +16,7 @@ from ddpm.search import trials
 from ddpm.search.trials import Trials, rung_positions
 from ddpm.utils.errors import UserError
 
-SETTINGS = {"metric": "bits_per_dim", "rungs": [64, 192], "space": {"optim.lr": {"low": 1e-4}}}
+SETTINGS = {"searcher": "optuna", "rungs": [64, 192], "space": {"optim.lr": {"low": 1e-4}}}
 SCORE = Score("KID-pixels", 0.02, 0.001, 100)
 
 
@@ -53,7 +53,7 @@ def test_a_new_driver_finds_every_trial_and_its_outcome(place: Location) -> None
     first, second, third = after.all()
     assert (first.changes, first.status, first.wall_s, first.score) == (changes, "finished", 2.5, SCORE)
     assert [evaluation.images_seen for evaluation in first.rungs] == [64, 192]
-    assert first.value("bits_per_dim") == pytest.approx(2.5)
+    assert first.bits_per_dim == pytest.approx(2.5)
     assert (second.status, second.reason, second.rungs) == ("failed", "its process died", ())
     assert (third.status, third.repeats, third.number) == ("running", "digits-a", 2)
     assert after.begin("digits-b", {}) == second  # it has ended, and stays so
@@ -62,8 +62,8 @@ def test_a_new_driver_finds_every_trial_and_its_outcome(place: Location) -> None
 
 def test_another_setting_is_another_search(place: Location) -> None:
     Trials(place, SETTINGS)
-    with pytest.raises(UserError, match="metric"):
-        Trials(place, {**SETTINGS, "metric": "train/loss"})
+    with pytest.raises(UserError, match="searcher"):
+        Trials(place, {**SETTINGS, "searcher": "grid"})
     assert Trials(place, None).key == Trials(place, SETTINGS).key
 
 
@@ -110,4 +110,4 @@ def test_the_best_are_finished_trials_of_the_search_itself(place: Location) -> N
         found.begin(name, {}, repeats)
         add_rung(place, name, 64, mean)
         found.end(name, status)  # type: ignore[arg-type]
-    assert [trial.name for trial in trials.best(found.all(), "bits_per_dim")] == ["c", "a"]
+    assert [trial.name for trial in trials.best(found.all())] == ["c", "a"]

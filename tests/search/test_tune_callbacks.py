@@ -51,7 +51,6 @@ def test_a_trial_that_an_interruption_stops_has_not_ended(tmp_path: Path, is_int
             preset="digits",
             base=DIGITS,
             rungs=Rungs((64, 192), evaluator),
-            metric="bits_per_dim",
             search=Search("s", "k"),
             verbose=False,
         ),
