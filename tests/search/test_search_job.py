@@ -33,7 +33,7 @@ FLAGS = f"""digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --
     --space schedule.kind=cosine|linear optim.lr=2e-3|1e30 {TINY}""".split()
 # Two trials. The second has the lower bound at the first rung, so that both are trained to the end.
 TWO_TRIALS = f"""digits --name s --searcher grid --num-trials 2 --max-concurrent 1 --num-rungs 2 --num-images 20
-    --finalists 0 --run.experiment deaths --space optim.lr=1e-6|2e-3 {TINY}""".split()
+    --finalists 0 --run.experiment deaths --space optim.lr=2e-3|1e-6 {TINY}""".split()
 TRIAL = "ray::ImplicitFunc"
 """Title of the process of a trial with one worker."""
 
