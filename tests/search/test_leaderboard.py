@@ -160,7 +160,7 @@ def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None
     table = pq.read_table(io.BytesIO(results.parquet(rows))).to_pylist()
     assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "digits-0"
     assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
-    assert plots.parallel(trials.all(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
+    assert plots.parallel(trials.all(), SPACE.domains).startswith(b"\x89PNG")
 
 
 def test_kid_of_more_images_than_it_compares_is_known(trials: Trials) -> None:
@@ -261,8 +261,8 @@ def test_plots(trials: Trials) -> None:
     shown = trials.all()
     one = Trial("digits", 0, {}, status="finished", rungs=shown[0].rungs)
     rendered = [
-        plots.parallel(shown, SPACE.domains, "bits_per_dim"),
-        plots.parallel([one], {}, "bits_per_dim"),
+        plots.parallel(shown, SPACE.domains),
+        plots.parallel([one], {}),
         plots.scatter(shown),
     ]
     assert all(png.startswith(b"\x89PNG") for png in rendered)
@@ -294,7 +294,6 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
     client = MlflowClient(tracking_uri())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
-    assert run.data.params["search.metric"] == "bits_per_dim"
     assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.375)
     assert run.data.tags["mlflow.source.name"] == "ddpm search"
     assert run.data.tags["mlflow.note.content"] == Path(place.path, "results.md").read_text()

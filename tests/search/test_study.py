@@ -249,7 +249,7 @@ def test_a_finished_search_can_be_extended(tmp_path: Path) -> None:
 def test_finalists_are_trained_again_with_other_seeds(tmp_path: Path) -> None:
     """Also if the search is killed meanwhile; they run to the end."""
     own = search(tmp_path, finalists=2).trials.all()
-    best = sorted((t for t in own if t.status == "finished"), key=lambda t: t.value("bits_per_dim"))[:2]
+    best = sorted((t for t in own if t.status == "finished"), key=lambda t: t.bits_per_dim)[:2]
     with pytest.raises(DriverKilled):
         search(tmp_path, finalists=2, finalist_seeds=3, max_rungs=4)
     found = search(tmp_path, finalists=2, finalist_seeds=3).trials.all()
