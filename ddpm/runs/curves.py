@@ -150,7 +150,7 @@ def _files(run: Location) -> list[Part]:
     found = [Part(int(match["first"]), int(match["end"]), file) for match, file in named]
     before = run.child(FILE_0_1)
     if before.exists():
-        found.append(Part(0, _num_rows(before), before))
+        found.append(Part(0, _read_file(before).num_rows, before))
     return found
 
 
@@ -186,13 +186,6 @@ def _read_parts(
     wanted = [part for part in parts if part.end > first]
     with ThreadPoolExecutor(READERS) as pool:
         return pa.concat_tables([SCHEMA.empty_table(), *pool.map(read_part, wanted)])
-
-
-def _num_rows(file: Location) -> int:
-    try:
-        return _read_file(file).num_rows
-    except UserError:  # reading it reports the damage
-        return 1
 
 
 def _read_file(file: Location) -> pa.Table:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray.train
 import ray.util
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm.cluster import ray_init, resources
 from ddpm.config.tree import Config
@@ -20,7 +22,7 @@ from ddpm.evaluation.rung import Rungs
 from ddpm.runs.run_folder import RunFolder
 from ddpm.training import loop, run_state
 from ddpm.training.failures import RestartPolicy
-from ddpm.training.run_state_client import RunStateClient
+from ddpm.training.run_state import RunState
 from ddpm.training.store import RunStore
 from ddpm.training.worker import RayRuntime
 from ddpm.utils import devices, exits
@@ -38,6 +40,40 @@ class Task:
     run: RunFolder
     rungs: Rungs | None
     """Where the loop measures what ranks the trials of a search; None: the run is no trial."""
+
+
+class RunStateClient:
+    """A RunState, started on this node. Calls raise one of failures.DEATHS once it has died.
+
+    Attributes:
+        actor: the RunState, for controller and workers.
+        values: all values by subject, as they were read last.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.actor = _start_run_state({})
+
+    def set(self, subject: str, value: Any) -> None:
+        """`RunState.set`."""
+        ray.get(self.actor.set.remote(subject, value))
+        self.values[subject] = value
+
+    def snapshot(self) -> dict[str, Any]:
+        """All values by subject."""
+        self.values = ray.get(self.actor.snapshot.remote())
+        return dict(self.values)
+
+    def renew(self, changes: Mapping[str, Any]) -> None:
+        """Start another RunState, with the values that were read last, and with `changes`."""
+        self.values = {**self.values, **changes}
+        self.actor = _start_run_state(self.values)
+
+
+def _start_run_state(values: Mapping[str, Any]) -> Any:
+    """Create a RunState on this node; it lives at most as long as this process."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(RunState).options(scheduling_strategy=here).remote(values)
 
 
 class WorkerGroup:

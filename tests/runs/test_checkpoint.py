@@ -73,27 +73,6 @@ def test_a_changed_byte_is_detected(folder: Path, tiny: Config, name: str) -> No
         State.create(tiny, CPU).restore(folder, tiny)
 
 
-def test_a_checkpoint_is_hashed_once_unless_it_changes(
-    folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed = list[str]()
-    sha256 = checkpoint._sha256
-
-    def counted(path: Path) -> str:
-        hashed.append(path.name)
-        return sha256(path)
-
-    monkeypatch.setattr(checkpoint, "_sha256", counted)
-    checkpoint.verify(folder)
-    State.create(tiny, CPU).restore(folder, tiny)
-    checkpoint.load_net(folder)
-    assert len(hashed) == len(set(hashed)) == 5
-    file = folder / "state.json"
-    file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"state\.json is damaged"):
-        checkpoint.verify(folder)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [("ema.safetensors", r"ema\.safetensors is missing"), ("checksums.json", "is not a checkpoint")],
