@@ -106,7 +106,7 @@ class RunStore:
             self._images_seen = at
             self._retry(lambda: checkpoint_manager.clean_up(run), run)
             self._read_curves(at)
-            before = self._read(lambda: run_folder.read_status(run), None)
+            before = self._read_status()
             if before is not None:
                 reached = max(reached, before.images_seen)
                 self._images_lost = before.images_lost
@@ -207,15 +207,15 @@ class RunStore:
         self._rows = []
         return taken
 
-    def _read(self, read: Callable[[], T], otherwise: T) -> T:
-        """The result of `read`; `otherwise` if the file is damaged."""
+    def _read_status(self) -> Status | None:
+        """status.json of the run; None: there is none, or it is damaged."""
         try:
-            return self._retry(read, self._location)
+            return self._retry(lambda: run_folder.read_status(self._location), self._location)
         except StorageError:
             raise
         except UserError as error:
             self.warn(f"{error}; it will be rewritten from {self._images_seen} images on")
-            return otherwise
+            return None
 
     def _retry(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
         return checkpoint_manager.retry_in_folder(call, where, min(self._timeout_s, most_s), self.warn)
