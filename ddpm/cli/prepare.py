@@ -46,7 +46,7 @@ def main() -> None:
     job_folder.set_home()
     location = resolve(arguments.uri)
     drop = arguments.drop_duplicates
-    source = prepare.as_prepared(arguments.source, location, drop)
+    source = arguments.source
     existing = prepare.find(source, location, drop=drop)
     print(f"data set    {printable(location.uri)}{' exists already' if existing else ''}")
     skipped = getattr(source, "skipped", "")
