@@ -67,8 +67,6 @@ def main() -> None:
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")
-    if not existing and hasattr(source, "statistics"):
-        print(f"files       {source.statistics()}")
     for line in duplicates.report(source, location, manifest, drop):
         print(line)
     print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")

@@ -97,7 +97,6 @@ def _prepare(
         manifest = preparing.result()
     if not is_new or not isinstance(source, Folder):
         return
-    print(f"files       {source.statistics()}", flush=True)
     if connect is None:
         _report_duplicates(source, location, manifest)
     else:  # while workers start

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ddpm.data.row_group import Labels
 from ddpm.data.sources.image_folder import PARTS, ImageFile, ImageFiles, Listing, list_files
-from ddpm.data.sources.sources import MAX_EXAMINED, divide
+from ddpm.data.sources.sources import divide
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
@@ -69,11 +69,6 @@ class HuggingFace(ImageFiles):
         if not self.path.exists():
             identity["path"] = str(self.path)  # with the sizes of its splits, the name identifies it
         return identity
-
-    def statistics(self) -> str:
-        if sum(self.splits.values()) > MAX_EXAMINED:  # all images would be read once more
-            return f"sizes not counted: there are more than {MAX_EXAMINED:,} images"
-        return super().statistics()
 
     def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
         """The images of `rows`, which must ascend."""

@@ -13,12 +13,11 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -109,30 +108,6 @@ class ImageFiles(Square, ABC):
         part, rows = self._rows[split]
         return store(self._image_files(part, rows[start:stop]), self.size, self.channels, self.encoding)
 
-    def statistics(self) -> str:
-        """The most common sizes and modes of the images; those that cannot be read do not count."""
-        sizes = Counter[str]()
-        modes = Counter[str]()
-        num_small = 0
-        num_long = 0
-        for data in self._opened():
-            with contextlib.suppress(Exception), open_image(data, FORMATS) as image:
-                sizes[f"{image.width}x{image.height}"] += 1
-                modes[image.mode] += 1
-                num_small += min(image.size) < self.size
-                num_long += max(image.size) > 2 * min(image.size)
-        return (
-            f"{_most_common(sizes)} ({len(sizes):,} sizes); {_most_common(modes)}; "
-            f"{num_small:,} smaller than {self.size}, {num_long:,} longer than 2:1"
-        )
-
-    def _opened(self) -> Iterator[BinaryIO]:
-        """The image files of all parts, as far as they can be read."""
-        for part, rows in self._rows.values():
-            for file in self._image_files(part, rows):
-                if isinstance(file.content, bytes):
-                    yield io.BytesIO(file.content)
-
     @property
     def _top(self) -> Path:
         """The folder that the names of files start from."""
@@ -210,11 +185,6 @@ class Folder(ImageFiles):
         """The name of an image's file."""
         part, rows = self._rows[split]
         return str(self._files[part][rows[index]])
-
-    def _opened(self) -> Iterator[BinaryIO]:
-        for file in self._all_files:
-            with contextlib.suppress(OSError), file.open("rb") as data:
-                yield data  # only the header is read
 
     def probe(self, most: int) -> tuple[int, Literal[1, 3]]:
         """The median of the shorter sides of at most `most` images, and 1 channel if all of them are grey, else 3."""
@@ -338,10 +308,6 @@ def read_file(path: Path, label: int | None = None) -> ImageFile:
         return ImageFile(files.read_whole(path, MAX_FILE_BYTES), str(path), label)
     except (OSError, UserError) as error:
         return ImageFile(error, str(path), label)
-
-
-def _most_common(counter: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {key}" for key, count in counter.most_common(3))
 
 
 def digest_of_files(root: Path, paths: Iterable[Path]) -> str:

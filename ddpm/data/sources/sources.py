@@ -29,7 +29,7 @@ MOST_OF_FEW = 100
 LEAST_HELD_OUT = 20
 """Images that an evaluation needs; 100 images have so many held out."""
 MAX_EXAMINED = 500_000
-"""More images are not searched for duplicates, nor are those of Parquet files counted by size: it takes minutes."""
+"""More images are not searched for duplicates: it takes minutes."""
 DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
 
