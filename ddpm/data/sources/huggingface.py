@@ -4,7 +4,6 @@
 a data set.
 """
 
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from ddpm.data.row_group import Labels
-from ddpm.data.sources.image_folder import PARTS, ImageFile, ImageFiles, Listing, list_files
+from ddpm.data.sources.image_folder import PARTS, ImageFile, ImageFiles, list_files
 from ddpm.data.sources.sources import divide
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
 MAX_CLASSES = 100_000
+SUFFIXES = (".parquet", ".arrow", ".json")
+"""Files of a data set in a folder; their names and sizes identify it."""
 ROWS_AT_ONCE = 256
 """Rows that are in memory while images are read one by one."""
 SAVED = ("dataset_dict.json", "state.json")
@@ -30,9 +31,9 @@ SAVED = ("dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class HuggingFace(ImageFiles):
-    """Images of a Hugging Face data set: Parquet files, what save_to_disk wrote, or a name on the hub. A Parquet file
-    called train-..., test-... or validation-... (or in a folder of that name) belongs to that split. Parquet files are
-    copied into the cache of Hugging Face's datasets (HF_HOME)."""
+    """Images of a Hugging Face data set: Parquet files, what save_to_disk wrote, or a name on the hub. Hugging Face's
+    datasets takes the splits of a folder from the names in it (train-..., test/...), and copies Parquet files into its
+    cache (HF_HOME)."""
 
     image_column: str = "image"
     label_column: str | None = "label"
@@ -88,34 +89,10 @@ class HuggingFace(ImageFiles):
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def _is_saved(self) -> bool:
-        return any((self.path / name).is_file() for name in SAVED)
-
-    @cached_property
-    def _listing(self) -> Listing:
+    def _all_files(self) -> list[Path]:
         if self.path.is_dir():
-            return list_files(self.path, {".arrow", ".json"} if self._is_saved else {".parquet"})
-        files = [self.path] if self.path.exists() else []  # a name on the hub has no files here
-        return Listing(files, [])
-
-    @property
-    def _skipped(self) -> list[Path]:
-        return self._listing.others
-
-    @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        """The files of each part; "train" for a name without a part."""
-        parts: dict[str, list[Path]] = {}
-        for file in sorted(self._listing.files):
-            part = "train" if self._is_saved else _part_of(file.relative_to(self._top))
-            parts.setdefault(part, []).append(file)
-        is_name = not self.path.exists() and not self.path.is_absolute() and self.path.suffix != ".parquet"
-        if not parts and not is_name:
-            raise UserError(
-                f"{self.path} is neither a Parquet file or a folder of them, nor a data set that save_to_disk wrote, "
-                "nor a name on the Hugging Face hub"
-            )
-        return parts
+            return list_files(self.path, SUFFIXES).files
+        return [self.path] if self.path.exists() else []  # a name on the hub has no files here
 
     @cached_property
     def _data(self) -> dict[str, Any]:
@@ -129,16 +106,18 @@ class HuggingFace(ImageFiles):
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        files = {part: [str(file) for file in files] for part, files in self._files.items()}
         try:
-            if self._is_saved:
+            if any((self.path / name).is_file() for name in SAVED):
                 loaded = datasets.load_from_disk(self.path)
-            elif files:
-                loaded = datasets.load_dataset("parquet", data_files=files)
+            elif self.path.is_file():
+                loaded = datasets.load_dataset("parquet", data_files=str(self.path))
             else:
-                loaded = datasets.load_dataset(str(self.path))  # a name on the hub
+                loaded = datasets.load_dataset(str(self.path))
         except Exception as error:  # of many types, for example of pyarrow and of httpx
-            raise UserError(f"cannot read {self.path}: {error_line(error)}") from None
+            raise UserError(
+                f"cannot read {self.path}: {error_line(error)}; it must be a Parquet file or a folder of them, what "
+                "save_to_disk wrote, or a name on the Hugging Face hub"
+            ) from None
         if not isinstance(loaded, dict):
             loaded = {"train": loaded}
         data = {PARTS.get(split, split): self._checked(part) for split, part in loaded.items()}
@@ -180,12 +159,3 @@ class HuggingFace(ImageFiles):
         # In the data set's order, so that a range of rows lies together; Hugging Face's sets are shuffled.
         splits = divide(sizes, self.seed, self.held_out_images)
         return {split: (part, np.sort(rows)) for split, (part, rows) in splits.items()}
-
-
-def _part_of(file: Path) -> str:
-    """The part of "data/train-00000-of-00002.parquet" or "default/train/0000.parquet"."""
-    for name in reversed(file.parts):
-        first = re.split(r"[-_.]", name)[0]
-        if first in PARTS:
-            return PARTS[first]
-    return "train"

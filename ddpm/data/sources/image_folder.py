@@ -90,15 +90,6 @@ class ImageFiles(Square, ABC):
     def splits(self) -> dict[str, int]:
         return {split: len(rows) for split, (_, rows) in self._rows.items()}
 
-    @property
-    def skipped(self) -> str:
-        """Number and first names of the files that are not read, "5 other files, such as a, b.txt, c"; empty: none."""
-        names = sorted(path.relative_to(self._top).as_posix() for path in self._skipped)
-        if not names:
-            return ""
-        counted = "1 other file" if len(names) == 1 else f"{len(names):,} other files"
-        return f"{counted}, such as {printable(', '.join(names[:NAMES_SHOWN]))}"
-
     def identity(self) -> dict[str, Any]:
         found = asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}
         del found["held_out_images"]  # the sizes of the splits tell it
@@ -115,17 +106,8 @@ class ImageFiles(Square, ABC):
 
     @property
     @abstractmethod
-    def _files(self) -> dict[str, list[Path]]:
-        """The files of each part, sorted."""
-
-    @property
     def _all_files(self) -> list[Path]:
-        return [file for of_part in self._files.values() for file in of_part]
-
-    @property
-    @abstractmethod
-    def _skipped(self) -> list[Path]:
-        """Files that are not read."""
+        """The files that hold the images."""
 
     @property
     @abstractmethod
@@ -181,6 +163,15 @@ class Folder(ImageFiles):
             file = self._files[part][row]
             yield read_file(file, labels.get(file.relative_to(self._folders[part]).parts[0]))
 
+    @property
+    def skipped(self) -> str:
+        """Number and first names of the files that are not read, "5 other files, such as a, b.txt, c"; empty: none."""
+        names = sorted(path.relative_to(self.path).as_posix() for path in self._skipped)
+        if not names:
+            return ""
+        counted = "1 other file" if len(names) == 1 else f"{len(names):,} other files"
+        return f"{counted}, such as {printable(', '.join(names[:NAMES_SHOWN]))}"
+
     def name_of(self, split: str, index: int) -> str:
         """The name of an image's file."""
         part, rows = self._rows[split]
@@ -231,7 +222,12 @@ class Folder(ImageFiles):
         return {part: list_files(folder, SUFFIXES) for part, folder in self._folders.items()}
 
     @property
+    def _all_files(self) -> list[Path]:
+        return [file for of_part in self._files.values() for file in of_part]
+
+    @property
     def _skipped(self) -> list[Path]:
+        """Files that are not read."""
         skipped = [path for listing in self._listings.values() for path in listing.others]
         folders = self._folders.values()
         if self.path not in folders:
@@ -240,6 +236,7 @@ class Folder(ImageFiles):
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
+        """The files of each part, sorted."""
         return {part: sorted(listing.files) for part, listing in self._listings.items()}
 
     @cached_property

@@ -61,7 +61,6 @@ def test_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     source = HuggingFace(tmp_path, size=8)
     assert source.splits == {"train": 7, "test": 1} and source.class_names == ("cat", "dog")
-    assert source.skipped == "1 other file, such as README.md"
     labels = ["cat", "dog", "cat", "dog", "cat", "dog", "dog"]
     assert content(source, "train") == list(enumerate(labels))
     assert content(source, "test") == [(7, "dog")]
@@ -71,8 +70,8 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
-def test_the_data_set_of_the_same_files_is_that_of_earlier_versions(tmp_path: Path) -> None:
-    """Data sets that were prepared by them are found."""
+def test_the_identity_never_changes(tmp_path: Path) -> None:
+    """Data sets that were prepared earlier are found."""
     write_parquet(tmp_path / "data/train.parquet", [*range(5)], [0, 1, 0, 1, 0], NAMES)
     source = HuggingFace(tmp_path, size=8)
     identity = source.identity()
@@ -153,7 +152,7 @@ def test_images_outside_the_data_set_are_not_read(tmp_path: Path) -> None:
 
 def test_unsuitable_data_is_a_user_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", Path("absent.parquet")):
-        with pytest.raises(UserError, match="is neither a Parquet file"):
+        with pytest.raises(UserError, match=r"^cannot read .*; it must be a Parquet file"):
             HuggingFace(path, size=8)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
