@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import tyro
 
 from ddpm.cli import parsing
-from ddpm.data.sources import catalog
+from ddpm.config import kinds
 
 if TYPE_CHECKING:
     from ddpm.runs.storage import Location
@@ -35,8 +35,9 @@ class Arguments(Generic[S]):
 
 
 def main() -> None:
-    name = parsing.chosen("SOURCE", dict.fromkeys(catalog.names(), ""), __doc__, catalog.FIELD)
-    kind: Any = Arguments[catalog.kind_of(name)]  # type: ignore[valid-type, misc]
+    field = "data.source"
+    name = parsing.chosen("SOURCE", dict.fromkeys(kinds.names(field), ""), __doc__, field)
+    kind: Any = Arguments[kinds.find(field, name).load()]  # type: ignore[valid-type, misc]
     arguments: Any = parsing.parse(kind, __doc__, sys.argv[2:])
     from ddpm.cluster import job_folder  # after parsing, so that --help and errors come at once
     from ddpm.data import duplicates, prepare

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from support import examples
 
+from ddpm.config import kinds
 from ddpm.data.manifest import MANIFEST
-from ddpm.data.sources import catalog
 
 glyphs = examples.load("glyphs", "ddpm_glyphs")
 
@@ -41,9 +41,9 @@ def test_a_range_is_a_slice_of_the_whole() -> None:
 
 
 def test_it_is_registered_where_its_folder_is_on_the_path(on_path: Callable[[str], None]) -> None:
-    assert "glyphs" not in catalog.names()
+    assert not kinds.is_known("data.source", "glyphs")
     on_path("glyphs")
-    assert "glyphs" in catalog.names() and catalog.kind_of("glyphs") is glyphs.Glyphs
+    assert kinds.find("data.source", "glyphs").load() is glyphs.Glyphs
 
 
 def test_it_is_prepared_from_the_command_line(run_job: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,23 +1,10 @@
-"""The sources by name (ddpm/config/kinds.py)."""
+"""The source that a configuration names (ddpm/config/kinds.py)."""
 
 import inspect
-from typing import Any
 
 from ddpm.config import kinds
 from ddpm.data.sources.sources import Source
 from ddpm.utils.errors import UserError
-
-FIELD = "data.source"
-
-
-def names() -> list[str]:
-    """The names of all sources."""
-    return kinds.names(FIELD)
-
-
-def kind_of(name: str) -> Any:
-    """The class of the source called `name`."""
-    return kinds.find(FIELD, name).load()
 
 
 def named(name: str | None) -> Source:
@@ -26,7 +13,7 @@ def named(name: str | None) -> Source:
         raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
     key, _, dataset = name.partition(":")
     options = {"dataset": dataset} if dataset else {}
-    kind = kind_of(key)
+    kind = kinds.find("data.source", key).load()
     try:
         inspect.signature(kind).bind(**options)
     except TypeError:
