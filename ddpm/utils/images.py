@@ -71,8 +71,6 @@ def grid(images: Pixels, columns: int | None = None, captions: Sequence[str] = (
     tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     if columns is None:
         columns = math.ceil(math.sqrt(len(tiles)))
-    if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be 1, 2, ...")
     height = tiles.shape[1] + PADDING
     width = tiles.shape[2] + PADDING
     rows = math.ceil(len(tiles) / columns)
@@ -83,10 +81,6 @@ def grid(images: Pixels, columns: int | None = None, captions: Sequence[str] = (
         picture[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     if not captions:
         return picture
-    if len(captions) != columns:
-        raise ValueError(
-            f"there are {len(captions)} captions; there must be one for each of {columns} columns"
-        )
     return np.concatenate([_header(captions, width), picture])
 
 
@@ -100,8 +94,6 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     Returns:
         uint8 [H', W', 3].
     """
-    if len({row.shape for row in rows}) != 1:
-        raise ValueError(f"rows have shapes {[row.shape for row in rows]}; they must be alike, at least one")
     return grid(np.concatenate(rows), len(rows[0]), captions)
 
 
