@@ -69,8 +69,6 @@ def _line(error: Any, kind: Any, within: str) -> str:
             return f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
         case "missing":
             return f"{inside}it lacks {key!r}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            return f"{where} has no known {first['ctx']['discriminator']}"
         case "unexpected_keyword_argument" | "extra_forbidden":
             for parent in first["loc"][:-1]:
                 kind = typing.get_type_hints(kind).get(parent) if dataclasses.is_dataclass(kind) else None
