@@ -170,12 +170,20 @@ def fix_buckets(
     """
     if world_size <= 2:
         return
+    with forward(model, num_images, is_last=True):
+        _empty_pass(model, num_images, loss_of, config, layers)
+    model.zero_grad(set_to_none=True)
+
+
+def _empty_pass(
+    model: nn.Module, num_images: int, loss_of: LossOf, config: Config, layers: Sequence[Dropout]
+) -> None:
+    """A forward and backward pass of empty images."""
     net = config.model
     device = next(model.parameters()).device
     x_0 = torch.zeros(num_images, net.channels, net.image_size, net.image_size, device=device)
     label = torch.zeros(num_images, dtype=torch.int64, device=device) if net.num_classes else None
     keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)
     noise = generator(device, config.train.seed, Purpose.TRAIN)
-    with forward(model, num_images, is_last=True), dropout.keyed(layers, keys):
+    with dropout.keyed(layers, keys):
         loss_of(model, x_0, label, noise, 1.0).value.backward()
-    model.zero_grad(set_to_none=True)
