@@ -1,5 +1,6 @@
 """Nets that come with the package, and model cards."""
 
+import json
 import re
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def test_a_card_has_data_training_and_the_scores_of_the_newest_checkpoint(
     tmp_path: Path, digits_uri: str
 ) -> None:
     run = evaluated.make_run(tmp_path, digits_uri, override(evaluated.CONFIG, {"data.source": "digits"}))
-    tags = {"command": "python x.py\n- licence: free", "version.ddpm": "0.1.0"}
-    run_folder.write_status(run.location, run_folder.Status("FINISHED", 192, 0, 1.5, tags=tags))
+    facts = {"command": "python x.py\n- licence: free", "versions": {"version.ddpm": "0.1.0"}}
+    file = run.location.child(run_folder.CARD)
+    file.write(json.dumps(json.loads(file.read()) | facts).encode())
+    run_folder.write_status(run.location, run_folder.Status("FINISHED", 192, 0, 1.5))
     for i, images_seen in ((1, 192), (7, 128)):
         result = reported.result(i, reported.drawn(i), run_key=run.key, images_seen=images_seen)
         file = run.location.child(run_folder.EVALUATIONS).child(f"{i}.json")
