@@ -138,14 +138,16 @@ class Report:
 
     def to_json(self) -> str:
         """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
-        saved = _Saved("ddpm-evaluation/1", dict(self.settings), self.results)
+        saved = _Saved("ddpm-evaluation/2", dict(self.settings), self.results)
         pictures = {"checkpoints": {"__all__": {"drawn": {"nearest"}}}}
         return TypeAdapter(_Saved).dump_json(saved, indent=2, exclude=pictures).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
         """The report that `to_json` wrote, without pictures."""
-        saved = strict_json.parse(_Saved, text, f"{where} is not a result of ddpm evaluate", extra="ignore")
+        saved = strict_json.parse(
+            _Saved, text, f"{where} is not a result of this version's ddpm evaluate", extra="ignore"
+        )
         return cls(saved.settings, saved.checkpoints)
 
 
@@ -153,7 +155,7 @@ class Report:
 class _Saved:
     """A report's JSON."""
 
-    format: Literal["ddpm-evaluation/1"]
+    format: Literal["ddpm-evaluation/2"]
     settings: dict[str, Any]
     checkpoints: tuple[CheckpointResult, ...]
 

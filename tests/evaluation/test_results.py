@@ -24,7 +24,7 @@ def printed(reported: Report, width: int = 250) -> str:
 @pytest.mark.parametrize("reported", [ONE, SEVERAL], ids=["one", "several"])
 def test_table_and_json_agree_on_any_terminal(reported: Report) -> None:
     parsed = json.loads(reported.to_json())
-    assert parsed["format"] == "ddpm-evaluation/1"
+    assert parsed["format"] == "ddpm-evaluation/2"
     wide = printed(reported)
     narrow = printed(reported, 80)
     assert max(map(len, narrow.splitlines())) <= 80
