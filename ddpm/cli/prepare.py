@@ -47,7 +47,7 @@ def main() -> None:
     job_folder.set_home()
     location = resolve(arguments.uri)
     drop = arguments.drop_duplicates
-    source = arguments.source
+    source = prepare.as_prepared(arguments.source, location, drop)
     existing = prepare.find(source, location, drop=drop)
     print(f"data set    {printable(location.uri)}{' exists already' if existing else ''}")
     skipped = getattr(source, "skipped", "")

@@ -33,7 +33,7 @@ from ddpm.data.manifest import (
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
 from ddpm.data.sources.image_folder import ImageFiles
-from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages
+from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages, earlier
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
@@ -168,6 +168,17 @@ def find(source: Source, location: Location, rows: int | None = None, drop: bool
             "choose another folder, or remove that one first"
         )
     return manifest
+
+
+def as_prepared(source: Source, location: Location, drop: bool = False) -> Source:
+    """`source` with an earlier version's split, if the data set at `location` was made with it; else `source`."""
+    before = earlier(source)
+    if before is not None:
+        with as_user_error(f"cannot look for a data set at {location.uri}"):
+            is_there = location.child(MANIFEST).exists()
+        if is_there and read_manifest(location).options == options_of(before, drop=drop):
+            return before
+    return source
 
 
 def is_large(source: Source) -> bool:

@@ -17,7 +17,7 @@ from ddpm.data.manifest import Manifest
 from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
-from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source
+from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source, earlier
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
@@ -65,7 +65,7 @@ def prepared(
         name, source = _folder(config)
     else:
         name, source = _named(config, command)
-    location = _location(config, name, source)
+    source, location = _placed(config, name, source)
     if items is not None:  # the user's code may not expect to run in a thread
         connect = None
     _prepare(config, name, source, location, connect)
@@ -127,6 +127,16 @@ def _report_duplicates(
             print(line, flush=True)
     except UserError as error:
         log.warning("%s", error)
+
+
+def _placed(config: Config, name: str, source: Source) -> tuple[Source, Location]:
+    """`source` and the folder of its data set; if that of an earlier version's split is there, that one."""
+    before = earlier(source)
+    if before is not None:
+        location = _location(config, name, before)
+        if prepare.find(before, location) is not None:
+            return before, location
+    return source, _location(config, name, source)
 
 
 def _location(config: Config, name: str, source: Source) -> Location:

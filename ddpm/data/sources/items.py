@@ -30,6 +30,8 @@ class Items(Loaded):
     """A data set, or a mapping of them: {"train": ..., "test": ...}."""
     height: int = 32
     channels: int = 3
+    held_out_images: int | None = None
+    """Number of held-out images; None: as of a folder."""
     name: str = field(default="items", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
 
@@ -64,7 +66,7 @@ class Items(Loaded):
             )
         sizes = {part: len(items) for part, items in parts.items()}
         splits = {}
-        for split, (part, rows) in divide(sizes, 0).items():
+        for split, (part, rows) in divide(sizes, 0, self.held_out_images).items():
             items = [parts[part][row] for row in rows]
             images = np.array([image for image, _ in items])
             splits[split] = (images, np.array([label for _, label in items]))
