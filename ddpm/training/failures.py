@@ -25,6 +25,9 @@ SHOWN = 300
 """Characters of a failure in a line."""
 OUT_OF_MEMORY = re.compile(r"IP: ([^,)]+).*?was ([\d.]+ ?\w+)(?: used)? / ([\d.]+ ?\w+)", re.DOTALL)
 """Node, memory in use and its limit, in the message of Ray's memory monitor."""
+KILLED = re.compile(r"Selected to kill: .*?task name=(\w+).*?memory used=([\d.]+ ?\w+)")
+MAX_KILLED = 3
+"""Number of killed processes in a line."""
 
 
 class TrainingFailed(UserError):
@@ -161,13 +164,14 @@ def _death(error: BaseException) -> BaseException | None:
 
 def last_line(error: BaseException) -> str:
     """The last line of a failure's message, or of its first failed worker's; for a kill by Ray's memory monitor, what
-    to lower."""
+    was killed, and what to lower."""
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
     if memory := OUT_OF_MEMORY.search(str(cause)):
         node, used, limit = memory.groups()
+        killed = [f"{name} ({size})" for name, size in KILLED.findall(str(cause))[:MAX_KILLED]]
         return (
-            f"out of memory: {used} of {limit} on {node} were in use, so Ray killed processes; "
+            f"out of memory: {used} of {limit} on {node} were in use, so Ray killed {', '.join(killed) or 'it'}; "
             "lower --train.forward-images, --data.window-rows or --cluster.num-workers"
         )
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

@@ -26,7 +26,7 @@ KILLED = OutOfMemoryError(
     f"Top 10 memory users: PID\tMEM(GB)\tCOMMAND\nRefer to the documentation {'of Ray ' * 200}"
 )
 MEMORY = (
-    "out of memory: 22.40GB of 23.54GB on 10.0.0.7 were in use, so Ray killed processes; "
+    "out of memory: 22.40GB of 23.54GB on 10.0.0.7 were in use, so Ray killed RayTrainWorker (9.14GB), read (0.06GB); "
     "lower --train.forward-images, --data.window-rows or --cluster.num-workers"
 )
 
