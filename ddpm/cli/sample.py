@@ -6,6 +6,7 @@ depends on the seed and i alone. Other settings default to those of training. Th
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import tyro
 
 from ddpm.cli import parsing
 from ddpm.config.tree import NonEmptyStr, NumImages, PositiveInt, SampleFlags, SamplerName, Seed
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Arguments(SampleFlags):
 
 
 def main() -> None:
+    if any(word.partition("=")[0] == "--inpaint" for word in sys.argv):
+        raise UserError("--inpaint is an example now: python examples/inpainting/inpaint.py RUN")
     arguments: Arguments = parsing.parse(Arguments, __doc__)
     from ddpm.build import with_sampler
     from ddpm.cluster import job_folder

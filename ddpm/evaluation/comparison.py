@@ -144,7 +144,7 @@ class _Alike(NamedTuple):
 
     num_images: int
     is_own: bool
-    """Whether each run was sampled as it is configured."""
+    """Whether the runs were sampled with their own settings."""
     results: dict[str, dict[int, CheckpointResult]]
 
 

@@ -11,6 +11,8 @@ from ddpm.cli import program
 from ddpm.utils.errors import UserError
 
 MOVED = [
+    "sample run --inpaint a.png --mask b.png",
+    "sample run --inpaint=a.png",
     "export run out --format pt2",
     "export run out --format=pt2",
     "train glyphs",

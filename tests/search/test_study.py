@@ -33,7 +33,7 @@ GRID = (
     "schedule.num_timesteps=200|500|1000",
     "optim.lr=1e-4|1e-3",
 )
-"""Of 18 points."""
+"""A space of 18 points."""
 BROKEN = 4
 """The number of the trial that fails."""
 

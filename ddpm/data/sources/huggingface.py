@@ -21,10 +21,9 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
 MAX_CLASSES = 100_000
-SUFFIXES = (".parquet", ".arrow", ".json")
-"""Files of a data set in a folder; their names and sizes identify it."""
 ROWS_AT_ONCE = 256
 """Rows that are in memory while images are read one by one."""
+EXPECTED = "it must be a Parquet file or a folder of them, what save_to_disk wrote, or a name on the Hugging Face hub"
 SAVED = ("dataset_dict.json", "state.json")
 """`save_to_disk` writes one of these files."""
 
@@ -89,9 +88,14 @@ class HuggingFace(ImageFiles):
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def _is_saved(self) -> bool:
+        """Whether save_to_disk wrote the folder."""
+        return any((self.path / name).is_file() for name in SAVED)
+
+    @property
     def _all_files(self) -> list[Path]:
         if self.path.is_dir():
-            return list_files(self.path, SUFFIXES).files
+            return list_files(self.path, {".arrow", ".json"} if self._is_saved else {".parquet"}).files
         return [self.path] if self.path.exists() else []  # a name on the hub has no files here
 
     @cached_property
@@ -103,21 +107,23 @@ class HuggingFace(ImageFiles):
             raise UserError(
                 "the source parquet needs the package datasets: pip install 'ddpm-on-ray[huggingface]'"
             ) from None
+        is_name = not self.path.is_absolute() and self.path.suffix != ".parquet"
+        if not self.path.exists() and not is_name:
+            raise UserError(f"cannot read {self.path}: it does not exist; {EXPECTED}")
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            if any((self.path / name).is_file() for name in SAVED):
+            if self._is_saved:
                 loaded = datasets.load_from_disk(self.path)
             elif self.path.is_file():
                 loaded = datasets.load_dataset("parquet", data_files=str(self.path))
+            elif self.path.is_dir():
+                loaded = datasets.load_dataset("parquet", data_dir=str(self.path))
             else:
-                loaded = datasets.load_dataset(str(self.path))
+                loaded = datasets.load_dataset(str(self.path))  # a name on the hub
         except Exception as error:  # of many types, for example of pyarrow and of httpx
-            raise UserError(
-                f"cannot read {self.path}: {error_line(error)}; it must be a Parquet file or a folder of them, what "
-                "save_to_disk wrote, or a name on the Hugging Face hub"
-            ) from None
+            raise UserError(f"cannot read {self.path}: {error_line(error)}; {EXPECTED}") from None
         if not isinstance(loaded, dict):
             loaded = {"train": loaded}
         data = {PARTS.get(split, split): self._checked(part) for split, part in loaded.items()}
