@@ -59,6 +59,8 @@ class ComparedRun:
     """Its flat config, without settings that have no effect."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """By title."""
+    command: str = ""
+    """It trains and resumes the run."""
     data: str = ""
     """Fingerprint of its data set."""
     curves: Mapping[str, Sequence[ChartPoint]] = field(default_factory=dict)
@@ -98,6 +100,7 @@ def _read(folder: RunFolder, sample: bool) -> ComparedRun:
         key=folder.key,
         where=location.uri,
         facts={"status": "no checkpoint yet"},
+        command=card.command,
         curves=_shown(logged),
         grids={images_seen: file.read for images_seen, file in grids.items()},
         evaluations=_evaluations(location.child(run_folder.EVALUATIONS)),
