@@ -212,9 +212,8 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
         ray.get(state.set.remote(run_state.FAILURE, error))
         if store is not None:
             store.flush_on_error()
-        if isinstance(
-            error, loop.NonFinite
-        ):  # raised by all workers: the first to leave would end rank 0's writes
+        if isinstance(error, loop.NonFinite):
+            # All workers raise it, and the first to leave would end rank 0's writes.
             ray.train.collective.barrier()
         raise
     finally:
