@@ -128,7 +128,6 @@ def fit(
             return should_continue(values) and not lock.is_lost
 
         with contextlib.closing(WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)) as group:
-            group.workers()  # they start while this process computes what training takes
             _announce(config, group.per_worker)
             seen = max(seen, 0)
             monitor = DriverMonitor(config, group, pusher, images_seen=seen, should_continue=continues)
