@@ -50,6 +50,7 @@ def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest
         "versions": "torch 2.13.0, commit 0123",
         "data": "digits (01234567)",
     }
+    assert first.command == COMMAND
     content = content_of(first)
     shutil.copytree(uri, tmp_path / "copies/a")
     shutil.rmtree(uri)
