@@ -4,6 +4,7 @@ The same command resumes its run. Without --name a run is named by its preset, a
 `ddpm train PRESET --help` lists common flags, `--help-all` every flag.
 """
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +68,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     loop.check(arguments.config)
 
     from ddpm.cluster import job_folder, ray_init
-    from ddpm.data import prepare_for_run, ray_stream
+    from ddpm.data import prepare_for_run, ray_stream, sorted_labels
     from ddpm.runs import run_folder, settings  # seconds: Ray
 
     job_folder.set_home(arguments.verbose)
@@ -79,6 +80,8 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
     config = prepare_for_run.prepared(config, command_line.typed(), connect, items)
     data_set = ray_stream.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
+    if warning := sorted_labels.warning(data_set, config.data.window_rows):
+        print(f"warning: {warning}", file=sys.stderr)
     changed = settings.differences(config, preset, "" if has_own_data else data_set.rows.fingerprint)
     is_named = config.run.name is not None
     if not is_named:

@@ -1,12 +1,13 @@
 """The setup of a search, which finds the user's mistakes before anything is started."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.config import kinds
 from ddpm.config.json import flatten, keys_that_affect, override
 from ddpm.config.tree import Affects, Config
-from ddpm.data import prepare_for_run, ray_stream
+from ddpm.data import prepare_for_run, ray_stream, sorted_labels
 from ddpm.evaluation.rung import Evaluator, Rungs
 from ddpm.runs import run_folder
 from ddpm.runs.storage import Location, resolve
@@ -58,6 +59,8 @@ def prepare(arguments: Arguments) -> Setup:
     run_folder.check_writable(config)
     config = prepare_for_run.prepared(config)
     train = ray_stream.open_configured(config)
+    if warning := sorted_labels.warning(train, config.data.window_rows):
+        print(f"warning: {warning}", file=sys.stderr)
     held_out = train.held_out()
     if held_out is None or held_out.rows.num_rows < 4:  # two rank trials, two report the best
         raise UserError(

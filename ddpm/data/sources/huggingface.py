@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ddpm.data.row_group import Labels
@@ -68,10 +67,10 @@ class HuggingFace(ImageFiles):
         identity = super().identity()
         if not self.path.exists():
             identity["path"] = str(self.path)  # with the sizes of its splits, the name identifies it
+        identity["order"] = "seeded"  # once it was the data set's own
         return identity
 
     def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
-        """The images of `rows`, which must ascend."""
         data = self._data[part]
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[start : start + ROWS_AT_ONCE].tolist()
@@ -162,6 +161,4 @@ class HuggingFace(ImageFiles):
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
         sizes = {part: len(data) for part, data in self._data.items()}
-        # In the data set's order, so that a range of rows lies together; Hugging Face's sets are shuffled.
-        splits = divide(sizes, self.seed, self.held_out_images)
-        return {split: (part, np.sort(rows)) for split, (part, rows) in splits.items()}
+        return divide(sizes, self.seed, self.held_out_images)

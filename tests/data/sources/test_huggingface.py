@@ -64,9 +64,11 @@ def test_parquet_files(tmp_path: Path) -> None:
     labels = ["cat", "dog", "cat", "dog", "cat", "dog", "dog"]
     assert content(source, "train") == list(enumerate(labels))
     assert content(source, "test") == [(7, "dog")]
-    images, part = source.read("train", 2, 6)  # a range across row groups and files
-    assert list(images) == [png(2), png(3), png(4), png(5)]  # images that fit keep their bytes
-    assert part is not None and part.tolist() == [0, 1, 0, 1]
+    whole, whole_labels = source.read("train", 0, 7)
+    assert {*whole} == {png(grey) for grey in range(7)}  # images that fit keep their bytes
+    images, part = source.read("train", 2, 6)
+    assert list(images) == list(whole)[2:6] and whole_labels is not None
+    assert part is not None and part.tolist() == whole_labels[2:6].tolist()
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
@@ -86,7 +88,21 @@ def test_the_identity_never_changes(tmp_path: Path) -> None:
         "image_column": "image",
         "label_column": "label",
         "name": "parquet",
+        "order": "seeded",
     }
+
+
+def test_a_sorted_data_set_is_mixed(tmp_path: Path) -> None:
+    """Any range of rows has all classes; an order of another seed is another data set."""
+    labels = [i // 50 for i in range(500)]
+    write_parquet(tmp_path / "train.parquet", [0] * 500, labels)
+    write_parquet(tmp_path / "test.parquet", [0] * 500, labels)
+    source = HuggingFace(tmp_path, size=8)
+    for split in ("train", "test"):
+        for start in range(0, 500, 100):
+            _, part = source.read(split, start, start + 100)
+            assert part is not None and len(set(part.tolist())) == 10
+    assert source.identity() != HuggingFace(tmp_path, size=8, seed=1).identity()
 
 
 def test_folders_of_splits(tmp_path: Path) -> None:
