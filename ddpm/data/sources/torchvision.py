@@ -1,4 +1,6 @@
-"""Data sets that torchvision reads: Fashion-MNIST, MNIST, CIFAR-10 and CelebA. Nothing is downloaded.
+"""Data sets in the files that torchvision downloads: Fashion-MNIST, MNIST, CIFAR-10 and CelebA.
+
+The files are read here, without torchvision: it would execute what the pickles of CIFAR-10 name.
 
 Fashion-MNIST: Xiao et al. 2017, arXiv:1708.07747.
 MNIST: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
@@ -9,7 +11,10 @@ Axes: N images, H W, C channels.
 """
 
 import gzip
-import tempfile
+import hashlib
+import io
+import pickle
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +31,7 @@ from ddpm.data.sources.image_folder import digest_of_files, read_file, store
 from ddpm.data.sources.sources import Loaded, MissingFiles, Square
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
+from ddpm.utils.progress import printable
 
 Dataset = Literal["cifar10", "mnist", "celeba"]
 DATASETS = get_args(Dataset)
@@ -55,6 +61,17 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
+CIFAR10_FILES = {
+    "train": {
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    },
+    "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+}
+"""The MD5 that each file was published with."""
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 """Split of each number in list_eval_partition.txt."""
 
@@ -165,17 +182,30 @@ class Torchvision(Loaded):
             if missing := _missing_mnist_file(self._folder):
                 raise self._lacks(f"{missing}[.gz]")
             return _read_mnist(self._folder)
-        from torchvision.datasets import CIFAR10
-
         splits = {}
-        for split in ("train", "test"):
-            try:
-                # These files are pickles: torchvision reads them only if their checksums are the published ones.
-                images = CIFAR10(self.root, train=split == "train", download=False)
-            except RuntimeError:
-                raise self._lacks("files of CIFAR-10, or has damaged ones") from None
-            splits[split] = (images.data, np.array(images.targets, np.int64))
+        for split, published in CIFAR10_FILES.items():
+            batches = [self._cifar10_batch(name, md5) for name, md5 in published.items()]
+            images, labels = zip(*batches, strict=True)
+            splits[split] = (np.concatenate(images), np.concatenate(labels))
         return splits
+
+    def _cifar10_batch(self, name: str, md5: str) -> tuple[Pixels, Labels]:
+        path = self._folder / name
+        try:
+            content = files.read_whole(path)
+        except OSError:
+            content = b""
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise self._lacks(f"files of CIFAR-10, or has damaged ones ({name})")
+        try:
+            batch = unpickled(content)
+            images = batch["data"].array.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            labels = np.array(batch["labels"], np.int64)
+        except Exception as error:  # a pickle may raise any type
+            raise UserError(f"{path} is not a batch of CIFAR-10: {printable(str(error))}") from None
+        if labels.shape != images.shape[:1] or not ((labels >= 0) & (labels < len(CIFAR10_CLASSES))).all():
+            raise UserError(f"{path} is not a batch of CIFAR-10: each image must have a label in 0..9")
+        return images, labels
 
     @cached_property
     def _faces(self) -> dict[str, list[Path]]:
@@ -224,31 +254,30 @@ def _missing_mnist_file(folder: Path) -> str | None:
 
 def _read_mnist(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
     """MNIST's four files, plain or as .gz: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test"."""
-    from torchvision.datasets import MNIST  # seconds: it imports PyTorch
-
     splits = {}
-    with tempfile.TemporaryDirectory() as root:
-        raw = Path(root, "MNIST", "raw")  # where torchvision looks for plain files
-        raw.mkdir(parents=True)
-        for split in MNIST_PREFIXES:
-            for name in _mnist_files(split):
-                (raw / name).write_bytes(_unpacked(folder / name))
-        for split in MNIST_PREFIXES:
-            try:
-                data = MNIST(root, train=split == "train")
-            except Exception:  # torchvision asserts, and raises many types
-                names = " or ".join(_mnist_files(split))
-                raise UserError(f"{folder}: {names} is not a complete IDX file of unsigned bytes") from None
-            images = data.data.numpy()
-            labels = data.targets.numpy()
-            if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
-                names = " and ".join(_mnist_files(split))
-                raise UserError(
-                    f"{folder}: {names} hold arrays {images.shape} and {labels.shape}; they must be [N, 28, 28] "
-                    "and [N], with labels in 0..9"
-                )
-            splits[split] = (images[..., None], labels)
+    for split in MNIST_PREFIXES:
+        names = _mnist_files(split)
+        images, labels = (_read_idx(folder / name) for name in names)
+        if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
+            raise UserError(
+                f"{folder}: {' and '.join(names)} hold arrays {images.shape} and {labels.shape}; they must be "
+                "[N, 28, 28] and [N], with labels in 0..9"
+            )
+        splits[split] = (images[..., None], labels.astype(np.int64))
     return splits
+
+
+def _read_idx(path: Path) -> Pixels:
+    """The array in an IDX file: two zeros, 8 for unsigned bytes, the number of axes, their lengths, the values."""
+    content = _unpacked(path)
+    try:
+        zeros, kind, num_axes = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{num_axes}I", content, 4)
+        if (zeros, kind) != (0, 8):
+            raise ValueError
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    except (struct.error, ValueError):
+        raise UserError(f"{path} is not a complete IDX file of unsigned bytes") from None
 
 
 def _unpacked(path: Path) -> bytes:
@@ -262,3 +291,59 @@ def _unpacked(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error}") from None
     files.check_length(len(content), files.MAX_BYTES, str(path))
     return content
+
+
+def unpickled(data: bytes) -> Any:
+    """The content of a pickle of numbers, text, bytes, tuples, lists, dicts and uint8 arrays; no other is read.
+
+    An array is a `PickledArray`. Bytes of Python 2, which wrote CIFAR-10, are text (Latin-1).
+
+    Raises:
+        pickle.UnpicklingError: the pickle names something else. A damaged one raises other types.
+    """
+    return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+class _PickledType:
+    """Stands for `numpy.dtype` in a pickle: "u1"."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """NumPy's byte order and sizes, which the code implies for bytes."""
+
+
+class PickledArray:
+    """Stands for `numpy.ndarray` in a pickle, which makes an empty one, then gives it its state: `array`."""
+
+    def __init__(self, *_: object) -> None:
+        self.array = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _PickledType, bool, str | bytes]) -> None:
+        _, shape, kind, is_fortran, content = state
+        if kind.code != "u1":
+            raise pickle.UnpicklingError(f"an array is of {kind.code}; only u1 is read")
+        if isinstance(content, str):
+            content = content.encode("latin1")
+        self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Calls nothing but the two classes above, whatever a pickle names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}; only arrays, bytes, lists and dicts are read"
+        )
+
+
+STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _PickledType,
+}
+"""What stands for each thing that the pickle of an array names."""

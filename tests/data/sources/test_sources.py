@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import shlex
 import struct
@@ -17,6 +18,7 @@ from support import processes
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data import prepare_for_run
+from ddpm.data.sources import torchvision
 from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import (
     Digits,
@@ -197,32 +199,95 @@ def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
         Torchvision("celeba", root=tmp_path)
 
 
-def test_cifar10_files_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CIFAR10
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+CLASSES = [3, 1, 9, 0]
 
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
 
-    def write(name: str, content: dict[str, Any]) -> tuple[str, str]:
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return name, hashlib.md5(data).hexdigest()
+def text2(value: bytes) -> bytes:
+    """The opcodes of a string of Python 2."""
+    return b"T" + struct.pack("<i", len(value)) + value
 
-    batch = {"data": pixels.reshape(4, -1), "labels": [3, 1, 9, 0]}
-    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch)])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch)])
-    name, md5 = write("batches.meta", {"label_names": ["?"]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+
+def batch_of_python_2() -> bytes:
+    """A batch as Python 2 and NumPy 1 pickled those of CIFAR-10, by protocol 2, opcode by opcode."""
+    kind = b"cnumpy\ndtype\n" + text2(b"u1") + b"K\x00K\x01\x87R(K\x03" + text2(b"|") + b"NNNJ" + b"\xff" * 4
+    kind += b"J" + b"\xff" * 4 + b"K\x00tb"
+    shape = b"K\x04M" + struct.pack("<H", 3 * 32 * 32) + b"\x86"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text2(b"b") + b"\x87R"
+    array += b"(K\x01" + shape + kind + b"\x89" + text2(PIXELS.tobytes()) + b"tb"
+    labels = b"](" + b"".join(b"K" + bytes([label]) for label in CLASSES) + b"e"
+    return b"\x80\x02}(" + text2(b"data") + array + text2(b"labels") + labels + b"u."
+
+
+def write_cifar10(root: Path, batch: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a data set of a batch for each split, and take its checksum for the published one."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(exist_ok=True)
+    md5 = hashlib.md5(batch).hexdigest()
+    names = {"train": "data_batch_1", "test": "test_batch"}
+    for name in names.values():
+        (folder / name).write_bytes(batch)
+    monkeypatch.setattr(torchvision, "CIFAR10_FILES", {split: {name: md5} for split, name in names.items()})
+
+
+@pytest.mark.parametrize("python", [2, 3])
+def test_cifar10_files_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: int) -> None:
+    batch = batch_of_python_2()
+    known = pickle.loads(batch, encoding="latin1")  # it is what NumPy reads
+    assert np.array_equal(known["data"], PIXELS.reshape(4, -1)) and known["labels"] == CLASSES
+    if python == 3:
+        batch = pickle.dumps(known, protocol=4)
+    write_cifar10(tmp_path, batch, monkeypatch)
     source = Torchvision("cifar10", root=tmp_path)
     images, labels = everything(source, "train")
-    assert (images == pixels.transpose(0, 2, 3, 1)).all() and labels.tolist() == [3, 1, 9, 0]
+    assert (images == PIXELS.transpose(0, 2, 3, 1)).all() and labels.tolist() == CLASSES
     assert source.class_names[3] == "cat"
     with pytest.raises(UserError, match="--size is 64; for cifar10 it must be 32"):
         Torchvision("cifar10", size=64)
-    (folder / "test_batch").write_bytes(b"another")
-    with pytest.raises(UserError, match=r"CIFAR-10.*--root"):
+    (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"CIFAR-10.*test_batch.*--root"):
         Torchvision("cifar10", root=tmp_path)
+
+
+def test_the_published_checksums_of_cifar10_are_those_of_torchvision() -> None:
+    from torchvision.datasets import CIFAR10
+
+    assert {"train": dict(CIFAR10.train_list), "test": dict(CIFAR10.test_list)} == torchvision.CIFAR10_FILES
+
+
+class Executed:
+    """Its pickle makes a file in the working folder."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+HOSTILE = {
+    "a call": pickle.dumps(Executed()),
+    "a call inside": pickle.dumps({"data": Executed(), "labels": []}, protocol=2),
+    "a call as text": b"cposix\nsystem\n(S'touch executed'\ntR.",
+    "an instance": b"(S'touch executed'\niposix\nsystem\n.",
+    "an attribute of NumPy": pickle.dumps(np.testing.measure, protocol=4),
+    "a part of a part": b"\x80\x04\x8c\x05numpy\x8c\x1actypeslib.os.system.__call__.\x93.",
+    "an array of objects": pickle.dumps({"data": np.array([Executed()]), "labels": [0]}, protocol=4),
+    "an array of numbers": pickle.dumps({"data": np.zeros((1, 3072)), "labels": [0]}, protocol=4),
+    "a state of a class": b"cnumpy\ndtype\n}S'code'\nS'u1'\nsb.",
+    "bytes of Python 3": pickle.dumps({"data": b"", "labels": []}, protocol=2),
+    "no array": pickle.dumps({"data": "", "labels": []}),
+    "too few labels": pickle.dumps({"data": PIXELS.reshape(4, -1), "labels": [0]}, protocol=4),
+    "large labels": pickle.dumps({"data": PIXELS.reshape(4, -1), "labels": [10] * 4}, protocol=4),
+    "nothing": b"",
+    "a part": batch_of_python_2()[:-300],
+}
+
+
+@pytest.mark.parametrize("batch", HOSTILE.values(), ids=list(HOSTILE))
+def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: bytes) -> None:
+    """Whatever a pickle of the right checksum holds, it is an error of one line."""
+    write_cifar10(tmp_path, batch, monkeypatch)
+    with pytest.raises(UserError, match="data_batch_1 is not a batch of CIFAR-10: ") as caught:
+        Torchvision("cifar10", root=tmp_path)
+    assert "\n" not in str(caught.value) and not Path("executed").exists()
 
 
 @pytest.mark.parametrize("source", ["torchvision:cifar10", "torchvision:celeba", "fashion-mnist"])
