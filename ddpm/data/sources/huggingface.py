@@ -22,6 +22,7 @@ from ddpm.utils.retry import error_line
 MAX_CLASSES = 100_000
 ROWS_AT_ONCE = 256
 """Rows that are in memory while images are read one by one."""
+HUB_TIMEOUT_S = 10.0
 EXPECTED = "it must be a Parquet file or a folder of them, what save_to_disk wrote, or a name on the Hugging Face hub"
 SAVED = ("dataset_dict.json", "state.json")
 """`save_to_disk` writes one of these files."""
@@ -106,9 +107,8 @@ class HuggingFace(ImageFiles):
             raise UserError(
                 "the source parquet needs the package datasets: pip install 'ddpm-on-ray[huggingface]'"
             ) from None
-        is_name = not self.path.is_absolute() and self.path.suffix != ".parquet"
-        if not self.path.exists() and not is_name:
-            raise UserError(f"cannot read {self.path}: it does not exist; {EXPECTED}")
+        if not self.path.exists():
+            self._check_name()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
@@ -129,6 +129,28 @@ class HuggingFace(ImageFiles):
         if "train" not in data:
             raise UserError(f"{self.path} has images of {' and '.join(data)} only; train is missing")
         return data
+
+    def _check_name(self) -> None:
+        """Raise UserError if the path cannot be a name on the hub, or the hub is not reached and was not before.
+
+        `datasets` would try to reach it six times, in 23 s, before it looks into its cache.
+        """
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        if self.path.is_absolute() or self.path.suffix == ".parquet":
+            raise UserError(f"cannot read {self.path}: it does not exist; {EXPECTED}")
+        name = str(self.path)
+        try:
+            huggingface_hub.dataset_info(name, timeout=HUB_TIMEOUT_S)
+        except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+            return  # `datasets` gets the same answer at once, or does not ask
+        except Exception as error:  # of the HTTP client, which differs from version to version
+            if huggingface_hub.try_to_load_from_cache(name, "README.md", repo_type="dataset") is None:
+                raise UserError(
+                    f"cannot read {name}: no such file or folder is here, and the Hugging Face hub is not reached "
+                    f"({error_line(error)}); {EXPECTED}"
+                ) from None
 
     def _checked(self, data: Any) -> Any:
         """The columns of images and of labels. Images are not decoded: those that fit keep their bytes."""

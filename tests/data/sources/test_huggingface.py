@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import pickle
+import socketserver
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support import processes
 
 from ddpm.data.row_group import decode
 from ddpm.data.sources.huggingface import HuggingFace
@@ -156,6 +159,32 @@ def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_that_is_not_reached_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"^cannot read owner/pets: [^\n]*$"):  # tests are offline
         HuggingFace(Path("owner/pets"), size=8)
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_a_mistyped_name_is_one_line(tmp_path: Path, is_reached: bool) -> None:
+    """If the hub is not reached, it is not the line that `datasets` has after six tries."""
+
+    class Hub(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(
+                b"HTTP/1.1 404 Not Found\r\nX-Error-Code: RepoNotFound\r\nContent-Length: 0\r\n\r\n"
+            )
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hub) as hub:
+        host, port = hub.server_address
+        threading.Thread(target=hub.serve_forever).start()
+        if not is_reached:
+            hub.shutdown()
+            hub.server_close()
+        env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://{host}:{port}"}  # read once in a process
+        words = "prepare parquet out --path pets/catz --size 8".split()
+        done = processes.run_job(*words, cwd=tmp_path, env=env)
+        hub.shutdown()
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read pets/catz: "), done.stderr
+    assert done.stderr.count("\n") == 1 and "hub" in done.stderr.lower()
+    assert "Couldn't reach" not in done.stderr
 
 
 def test_images_outside_the_data_set_are_not_read(tmp_path: Path) -> None:
