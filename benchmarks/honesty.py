@@ -131,7 +131,7 @@ def variance_table(run: str, timesteps: Sequence[int]) -> None:
 
 def search_table(run: str) -> None:
     place = storage.resolve(run)
-    trials = best(Trials(place, None).all())
+    trials = best(Trials(place).all())
     newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
     candidates = inputs.read_checkpoints(newest)
     train, held_out = data_sets(candidates[0])

@@ -30,6 +30,7 @@ from ddpm.evaluation import inputs
 from ddpm.evaluation.ranking import configuration_difference
 from ddpm.evaluation.rung import REPORTING, Evaluator
 from ddpm.runs import curves, storage
+from ddpm.runs.run_folder import RunStatus
 from ddpm.search.trials import Trial, Trials, changes_text, shown
 
 REPO = Path(__file__).resolve().parent.parent
@@ -170,11 +171,11 @@ def overhead(trials: list[Trial], place: storage.Location) -> str:
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=(1, 2))
     place = storage.resolve(arguments.search)
-    everything = Trials(place, None).all()
+    everything = Trials(place).all()
     if arguments.overhead:
         print(overhead(everything, place))
         return
-    trials = [trial for trial in everything if trial.status == "finished" and trial.score]
+    trials = [trial for trial in everything if trial.status == RunStatus.FINISHED and trial.score]
     lines = [
         f"{len(everything)} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {tables.machine()}. "

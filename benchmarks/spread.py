@@ -24,6 +24,7 @@ from scipy import stats
 from ddpm.config.presets import PRESETS
 from ddpm.evaluation.ranking import paired_ranks
 from ddpm.runs import storage as locations
+from ddpm.runs.run_folder import RunStatus
 from ddpm.search.trials import Trials
 
 REPO = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def measured(arguments: Arguments) -> Iterator[list[object]]:
         for budget in arguments.budgets:
             total_images = budget or PRESETS[preset].train.total_images
             folder = search(arguments, preset, total_images)
-            trials = [trial for trial in Trials(folder, None).all() if trial.status == "finished"]
+            trials = [trial for trial in Trials(folder).all() if trial.status == RunStatus.FINISHED]
             bits = np.array([trial.last.bits for trial in trials if trial.last])
             yield [preset, f"{total_images:,}", *cells(bits)]
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from support import searches
 from support.trained import write_trained
 
 from ddpm.config.json import from_json, to_json
@@ -36,7 +37,7 @@ from ddpm.evaluation.rung import Evaluation
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import resolve
-from ddpm.search.trials import Trials, read_trial
+from ddpm.search.trials import read_search, read_trial
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -58,7 +59,7 @@ def write_all(folder: Path, tiny: Config) -> None:
     (folder / "run.json").write_text('{"run_key": "a"}')
     (folder / "status.json").write_bytes(run_folder.status_json(run_folder.Status("RUNNING", 1, 0, 1.0)))
     (folder / "flag.json").write_text(to_json(tiny))
-    Trials(resolve(str(folder)), {}).begin("trial", {})
+    searches.begin(resolve(str(folder))).begin("trial", {})
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
     (folder / "report.json").write_text(Report({}, ()).to_json())
     resolve(str(folder)).child(CURVES).write(CURVES_BYTES)
@@ -90,7 +91,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     SHARD: read_shard,
     "run.json": lambda folder: run_folder.existing_run(str(folder)),
     "status.json": lambda folder: run_folder.read_status(resolve(str(folder))),
-    "search.json": lambda folder: Trials(resolve(str(folder)), None),
+    "search.json": lambda folder: read_search(resolve(str(folder))),
     "trial/trial.json": lambda folder: read_trial(resolve(str(folder / "trial"))),
     rung.file_name(RUNG.images_seen): lambda folder: rung.read(resolve(str(folder)), RUNG.images_seen),
     "report.json": lambda folder: compared_run._report_in(

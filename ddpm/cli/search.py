@@ -5,8 +5,6 @@ bits/dim, with the same images and noise for all; the best few also by KID. The 
 `ddpm search PRESET --help` lists common flags, `--help-all` every flag. Flags of the preset apply to every trial.
 """
 
-from dataclasses import replace
-
 from ddpm.cli import parsing
 from ddpm.data.sources import folder_preset
 from ddpm.search.config import Arguments
@@ -20,8 +18,7 @@ def main() -> int:
     plan.check_batches(chosen.config)
 
     from ddpm.cluster import job_folder  # seconds: PyTorch, Ray
-    from ddpm.search.default_space import DEFAULT
-    from ddpm.search.search import search
+    from ddpm.search.driver import run_search
 
     job_folder.set_home(chosen.verbose)
-    return search(replace(chosen, space=chosen.space or DEFAULT))
+    return run_search(chosen)

@@ -16,7 +16,7 @@ from ddpm.evaluation.results import Report
 from ddpm.runs import checkpoint, curves, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
 from ddpm.runs.curves import Point
-from ddpm.runs.run_folder import Card, RunFolder, Status
+from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.sampling import workers
 from ddpm.tracking import names, run_params
@@ -32,14 +32,6 @@ CURVES = ("train/loss", "held_out/loss", "held_out/bits_per_dim")
 VERSION = re.compile(r"version|git\.c")
 SAMPLED_IMAGES = 64
 """Images of a grid that is sampled for a run without one."""
-STATUS = {
-    "RUNNING": "running, or killed",
-    "FINISHED": "finished",
-    "STOPPED": "stopped",
-    "PRUNED": "stopped early",
-    "FAILED": "failed",
-}
-"""Words for a run's status."""
 
 Read = Callable[[], bytes]
 
@@ -144,8 +136,11 @@ def _with_checkpoint(
         net = build_net(config)
     source = config.data.source or (config.data.shards or "unknown").rstrip("/").rpartition("/")[2]
     versions = [f"{k.rpartition('.')[2]} {v}" for k, v in card.versions.items() if VERSION.match(k)]
+    status_text = status.status.text if status else "unknown"
+    if status and status.status == RunStatus.RUNNING:
+        status_text += ", or killed"  # a killed driver writes no status
     facts = {
-        "status": STATUS[status.status] if status else "unknown",
+        "status": status_text,
         "images seen": f"{seen:,} of {total:,}" if seen < total else f"{seen:,}",
         "minutes": f"{status.minutes:.1f}" if status else "unknown",
         "images/s": f"{statistics.median(rates):,.0f}" if rates else "unknown",

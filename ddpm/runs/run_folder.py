@@ -14,8 +14,9 @@ import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 from annotated_types import Ge
 
@@ -43,14 +44,40 @@ STATUS = "status.json"
 """File of a run with its status."""
 STATUS_TRIES = 3
 """pyarrow asks S3 for the size of a file before it reads it: a longer file that replaces it meanwhile is cut off."""
-StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
-"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 WRITE_CHECK = ".write-check"
 """File beside the runs that is written and removed before anything else is."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
+
+
+class RunStatus(StrEnum):
+    """The status of a run. Each member is its name in status.json.
+
+    STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it.
+
+    Attributes:
+        in_mlflow: MLflow's status. Its pages show KILLED in red, as they do FAILED, so a run that can be resumed is
+            SCHEDULED there.
+        text: the status in words.
+    """
+
+    in_mlflow: str
+    text: str
+
+    RUNNING = "RUNNING", "RUNNING", "running"
+    FINISHED = "FINISHED", "FINISHED", "finished"
+    STOPPED = "STOPPED", "SCHEDULED", "stopped"
+    PRUNED = "PRUNED", "KILLED", "stopped early"
+    FAILED = "FAILED", "FAILED", "failed"
+
+    def __new__(cls, value: str, in_mlflow: str, text: str) -> Self:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.in_mlflow = in_mlflow
+        member.text = text
+        return member
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,7 @@ class Card(Facts):
 class Status:
     """Content of status.json. Rank 0 writes it while training, and the driver at the end."""
 
-    status: StatusName
+    status: RunStatus
     """RUNNING also after the driver was killed."""
     images_seen: Annotated[int, Ge(0)]
     """Where training was; the newest checkpoint may be earlier."""

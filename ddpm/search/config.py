@@ -26,8 +26,8 @@ class Arguments(PresetArguments):
     max_concurrent: PositiveInt = 2
     """Number of concurrent trials, each with cluster.num_workers workers."""
     space: tuple[str, ...] = ()
-    """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; default_space.py lists the forms
-    and the default."""
+    """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; space.py lists the forms and
+    the default."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """optuna: TPE. grid: every combination; the space then has values a|b|c only."""
     num_rungs: PositiveInt = 3

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from ddpm.build import build_schedule
 from ddpm.config.json import override
-from ddpm.config.tree import Config
 from ddpm.evaluation import evaluate, inputs
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING
 from ddpm.evaluation.settings import Settings
-from ddpm.search.setup import Setup
+from ddpm.runs.run_folder import RunStatus
+from ddpm.search.config import Arguments
 from ddpm.search.trials import Trial, Trials, best
 
 SAMPLER = "dpmpp_2m"
@@ -83,37 +82,29 @@ class Row:
         return float(self.bits.mean(1).std(ddof=1))
 
 
-def score_finalists(setup: Setup, trials: Trials) -> None:
+def score_finalists(arguments: Arguments, trials: Trials) -> None:
     """Compute KID of the best few trials, and store it in their folders; known values are not computed again."""
-    chosen = setup.arguments
-    finalists = best(trials.all())[: chosen.finalists]
     todo: dict[int, list[Trial]] = {}
-    for trial in finalists:
-        if _scored(trial, setup) is None:
-            todo.setdefault(num_sample_steps(setup, trial), []).append(trial)
-    for num_steps, of_steps in todo.items():
-        _score(setup, trials, of_steps, num_steps)
+    for trial in best(trials.all())[: arguments.finalists]:
+        if _score(trials, trial) is None:
+            todo.setdefault(num_sample_steps(trials, trial), []).append(trial)
+    for num_steps, same_steps in todo.items():
+        settings = Settings(
+            num_images=arguments.drawn_images,
+            features=arguments.features,
+            sampler=SAMPLER,
+            num_sample_steps=num_steps,
+            num_train_images=0,
+            seed=arguments.seed,
+        )
+        candidates = inputs.read_checkpoints([trials.folder.child(trial.name).uri for trial in same_steps])
+        report = evaluate.evaluate(candidates, settings, bounds=False)
+        for trial, result in zip(same_steps, report.results, strict=True):
+            kid = next(score for score in result.drawn.scores if score.name.startswith("KID"))
+            trials.score(trial.name, kid)
 
 
-def _score(setup: Setup, trials: Trials, todo: Sequence[Trial], num_steps: int) -> None:
-    """Compute and store the KID of trials that are sampled in `num_steps` steps."""
-    chosen = setup.arguments
-    settings = Settings(
-        num_images=chosen.drawn_images,
-        features=chosen.features,
-        sampler=SAMPLER,
-        num_sample_steps=num_steps,
-        num_train_images=0,
-        seed=chosen.seed,
-    )
-    candidates = inputs.read_checkpoints([setup.folder.child(trial.name).uri for trial in todo])
-    report = evaluate.evaluate(candidates, settings, bounds=False)
-    for trial, result in zip(todo, report.results, strict=True):
-        kid = next(score for score in result.drawn.scores if score.name.startswith("KID"))
-        trials.score(trial.name, kid)
-
-
-def ranked(setup: Setup, trials: Trials) -> list[Row]:
+def ranked(trials: Trials) -> list[Row]:
     """All trials: those trained several times by their mean bits/dim, others by bits/dim, then by images seen."""
     everything = trials.all()
     order = best(everything)
@@ -122,7 +113,7 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
     for own in order:
         trainings = [own]
         trainings += [
-            trial for trial in everything if trial.repeats == own.name and trial.status == "finished"
+            trial for trial in everything if trial.repeats == own.name and trial.status == RunStatus.FINISHED
         ]
         bits[own.name] = np.array([trial.last.bits for trial in trainings if trial.last])
         mean[own.name] = float(np.mean([trial.bits_per_dim for trial in trainings]))
@@ -132,12 +123,12 @@ def ranked(setup: Setup, trials: Trials) -> list[Row]:
     rest.sort(key=lambda trial: (-trial.images_seen, trial.bits_per_dim))
 
     by_bits = _by_name(bits, paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else [])
-    by_kid = _ranks_by_kid(order, setup)
+    by_kid = _ranks_by_kid(order, trials)
     by_trainings = _by_name(several, configuration_ranks(list(several.values())))
     return [
         Row(
             trial=trial,
-            leftover=_leftover(setup.base, trial),
+            leftover=_leftover(trials, trial),
             by_bits=by_bits.get(trial.name),
             by_kid=by_kid.get(trial.name),
             bits=bits.get(trial.name),
@@ -151,11 +142,11 @@ def _by_name(names: Iterable[str], ranks: Iterable[Rank]) -> dict[str, Rank]:
     return dict(zip(names, ranks, strict=True))
 
 
-def _ranks_by_kid(order: Sequence[Trial], setup: Setup) -> dict[str, Rank]:
+def _ranks_by_kid(order: Sequence[Trial], trials: Trials) -> dict[str, Rank]:
     """The rank by KID of each trial whose KID is known."""
     scores = dict[str, Score]()
     for trial in order:
-        score = _scored(trial, setup)
+        score = _score(trials, trial)
         if score is not None:
             scores[trial.name] = score
     values = [score.value for score in scores.values()]
@@ -163,24 +154,20 @@ def _ranks_by_kid(order: Sequence[Trial], setup: Setup) -> dict[str, Rank]:
     return _by_name(scores, ranks(values, errors))
 
 
-def _scored(trial: Trial, setup: Setup) -> Score | None:
-    """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
-    chosen = setup.arguments
+def _score(trials: Trials, trial: Trial) -> Score | None:
+    """The trial's KID, if it is as the newest command asks: an earlier one may have had another feature net."""
     score = trial.score
-    if score is None:
-        return None
-    name = f"KID-{inputs.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
-    if score.name != name or score.n != min(chosen.drawn_images, MAX_PAIRWISE):
+    if score is None or (score.name, score.n) != (trials.search.kid, trials.search.kid_images):
         return None
     return score
 
 
-def num_sample_steps(setup: Setup, trial: Trial) -> int:
+def num_sample_steps(trials: Trials, trial: Trial) -> int:
     """The number of steps in which a finalist is sampled."""
-    return min(STEPS, override(setup.base, trial.changes).schedule.num_timesteps)
+    return min(STEPS, override(trials.config, trial.changes).schedule.num_timesteps)
 
 
-def _leftover(base: Config, trial: Trial) -> float:
+def _leftover(trials: Trials, trial: Trial) -> float:
     """sqrt(D alpha_bar_T) of the trial's config."""
-    config = override(base, trial.changes)
+    config = override(trials.config, trial.changes)
     return float((config.model.num_dims * build_schedule(config.schedule).alpha_bar[-1]).sqrt())

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 from matplotlib import pyplot
@@ -13,19 +13,20 @@ from optuna.visualization.matplotlib import plot_parallel_coordinate
 
 from ddpm.evaluation.ranking import Z
 from ddpm.search.space import Domain
-from ddpm.search.trials import Outcome, Trial
+from ddpm.search.trials import Trial
 from ddpm.utils.images import figure_png
 
 
 def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain]) -> bytes:
     """One line per trial over its settings, coloured by bits/dim: the best are dark. A PNG."""
     study = optuna.create_study()
-    status = CategoricalDistribution(get_args(Outcome))
-    of_name: dict[str, Any] = {_name(key): domain for key, domain in domains.items()} | {"status": status}
-    for trial in (trial for trial in trials if trial.last and trial.repeats is None):
-        params = {_name(key): value for key, value in trial.changes.items()} | {"status": trial.status}
-        of_params = {name: of_name[name] for name in params}
-        study.add_trial(create_trial(params=params, distributions=of_params, value=trial.bits_per_dim))
+    shown = [trial for trial in trials if trial.last and trial.repeats is None]
+    distributions: dict[str, Any] = {_name(key): domain for key, domain in domains.items()}
+    distributions["status"] = CategoricalDistribution(list(dict.fromkeys(trial.outcome for trial in shown)))
+    for trial in shown:
+        params = {_name(key): value for key, value in trial.changes.items()} | {"status": trial.outcome}
+        own = {name: distributions[name] for name in params}
+        study.add_trial(create_trial(params=params, distributions=own, value=trial.bits_per_dim))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an experimental function; an axis on which all trials are equal
         figure: Any = plot_parallel_coordinate(study, target_name="bits/dim").figure

@@ -1,77 +1,186 @@
-"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py and results.py compute them."""
+"""The results of a search, made from its folder: files there, and the search with all its trials in MLflow.
+
+leaderboard.py and results.py compute them.
+"""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.rung import RANKING
 from ddpm.runs import run_folder
 from ddpm.runs.curves import CurveRow
+from ddpm.runs.run_folder import RunFolder, RunStatus
 from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, results
 from ddpm.search.leaderboard import Row
-from ddpm.search.publisher import Parent, push_trial, record_outcome
-from ddpm.search.setup import Setup
-from ddpm.search.trials import Trials
-from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
+from ddpm.search.space import domains_from_json
+from ddpm.search.trials import Trial, Trials, trial_config
+from ddpm.tracking import mlflow_run, run_params
+from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
 from ddpm.tracking.mlflow_pages import NOTE_TAG
+from ddpm.tracking.push import Pushed
+from ddpm.tracking.pusher import Delivery, Pusher
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 from ddpm.utils.tables import estimate
 
 COMPARED = 8
 """Largest number of trials, the first of the leaderboard, on the page that compares them."""
-MLFLOW_TIMEOUT_S = 20.0
 MAX_NOTE = 8000
 """MLflow's longest tag: the table of more than about a hundred trials is cut off in the description."""
+TABLE = "results.md"
+FILES = (TABLE, "results.parquet", "best.json", "parallel.png", "bits-and-kid.png", "comparison.html")
+"""Files of a search's folder with its results; some may be missing."""
 
 
-def store(
-    setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent, trials: Trials
-) -> Iterator[str]:
-    """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where.
+class SearchRun:
+    """The search's own run in MLflow, under which its trials are shown.
 
-    Without tracking nothing is sent.
+    Attributes:
+        trials: of the search.
+        name: of the search.
+        status: what the next push sends.
+        rows: the leaderboard; the next push sends the results. None: there are no results yet.
     """
+
+    def __init__(self, trials: Trials) -> None:
+        self.name = Path(trials.folder.path).name
+        self.status = RunStatus.RUNNING
+        self.rows: Sequence[Row] | None = None
+        self.trials = trials
+        self._time_ms = int(time.time() * 1000)
+
+    def push(self, *, accepted: Callable[[], object], warn: Callable[[str], object]) -> Pushed:
+        """Send what the folder has; the run is created if there is none."""
+        trials = self.trials
+        uri = tracking_uri()
+        mlflow = Connection(uri, accepted)
+        experiment = trials.config.run.experiment
+        key = trials.search.search_key
+        run = mlflow_run.open_run(mlflow, experiment, key, self.name, source="ddpm search", warn=warn)
+        run.log_params(params(trials))
+        points = []
+        if self.rows is not None:
+            for name in FILES:
+                with suppress(FileNotFoundError):
+                    run.log_file(name, trials.folder.child(name).read())
+            note = trials.folder.child(TABLE).read().decode()
+            run.set_tags({NOTE_TAG: note[:MAX_NOTE]})
+            reported = self.rows[0].reported if self.rows else None
+            if reported is not None:
+                at = len(self.rows)
+                points.append(CurveRow("best/bits_per_dim", at, reported.value, self._time_ms))
+                points.append(CurveRow("best_error/bits_per_dim", at, reported.error, self._time_ms))
+        run.log_metrics(points)
+        run.set_status(self.status, None if self.status == RunStatus.RUNNING else int(time.time() * 1000))
+        return Pushed(without_password(uri), run.experiment_id, run.run_id, len(points))
+
+
+def runs(trials: Trials) -> Iterator[tuple[Trial, RunFolder]]:
+    """The trials with their runs, without those whose driver was killed before it created the run."""
+    for trial in trials.all():
+        location = trials.folder.child(trial.name)
+        if location.child(run_folder.CARD).exists():
+            yield trial, run_folder.existing_run(location.uri)
+
+
+def params(trials: Trials) -> dict[str, Any]:
+    """The params of a search in MLflow: the config that trials change, and the settings."""
+    settings = trials.search.settings
+    config = trial_config(trials.config, settings["rungs"], trials.folder)
+    own = {f"search.{key}": value for key, value in settings.items() if key not in ("config", "space")}
+    space = {f"space.{key}": value for key, value in settings["space"].items()}
+    return {**run_params.params(config), **own, **space}
+
+
+def send(search_run: SearchRun, rows: Sequence[Row], pusher: Pusher, patience_s: float) -> Delivery | None:
+    """Push the search with its results and all its trials; None: it is not tracked.
+
+    Args:
+        pusher: it pushes `search_run` first.
+        patience_s: how long MLflow may accept nothing.
+    """
+    search_run.rows = rows
+    search_run.status = status(search_run.trials)
+    for _, run in runs(search_run.trials):
+        pusher.add_run(run)
+    return pusher.close(patience_s)
+
+
+def sync(folder: Location, timeout_s: float) -> Iterator[str]:
+    """Write the results of the search in a folder, as far as it is, and send it to MLflow; yields lines that say where.
+
+    Raises:
+        MlflowError: MLflow lacks a part.
+    """
+    trials = Trials(folder)
+    search_run = SearchRun(trials)
+    pusher = Pusher()
+    pusher.add(search_run.name, search_run.push)
+    rows = leaderboard.ranked(trials)
+    yield from write(trials, rows)
+    delivery = send(search_run, rows, pusher, timeout_s)
+    where = without_password(tracking_uri())
+    if delivery is None or delivery.pushed is None or not delivery.is_complete:
+        reason = delivery.error if delivery and delivery.error else f"no answer for {timeout_s:g} s"
+        raise MlflowError(
+            f"MLflow at {where} lacks a part of {search_run.name}, whose folder keeps everything: {reason}"
+        )
+    yield f"sent        {len(trials.all())} trials"
+    yield f"MLflow      run {delivery.pushed.run_id} in {where}"
+
+
+def write(trials: Trials, rows: Sequence[Row]) -> Iterator[str]:
+    """Write table, best config, plots and comparison to the search's folder; yields lines that say where."""
     shown = [row.trial for row in rows]
-    folder = setup.folder
+    folder = trials.folder
+    remarks = list(results.remarks(rows))
     files = {
         "results.parquet": results.parquet(rows),
-        "results.md": results.markdown(rows, remarks).encode(),
+        TABLE: results.markdown(rows, remarks).encode(),
     }
-    config = results.best_config(rows, setup.arguments.config)
-    if config is not None:
-        files["best.json"] = config.encode()
-        files["parallel.png"] = plots.parallel(shown, setup.space.domains)
+    best = results.best_config(rows, trials.config)
+    if best is not None:
+        files["best.json"] = best.encode()
+        files["parallel.png"] = plots.parallel(shown, domains_from_json(trials.search.settings["space"]))
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:
-        page = compared(rows, folder)
+        page = comparison(rows, folder)
         if page is not None:
             files["comparison.html"] = page
     except (UserError, OSError) as error:
         yield f"comparison  could not be made: {error}"
     for name, data in files.items():
         file = folder.child(name)
-        retry_io(partial(file.write, data), where=file.uri, timeout_s=setup.base.run.storage_timeout_s)
-    yield f"results     {folder.uri}/results.md, .parquet; plots next to them"
+        retry_io(partial(file.write, data), where=file.uri, timeout_s=trials.config.run.storage_timeout_s)
+    yield f"results     {folder.uri}/{TABLE}, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
     reported = rows[0].reported if rows else None
-    if config is not None and reported is not None:
+    if best is not None and reported is not None:
         value = f"{estimate(*reported)} bits/dim on the reporting split"
         yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
-    if parent.is_tracked:
-        yield _publish(setup, rows, trials, files, parent)
-    else:
-        for row in rows:
-            record_outcome(trials, row.trial.name)
 
 
-def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
+def status(trials: Trials) -> RunStatus:
+    """The status of a search: RUNNING also after its driver was killed."""
+    unfinished = [trial for trial in trials.all() if not trial.has_ended]
+    if not unfinished:
+        return RunStatus.FINISHED
+    found = [run_folder.read_status(trials.folder.child(trial.name)) for trial in unfinished]
+    is_running = any(of_run is not None and of_run.status == RunStatus.RUNNING for of_run in found)
+    return RunStatus.RUNNING if is_running else RunStatus.STOPPED
+
+
+def comparison(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
     own = (row for row in rows if row.trial.last and row.trial.repeats is None)
     begun = (row for row in own if folder.child(row.trial.name).child(run_folder.CARD).exists())
@@ -112,28 +221,3 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
         ),
     ]
     return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
-
-
-def _publish(
-    setup: Setup, rows: Sequence[Row], trials: Trials, files: Mapping[str, bytes], parent: Parent
-) -> str:
-    """Send the results and the trials to MLflow; returns a line with the outcome."""
-    where = without_password(tracking_uri())
-    try:
-        run = parent.open()
-        run.log_params(setup.params)  # MLflow may have been unreachable while the search ran
-        for name, data in files.items():
-            run.log_file(name, data)
-        run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
-        reported = rows[0].reported if rows else None
-        if reported is not None:
-            now_ms = int(time.time() * 1000)
-            value = CurveRow("best/bits_per_dim", len(rows), reported.value, now_ms)
-            error = CurveRow("best_error/bits_per_dim", len(rows), reported.error, now_ms)
-            run.log_metrics([value, error])
-        for row in rows:
-            push_trial(trials, row.trial.name, MLFLOW_TIMEOUT_S)
-        run.set_status("FINISHED", int(time.time() * 1000))
-    except MlflowError as error:
-        return f"MLflow      {where} does not accept the search; run the same command to try again: {error}"
-    return f"MLflow      run {run.run_id} in {where}"

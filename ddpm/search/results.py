@@ -55,7 +55,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _status(row: Row) -> str:
-    status: str = row.trial.status
+    status = row.trial.outcome
     if row.trial.repeats is not None:
         status += f", {row.trial.repeats} again"
     if row.trial.reason:
@@ -81,7 +81,7 @@ def parquet(rows: Sequence[Row]) -> bytes:
         records.append(
             {
                 "trial": trial.name,
-                "status": trial.status,
+                "status": trial.outcome,
                 "repeats": trial.repeats,
                 "images_seen": trial.images_seen,
                 **{key: trial.changes.get(key) for key in _varied(rows)},

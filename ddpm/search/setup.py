@@ -2,20 +2,20 @@
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ddpm.config import kinds
-from ddpm.config.json import flatten, keys_that_affect, override
+from ddpm.config.json import flatten, keys_that_affect
 from ddpm.config.tree import Affects, Config
 from ddpm.data import prepare_for_run, ray_stream, sorted_labels
+from ddpm.evaluation import inputs
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.rung import Evaluator, Rungs
 from ddpm.runs import run_folder
 from ddpm.runs.storage import Location, resolve
 from ddpm.search import space as spaces
 from ddpm.search.config import Arguments
 from ddpm.search.space import Space
-from ddpm.search.trials import rung_positions
-from ddpm.tracking import run_params
+from ddpm.search.trials import SearchFile, rung_positions, trial_config
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -31,20 +31,8 @@ class Setup:
     """The config that trials change."""
     space: Space
     rungs: Rungs
-    settings: dict[str, Any]
-    """Everything that determines its trials."""
-
-    @property
-    def name(self) -> str:
-        return str(self.base.run.name)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The config and the settings, flat, for MLflow."""
-        own = {f"search.{key}": value for key, value in self.settings.items()}
-        del own["search.config"]
-        space = {f"space.{key}": value for key, value in own.pop("search.space").items()}
-        return {**run_params.params(self.base), **own, **space}
+    search: SearchFile
+    """search.json, if the search is new."""
 
 
 def prepare(arguments: Arguments) -> Setup:
@@ -53,7 +41,7 @@ def prepare(arguments: Arguments) -> Setup:
     loop.check(config)
     if not kinds.objective(config.objective.process).has_bound:
         raise UserError(f"the process {config.objective.process} has no bits/dim to search by")
-    space = spaces.parse(arguments.space, config)
+    space = spaces.parse(arguments.space or spaces.DEFAULT, config)
     if arguments.searcher == "grid":
         space.check_grid()
     run_folder.check_writable(config)
@@ -67,19 +55,11 @@ def prepare(arguments: Arguments) -> Setup:
             f"{config.data.shards} has fewer than 4 held-out images: trials are evaluated on a split named test, "
             f"besides {train.split}"
         )
-    at = rung_positions(
+    rungs = rung_positions(
         config.train.total_images, config.train.batch_size, arguments.reduction_factor, arguments.num_rungs
     )
     folder = resolve(config.run.storage).child(str(config.run.name))
-    every = at[0] if len(at) > 1 else min(at[0], config.train.checkpoint_every_images)
-    own = {
-        "train.total_images": at[-1],
-        "train.checkpoint_every_images": every,
-        "train.keep_checkpoints": -(-at[-1] // at[0]),
-        "run.storage": folder.uri,
-    }
-    base = override(config, own)
-    evaluator = Evaluator(train, held_out, arguments.num_images, seed=arguments.seed)
+    base = trial_config(config, rungs, folder)
     compared = keys_that_affect(base, Affects.WEIGHTS | Affects.TASK)
     settings = {
         "config": {key: value for key, value in flatten(base).items() if key in compared},
@@ -88,18 +68,19 @@ def prepare(arguments: Arguments) -> Setup:
         "reduction_factor": arguments.reduction_factor,
         "num_images": arguments.num_images,
         "seed": arguments.seed,
-        "rungs": at,
+        "rungs": rungs,
         "ranking_images": "every second",
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
+    kid = f"KID-{inputs.feature_net_name(arguments.features, train)}"
     return Setup(
         arguments=arguments,
         folder=folder,
         base=base,
         space=space,
-        rungs=Rungs(tuple(at), evaluator),
-        settings=settings,
+        rungs=Rungs(tuple(rungs), Evaluator(train, held_out, arguments.num_images, seed=arguments.seed)),
+        search=SearchFile.new(settings, config, kid, min(arguments.drawn_images, MAX_PAIRWISE)),
     )
 
 

@@ -1,4 +1,15 @@
-"""The search space: a domain for each varied key of the config, parsed from flags (their forms: default_space.py)."""
+"""The search space: a domain for each varied key of the config, parsed from flags.
+
+    --space 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine' 'schedule.num_timesteps=int(200,1000)'
+
+    a|b|c               one of these; a single value fixes it
+    uniform(low,high)   uniform between the bounds
+    log(low,high)       uniform in the logarithm; low must be above 0
+    int(low,high)       whole numbers, both ends included; intlog(low,high) is uniform in the logarithm
+
+A key that only some kinds read is varied only where one of them was chosen: a cosine has no beta_end.
+Nothing in a flag is executed.
+"""
 
 import itertools
 import json
@@ -6,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -14,6 +25,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
     distribution_to_json,
+    json_to_distribution,
 )
 
 from ddpm.config import kinds
@@ -28,7 +40,21 @@ too) change only the net: the bound is computed from x_0_hat for any prediction,
 the label."""
 CALL = re.compile(r"(uniform|log|int|intlog)\(([^,()]+),([^,()]+)\)")
 MAX_CORNERS = 256
+"""Largest number of combinations of a schedule's ends that are checked for each combination of kinds."""
 MAX_TIMESTEPS = 10_000
+
+DEFAULT = (
+    f"schedule.kind={'|'.join(kinds.SCHEDULES)}",
+    "schedule.num_timesteps=int(200,1000)",  # the bound gets tighter with T, and more expensive to compute
+    "schedule.beta_start=log(1e-5,1e-3)",  # 1e-4 in Ho et al. 2020; 8.5e-4 in Stable Diffusion (scaled_linear)
+    # At T = 1000, linear from 1e-4: from too little noise (sqrt(alpha_bar_T) = 0.28) to noise far too early.
+    "schedule.beta_end=log(0.005,0.1)",
+    "schedule.cosine_s=log(1e-3,0.1)",  # 0.008 in Nichol & Dhariwal 2021
+    "schedule.sigmoid_start=uniform(-6,-0.5)",  # Chen 2023 tries (-3, 3), (0, 3) and (-3, 0) among others
+    "schedule.sigmoid_end=uniform(0.5,6)",
+    "optim.lr=log(1e-4,1e-2)",
+)
+"""What a search varies without --space."""
 
 Domain = FloatDistribution | IntDistribution | CategoricalDistribution
 
@@ -62,9 +88,9 @@ class Space:
                     f"--searcher grid needs values of {key}, such as --space {key}=a|b|c, not a range"
                 )
 
-    def grid(self, most: int) -> list[dict[str, Any]]:
-        """The first `most` combinations of all values, each with only the keys that have an effect."""
-        return list(itertools.islice(self._combinations(), most))
+    def grid(self, num_points: int) -> list[dict[str, Any]]:
+        """The first combinations of all values, each with only the keys that have an effect."""
+        return list(itertools.islice(self._combinations(), num_points))
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""
@@ -85,15 +111,20 @@ class Space:
     def _has_effect(self, key: str, chosen: Mapping[str, Any]) -> bool:
         return key not in kinds.without_effect({**self.base, **chosen})
 
-    def _combinations(self, most: int | None = None) -> Iterator[dict[str, Any]]:
-        """All combinations of the ends of all domains, at most `most` for each combination of kinds."""
+    def _combinations(self, num_per_kind: int | None = None) -> Iterator[dict[str, Any]]:
+        """All combinations of the ends of all domains, or the first `num_per_kind` for each combination of kinds."""
         choices = [key for key in self.domains if key in kinds.TABLES]
         for names in itertools.product(*(ends(self.domains[key]) for key in choices)):
             chosen = dict(zip(choices, names, strict=True))
             keys = [key for key in self.domains if self._has_effect(key, chosen)]
             values = [(chosen[key],) if key in chosen else ends(self.domains[key]) for key in keys]
-            for point in itertools.islice(itertools.product(*values), most):
+            for point in itertools.islice(itertools.product(*values), num_per_kind):
                 yield dict(zip(keys, point, strict=True))
+
+
+def domains_from_json(space: Mapping[str, Any]) -> dict[str, Domain]:
+    """The domains of `Space.as_json`."""
+    return {key: cast(Domain, json_to_distribution(json.dumps(domain))) for key, domain in space.items()}
 
 
 def parse(flags: Sequence[str], base: Config) -> Space:
@@ -126,8 +157,10 @@ def _check(space: Space, base: Config) -> None:
     for key in space.unused():
         raise UserError(f"--space {key} changes nothing: it is read with {kinds.readers(key)} alone")
     timesteps = space.domains.get("schedule.num_timesteps")
-    if timesteps is not None and (most := max(ends(timesteps))) > MAX_TIMESTEPS:
-        raise UserError(f"--space allows {most:,} timesteps; at most {MAX_TIMESTEPS:,} are allowed")
+    if timesteps is not None and max(ends(timesteps)) > MAX_TIMESTEPS:
+        raise UserError(
+            f"--space allows {max(ends(timesteps)):,} timesteps; at most {MAX_TIMESTEPS:,} are allowed"
+        )
     for corner in space.corners():
         try:
             loop.check(override(base, corner))

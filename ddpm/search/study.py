@@ -1,8 +1,8 @@
 """A search on Ray Tune: Optuna proposes, ASHA stops early, and a callback of the driver writes outcomes.
 
 Tune's own state is in a temporary folder, and is not read back: to continue a search is to list its runs. Trials that
-have ended are added to Optuna's study with their values, and to ASHA with their rungs; the others are enqueued, and
-resume as every run does.
+have ended are added to Optuna's study with their values, and to ASHA with their rungs; the others are proposed first,
+and resume as every run does.
 """
 
 import logging
@@ -19,40 +19,115 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from ddpm.runs.run_folder import RunStatus
 from ddpm.search.config import Arguments
-from ddpm.search.publisher import Publisher
 from ddpm.search.space import Space
-from ddpm.search.trainables import IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
+from ddpm.search.trainables import (
+    FAILED,
+    IMAGES_SEEN,
+    NAME,
+    VALUE,
+    GroupTrial,
+    Spec,
+    result,
+    train_trial,
+)
 from ddpm.search.trials import Trial, Trials, best
-from ddpm.search.tune_callbacks import MAX_DEATHS, Interruption, Outcomes
+from ddpm.search.tune_callbacks import MAX_DEATHS, Interruption, Outcomes, Scoreboard
+from ddpm.tracking.pusher import Pusher
 
 STUDY = "search"
 SEED = "train.seed"
+MAX_KNOWN = 500
+"""Known points that Optuna may propose in a row; then its space counts as exhausted."""
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """The space of OptunaSearch, as a function that Tune can pickle."""
+class GivenTrials(Searcher):
+    """Proposes the given trials, in order."""
 
-    space: Space
-    with_seed: bool
-    """Also ask for a value of train.seed."""
+    def __init__(self, proposals: Sequence[dict[str, Any]]) -> None:
+        super().__init__(metric=VALUE, mode="min")
+        self._left = list(proposals)
 
-    def __call__(self, trial: optuna.Trial) -> None:
-        self.space.suggest(trial)
-        if self.with_seed:
-            trial.suggest_int(SEED, 0, 2**62)
+    def suggest(self, trial_id: str) -> Any:
+        return self._left.pop(0) if self._left else Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
 
 
-@dataclass(frozen=True)
-class Repetition:
-    """A further training of a finalist, with another seed."""
+class NewTrials(Searcher):
+    """Proposes Optuna's points that the search does not know yet.
 
-    repeats: str
-    """Name of the finalist."""
-    changes: dict[str, Any]
+    Optuna is told the value of a known point, and asked again. While the trial of the point runs, there is no proposal.
+
+    Args:
+        propose: makes a proposal of a point.
+        values: of the trials that have ended, by name; None: it has failed.
+        warn: called with a line when the space is exhausted.
+    """
+
+    def __init__(
+        self,
+        optuna_search: OptunaSearch,
+        propose: Callable[[Mapping[str, Any]], dict[str, Any]],
+        values: Mapping[str, float | None],
+        warn: Callable[[str], None],
+    ) -> None:
+        super().__init__(metric=VALUE, mode="min")
+        self._optuna = optuna_search
+        self._propose = propose
+        self._values = dict(values)
+        self._warn = warn
+        self._num_asked = 0
+        self._waiting: tuple[str, dict[str, Any]] | None = None
+        """A question to Optuna and its answer, the point of a trial that runs."""
+        self._running: dict[str, tuple[str, str]] = {}
+        """Optuna's id and the name of each trial that runs, by Tune's id."""
+
+    def suggest(self, trial_id: str) -> Any:
+        for _ in range(MAX_KNOWN):
+            optuna_id, proposal = self._waiting or self._ask()
+            self._waiting = None
+            name = proposal[NAME]
+            if any(name == running for _, running in self._running.values()):
+                self._waiting = optuna_id, proposal
+                return None
+            if name not in self._values:
+                self._running[trial_id] = optuna_id, name
+                return proposal
+            self._tell(optuna_id, self._values[name])
+        self._warn(
+            f"warning: the search ends early: {MAX_KNOWN} proposals in a row are known; the space is small"
+        )
+        return Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        optuna_id, name = self._running.pop(trial_id)
+        has_value = result is not None and VALUE in result and FAILED not in result
+        self._values[name] = result[VALUE] if result is not None and has_value else None
+        self._tell(optuna_id, self._values[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it, to restore a search; ours is never restored
+
+    def _ask(self) -> tuple[str, dict[str, Any]]:
+        self._num_asked += 1
+        optuna_id = str(self._num_asked)
+        return optuna_id, self._propose(self._optuna.suggest(optuna_id) or {})
+
+    def _tell(self, optuna_id: str, value: float | None) -> None:
+        if value is None:
+            self._optuna.on_trial_complete(optuna_id, error=True)
+        else:
+            self._optuna.on_trial_complete(optuna_id, {VALUE: value})
 
 
 @dataclass
@@ -63,115 +138,91 @@ class Study:
     space: Space
     spec: Spec
     trials: Trials
-    publisher: Publisher
+    pusher: Pusher
     reserved: dict[str, float]
     """CPUs and GPUs that Tune reserves for a trial."""
     has_groups: bool
     """Whether a trial has several workers."""
     interruption: Interruption
-    news: Callable[[str], None]
-    """Called with a line for each event."""
-    tick: Callable[[], None]
-    """Called at each step of Tune's loop."""
+    scoreboard: Scoreboard
 
     def run(self) -> None:
         """Run what is left of the search's own trials, and then of the finalists' further trainings."""
-        grid = self._grid()
-        num_trials = self.arguments.num_trials
-        if grid is not None:
-            num_trials = min(num_trials, len(grid))
         own = [trial for trial in self.trials.all() if trial.repeats is None]
-        ended = [trial for trial in own if trial.status != "running"]
-        begun = [trial.changes for trial in own if trial.status == "running"]
-        known = [trial.changes for trial in own]
-        points = list(begun)
-        if grid is not None:
-            points += [point for point in grid if point not in known]
-        num_samples = max(num_trials - len(ended), len(begun))
-        if num_samples > 0:
-            search = self._search(points, ended)
-            self._tune(search, self._scheduler(ended), num_samples)
-        self._repeat_finalists()
+        ended = [trial for trial in own if trial.has_ended]
+        unfinished = [trial.changes for trial in own if not trial.has_ended]
+        if self.arguments.searcher == "grid":
+            known = [trial.changes for trial in own]
+            points = unfinished + [point for point in self._grid() if point not in known]
+            self._tune(
+                GivenTrials([self.spec.proposal(point) for point in points]), self._asha(ended), len(points)
+            )
+        else:
+            num_trials = max(self.arguments.num_trials - len(ended), len(unfinished))
+            self._tune(self._new_trials(unfinished, ended), self._asha(ended), num_trials)
+        if not self.interruption.is_on:
+            again = self._further_trainings()
+            self._tune(GivenTrials(again), FIFOScheduler(), len(again))
 
-    def _repeat_finalists(self) -> None:
-        """Train the best configurations again, with other seeds."""
-        wanted = self._repetitions()
-        if not wanted or self.interruption.is_on:
-            return
-        names = {self._key(training.changes): training.repeats for training in wanted}
-
-        def repeats(changes: Mapping[str, Any]) -> str:
-            return names[self._key(changes)]
-
-        search = self._search([training.changes for training in wanted], [], with_seed=True)
-        self._tune(search, FIFOScheduler(), len(wanted), repeats)
-
-    def _repetitions(self) -> list[Repetition]:
-        """The trainings that are left."""
+    def _further_trainings(self) -> list[dict[str, Any]]:
+        """Proposals of the trainings of finalists with other seeds that are left."""
         chosen = self.arguments
         seed = self.spec.config.train.seed
         finalists = best(self.trials.all())[: chosen.finalists]
-        whole = [trial for trial in finalists if trial.status == "finished"]
+        finished = [trial for trial in finalists if trial.status == RunStatus.FINISHED]
         wanted = []
         for other in range(seed + 1, seed + chosen.finalist_seeds):
-            for trial in whole:
-                changes = {**trial.changes, SEED: other}
-                known = self.trials.get(str(self.spec.configured(changes).run.name))
-                if known is None or known.status == "running":
-                    wanted.append(Repetition(trial.name, changes))
+            for trial in finished:
+                proposal = self.spec.proposal({**trial.changes, SEED: other}, repeats=trial.name)
+                known = self.trials.get(proposal[NAME])
+                if known is None or not known.has_ended:
+                    wanted.append(proposal)
         return wanted
 
-    @staticmethod
-    def _key(changes: Mapping[str, Any]) -> str:
-        return repr(sorted(changes.items()))
-
-    def _grid(self) -> list[dict[str, Any]] | None:
+    def _grid(self) -> list[dict[str, Any]]:
         """The points of a grid. Optuna's GridSampler supports no keys that depend on another key's value."""
-        chosen = self.arguments
-        if chosen.searcher != "grid":
-            return None
-        points = self.space.grid(chosen.num_trials + 1)
-        if len(points) > chosen.num_trials:
-            self.news(
-                f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"
+        num_trials = self.arguments.num_trials
+        points = self.space.grid(num_trials + 1)
+        if len(points) > num_trials:
+            self.scoreboard.news(
+                f"warning: the grid has more points than the first {num_trials} (--num-trials), which are tried"
             )
-        return points[: chosen.num_trials]
+        return points[:num_trials]
 
-    def _search(
-        self, points: Sequence[Mapping[str, Any]], ended: Sequence[Trial], with_seed: bool = False
-    ) -> OptunaSearch:
-        """Optuna with what is known of the trials that have ended, which proposes `points` first."""
+    def _new_trials(self, unfinished: Sequence[Mapping[str, Any]], ended: Sequence[Trial]) -> NewTrials:
+        """Optuna with what is known of the trials that have ended, which proposes the unfinished ones first."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = InMemoryStorage()
         study = optuna.create_study(storage=storage, study_name=STUDY, direction="minimize")
         for trial in ended:
             study.add_trial(self._as_optuna_trial(trial))
-        for point in points:
-            study.enqueue_trial(dict(point))
+        for changes in unfinished:
+            study.enqueue_trial(dict(changes))
         seed = self.arguments.seed + len(self.trials.all())  # else a new driver would repeat its proposals
         sampler: optuna.samplers.BaseSampler
         if self.arguments.searcher == "random":
             sampler = optuna.samplers.RandomSampler(seed=seed)
         else:
             sampler = optuna.samplers.TPESampler(seed=seed)
-        proposal: Any = Proposal(self.space, with_seed)
-        return OptunaSearch(
-            proposal, metric=VALUE, mode="min", sampler=sampler, storage=storage, study_name=STUDY
+        space: Any = self.space.suggest
+        optuna_search = OptunaSearch(
+            space, metric=VALUE, mode="min", sampler=sampler, storage=storage, study_name=STUDY
         )
+        values = {trial.name: _value(trial) for trial in ended}
+        return NewTrials(optuna_search, self.spec.proposal, values, self.scoreboard.news)
 
     def _as_optuna_trial(self, trial: Trial) -> optuna.trial.FrozenTrial:
         """A trial that has ended; one that was stopped early has its last value, as OptunaSearch reports it."""
         params = {key: value for key, value in trial.changes.items() if key in self.space.domains}
-        value = trial.bits_per_dim
-        has_failed = trial.status == "failed" or not math.isfinite(value)
+        value = _value(trial)
         return create_trial(
-            state=TrialState.FAIL if has_failed else TrialState.COMPLETE,
+            state=TrialState.FAIL if value is None else TrialState.COMPLETE,
             params=params,
             distributions={key: self.space.domains[key] for key in params},
-            value=None if has_failed else value,
+            value=value,
         )
 
-    def _scheduler(self, ended: Sequence[Trial]) -> TrialScheduler:
+    def _asha(self, ended: Sequence[Trial]) -> TrialScheduler:
         """ASHA (Li et al. 2020, arXiv:1810.05934), with the rungs of the trials that have ended."""
         at = self.spec.rungs.at
         if len(at) == 1:
@@ -191,13 +242,10 @@ class Study:
                 scheduler.on_trial_result(None, known, result(evaluation))  # type: ignore[arg-type]
         return scheduler
 
-    def _tune(
-        self,
-        search: OptunaSearch,
-        scheduler: TrialScheduler,
-        num_samples: int,
-        repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
-    ) -> None:
+    def _tune(self, search: Searcher, scheduler: TrialScheduler, num_trials: int) -> None:
+        """Run trials until `num_trials` have ended, or `search` proposes no more."""
+        if num_trials == 0:
+            return
         # A trial's error is in its folder, in one line.
         level = logging.INFO if self.spec.verbose else logging.CRITICAL
         logging.getLogger("ray.tune").setLevel(level)
@@ -207,22 +255,14 @@ class Study:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         kind: Any = GroupTrial if self.has_groups else train_trial
         trainable = tune.with_resources(tune.with_parameters(kind, spec=self.spec), self.reserved)
-        outcomes = Outcomes(
-            trials=self.trials,
-            spec=self.spec,
-            publisher=self.publisher,
-            interruption=self.interruption,
-            news=self.news,
-            tick=self.tick,
-            repeats=repeats,
-        )
+        outcomes = Outcomes(self.trials, self.spec, self.pusher, self.interruption, self.scoreboard)
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
             tuner = tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
-                    num_samples=num_samples,
+                    num_samples=num_trials,
                     max_concurrent_trials=self.arguments.max_concurrent,
                     reuse_actors=not self.has_groups,
                 ),
@@ -237,3 +277,9 @@ class Study:
                 ),
             )
             tuner.fit()
+
+
+def _value(trial: Trial) -> float | None:
+    """What Optuna is told of a trial that has ended; None: it has failed."""
+    has_failed = trial.status == RunStatus.FAILED or not math.isfinite(trial.bits_per_dim)
+    return None if has_failed else trial.bits_per_dim

@@ -2,7 +2,8 @@
 
 A trial of one worker is a function that trains in Tune's process by the plain Runtime, without Ray Train and Ray Data.
 A trial of several workers is a class that drives a worker group (training/fit.py). Both resume from the run's newest
-checkpoint, and first report the rungs that the run has already reached.
+checkpoint, and first report the rungs that the run has already reached. The search's driver creates the run, writes how
+it ended, and sends it to MLflow.
 """
 
 import contextlib
@@ -20,11 +21,10 @@ from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.evaluation import rung
 from ddpm.evaluation.rung import Evaluation, Rungs
-from ddpm.runs import run_folder
+from ddpm.runs import run_folder, storage
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.run_folder import RunFolder, Search
 from ddpm.runs.settings import differences, run_name
-from ddpm.search.trials import Trial, read_trial
 from ddpm.training import loop, run_state
 from ddpm.training.fit import Origin, facts, fit
 from ddpm.training.runtime import Runtime
@@ -34,10 +34,19 @@ from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+NAME = "name"
+"""Key of a proposal: the name of the trial's run."""
+CHANGES = "changes"
+"""Key of a proposal: dotted keys of a config, and their values."""
+REPEATS = "repeats"
+"""Key of a proposal: the trial that it repeats with another seed, or None."""
+
 VALUE = "value"
 """Key of a result: bits/dim; lower is better."""
 IMAGES_SEEN = "images_seen"
 """Key of a result: where it was measured."""
+EVALUATION = "evaluation"
+"""Key of a result: everything that was measured there."""
 FAILED = "failed"
 """Key of a result: why the trial has failed."""
 POLL_INTERVAL_S = 0.25
@@ -58,24 +67,37 @@ class Spec:
     search: Search
     verbose: bool
 
-    def configured(self, changes: Mapping[str, Any]) -> Config:
-        """The config of the trial with these changes; its run is named as all runs are."""
-        config = override(self.config, changes)
-        name = run_name(self.preset, self.base.data.images, differences(config, self.base))
-        return override(config, {"run.name": name})
+    def proposal(self, changes: Mapping[str, Any], repeats: str | None = None) -> dict[str, Any]:
+        """A trial with these changes as Tune passes it on; its run is named as all runs are."""
+        changed = differences(override(self.config, changes), self.base)
+        name = run_name(self.preset, self.base.data.images, changed)
+        return {NAME: name, CHANGES: dict(changes), REPEATS: repeats}
+
+    def config_of(self, proposal: Mapping[str, Any]) -> Config:
+        return override(self.config, {**proposal[CHANGES], "run.name": proposal[NAME]})
 
     def origin(self, config: Config) -> Origin:
         """Where the run of a trial comes from."""
         return Origin(self.preset, differences(config, self.base), search=self.search)
 
+    def open_run(self, proposal: Mapping[str, Any]) -> RunFolder:
+        """The run of a trial, which is created if there is none."""
+        config = self.config_of(proposal)
+        described = facts(config, self.rungs.evaluator.train, self.origin(config))
+        return run_folder.open_run(proposal[NAME], config.run.storage, described)
+
 
 def result(evaluation: Evaluation) -> dict[str, Any]:
     """What a trial reports to Tune at a rung."""
-    return {IMAGES_SEEN: evaluation.images_seen, VALUE: evaluation.bits_per_dim.value}
+    return {
+        IMAGES_SEEN: evaluation.images_seen,
+        VALUE: evaluation.bits_per_dim.value,
+        EVALUATION: evaluation,
+    }
 
 
 def failure(error: UserError) -> dict[str, Any]:
-    """What a trial reports to Tune that cannot go on: to try again would not help."""
+    """What a trial reports to Tune that has failed for good: it would fail again."""
     return {IMAGES_SEEN: 0, VALUE: float("nan"), FAILED: str(error)}
 
 
@@ -93,21 +115,25 @@ class TrialRuntime(Runtime):
         tune.report(result(rung))  # raises SystemExit if Tune stops the trial here
 
 
-def train_trial(changes: dict[str, Any], spec: Spec) -> None:
-    """Train the trial with these changes, in this process."""
+def train_trial(proposal: dict[str, Any], spec: Spec) -> None:
+    """Train a trial in this process."""
     _set_up(spec)
+    config = spec.config_of(proposal)
+    timeout_s = config.run.storage_timeout_s
+    last = spec.rungs.at[-1]
     try:
-        config = spec.configured(changes)
-        run = open_trial(config, spec)
-        # An equal proposal that is being trained is waited for.
+        run = run_folder.existing_run(f"{config.run.storage}/{config.run.name}")
+        # The process of a killed driver may still train it.
         with DriverLock(run.location, "trial", "--name", log.info, waits=True):
-            for at in rung.recorded_at(run.location, config.run.storage_timeout_s):
-                tune.report(result(rung.read(run.location, at, config.run.storage_timeout_s)))
-            trial = read_trial(run.location, config.run.storage_timeout_s)
-            if trial is not None and trial.status == "failed":
-                raise UserError(trial.reason)
-            if trial is None or trial.status == "running":
-                _train(config, spec, run)
+            recorded = rung.recorded_at(run.location, timeout_s)
+            for at in recorded:
+                if at < last:
+                    tune.report(result(rung.read(run.location, at, timeout_s)))
+            _train(config, spec, run)
+            if (
+                last in recorded
+            ):  # a process that was killed has measured it, and may not have stored its checkpoint
+                tune.report(result(rung.read(run.location, last, timeout_s)))
     except UserError as error:
         tune.report(failure(error))
 
@@ -134,29 +160,21 @@ def _train(config: Config, spec: Spec, run: RunFolder) -> None:
         store.close()
 
 
-def open_trial(config: Config, spec: Spec) -> RunFolder:
-    """The run of a trial, in the search's folder."""
-    data = spec.rungs.evaluator.train
-    return run_folder.open_run(
-        str(config.run.name), config.run.storage, facts(config, data, spec.origin(config))
-    )
-
-
 class GroupTrial(tune.Trainable):
     """A trial of several workers; `step` returns the next rung, and `cleanup` ends the workers.
 
-    It needs hardly any CPU; its workers have their own. An equal proposal of a trial that is being trained returns the
-    rungs of that one.
+    It needs hardly any CPU; its workers have their own.
     """
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
         assert spec is not None, "the search gives it"
         _set_up(spec)
         self._spec = spec
-        self._config = spec.configured(config)
+        self._config = spec.config_of(config)
         self._timeout_s = self._config.run.storage_timeout_s
-        self._run = open_trial(self._config, spec)
-        self._reported: list[dict[str, Any]] = []
+        # The driver creates the run once this process has started.
+        self._folder = storage.resolve(self._config.run.storage).child(str(self._config.run.name))
+        self._num_reported = 0
         self._wanted = True
         self._error: BaseException | None = None
         self._placement_group = ""
@@ -164,53 +182,49 @@ class GroupTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         while True:
-            training = self._training
-            is_over = training is not None and not training.is_alive()
-            found = rung.recorded_at(self._run.location, self._timeout_s)
-            if len(found) > len(self._reported):
-                at = found[len(self._reported)]
-                is_last = at >= self._spec.rungs.at[-1]
-                if is_last and training is not None:
-                    training.join()  # the last checkpoint
-                evaluation = rung.read(self._run.location, at, self._timeout_s)
-                self._reported.append(result(evaluation))
-                return {**self._reported[-1], "done": is_last}
-            trial = read_trial(self._run.location, self._timeout_s)
-            has_ended = trial is not None and trial.status != "running"
-            if is_over or has_ended:
-                return {**self._ended(trial), "done": True}
-            if training is None:
-                self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
-                self._training.start()
-            self._training.join(POLL_INTERVAL_S)  # type: ignore[union-attr]
+            is_over = self._training is not None and not self._training.is_alive()
+            recorded = rung.recorded_at(self._folder, self._timeout_s)
+            if len(recorded) > self._num_reported:
+                break
+            if is_over:
+                return self._failed()
+            self._train(POLL_INTERVAL_S)
+        at = recorded[self._num_reported]
+        is_last = at >= self._spec.rungs.at[-1]
+        if is_last:
+            self._train()  # to its end, since the checkpoint is stored after the rung
+            if self._error is not None:
+                return self._failed()
+        self._num_reported += 1
+        return {**result(rung.read(self._folder, at, self._timeout_s)), "done": is_last}
 
     def cleanup(self) -> None:
         self._wanted = False
         if self._training is not None:
             self._training.join()
 
-    def _ended(self, trial: Trial | None) -> dict[str, Any]:
-        """The result of a trial that has ended before its last rung.
+    def _train(self, for_s: float | None = None) -> None:
+        """Wait for the training, which is begun if it has not."""
+        if self._training is None:
+            self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
+            self._training.start()
+        self._training.join(for_s)
 
-        Args:
-            trial: its outcome: if there is one, this is an equal proposal of a trial that has ended.
-        """
-        if trial is not None and trial.status == "failed":
-            return failure(UserError(trial.reason))
-        if trial is not None and trial.status == "stopped" and self._reported:
-            return self._reported[-1]
+    def _failed(self) -> dict[str, Any]:
+        """The result of a trial that would fail again; any other error is raised, and Tune starts the trial again."""
         if isinstance(self._error, UserError):
-            return failure(self._error)
-        raise self._error or RuntimeError(f"{self._run.location.uri}: training ended before its last rung")
+            return {**failure(self._error), "done": True}
+        raise self._error or RuntimeError(f"{self._folder.uri}: training ended before its last rung")
 
     def _fit(self) -> None:
         try:
-            self._wait_for_equal_proposal()
-            trial = read_trial(self._run.location, self._timeout_s)
-            if trial is not None and trial.status != "running":
-                return
-            with contextlib.suppress(FileNotFoundError):  # a killed driver of this trial left its group
-                resources.remove_placement_group(self._run.location.child(PLACEMENT_GROUP).read().decode())
+            # The process of a killed driver may still train it.
+            with DriverLock(
+                self._folder, "trial", "--name", log.info, waits=True, is_wanted=lambda: self._wanted
+            ):
+                pass
+            with contextlib.suppress(FileNotFoundError):  # it left its workers' group
+                resources.remove_placement_group(self._folder.child(PLACEMENT_GROUP).read().decode())
             fit(
                 self._config,
                 self._spec.rungs.evaluator.train,
@@ -222,18 +236,12 @@ class GroupTrial(tune.Trainable):
         except BaseException as error:  # of any type: `step` returns or raises it
             self._error = error
 
-    def _wait_for_equal_proposal(self) -> None:
-        """Wait until no other process trains this trial; UserError if this one is not wanted any more."""
-        location = self._run.location
-        with DriverLock(location, "trial", "--name", log.info, waits=True, is_wanted=lambda: self._wanted):
-            pass
-
     def _should_continue(self, values: Mapping[str, Any]) -> bool:
         placement_group = values.get(run_state.PLACEMENT_GROUP)
         if placement_group is not None and placement_group.id.hex() != self._placement_group:
             self._placement_group = placement_group.id.hex()
             with contextlib.suppress(OSError):  # training does not need it
-                self._run.location.child(PLACEMENT_GROUP).write(self._placement_group.encode())
+                self._folder.child(PLACEMENT_GROUP).write(self._placement_group.encode())
         return self._wanted
 
 

@@ -1,11 +1,11 @@
 """The trials of a search: each is a run in the search's folder, with its outcome beside its checkpoints.
 
-    SEARCH/search.json             {"format": "ddpm-search/3", "search_key": ..., "settings": {...}}
+    SEARCH/search.json             {"format": "ddpm-search/4", "search_key": ..., "settings": {...}, ...}
     SEARCH/RUN/trial.json          number, changes, outcome and reason of a trial
     SEARCH/RUN/rungs/              what its loop measured (evaluation/rung.py)
 
-A trial is named as every run is, by what differs from the preset. The search's driver alone writes trial.json. A new
-driver lists the trials: those that have ended are added to Optuna and ASHA, the others resume.
+A trial is named as every run is, by what differs from the preset. The search's driver alone writes search.json and
+trial.json. A new driver lists the trials: those that have ended are added to Optuna and ASHA, the others resume.
 """
 
 import json
@@ -13,27 +13,62 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge
 from pydantic import Field
 
+from ddpm.config.json import from_json, override, to_json
+from ddpm.config.tree import Config
 from ddpm.evaluation import rung
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
+from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 from ddpm.utils.tables import estimate
 
-FORMAT: Final = "ddpm-search/3"
+FORMAT: Final = "ddpm-search/4"
 FILE = "search.json"
 CARD = "trial.json"
-Outcome = Literal["finished", "stopped", "failed"]
-Status = Literal["running"] | Outcome
-"""running: also a trial whose driver was killed."""
+
+
+@dataclass(frozen=True)
+class SearchFile:
+    """Content of search.json. The format, the key and the settings never change; the rest is the newest command's."""
+
+    format: Literal["ddpm-search/4"]
+    search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]
+    """Identifies the search in MLflow."""
+    settings: dict[str, Any]
+    """Everything that determines the trials."""
+    config: dict[str, Any]
+    """The content of config.json: the search's config before `trial_config`."""
+    kid: str
+    """Name of the finalists' score, such as KID-lite0."""
+    kid_images: int
+    """Number of generated images that it compares."""
+
+    @classmethod
+    def new(cls, settings: Mapping[str, Any], config: Config, kid: str, kid_images: int) -> "SearchFile":
+        """The file of a new search."""
+        content = json.loads(to_json(config))
+        return cls(FORMAT, uuid.uuid4().hex, json.loads(json.dumps(settings)), content, kid, kid_images)
+
+    def check_settings(self, now: Mapping[str, Any], where: str) -> None:
+        """Raise UserError if the search in the file `where` was begun with other settings than `now`."""
+        for name in sorted({*self.settings, *now}):
+            old = self.settings.get(name)
+            new = now.get(name)
+            if old != new:
+                raise UserError(
+                    f"the search in {where} was begun with {name} {old!r:.200}, not {new!r:.200}; "
+                    "give the same value, or another --name"
+                )
 
 
 @dataclass(frozen=True)
@@ -48,7 +83,8 @@ class Trial:
     """Dotted keys of a config, and the values that the search chose."""
     repeats: str | None = None
     """The trial that has the same configuration but for train.seed; None: a trial of the search itself."""
-    status: Status = "running"
+    status: RunStatus = RunStatus.RUNNING
+    """RUNNING until it has ended, also if its driver was killed or stopped."""
     reason: str = ""
     """Reason of a failure."""
     wall_s: Annotated[float, Ge(0)] = 0.0
@@ -56,6 +92,15 @@ class Trial:
     score: Score | None = None
     """For a finalist, KID of its generated images."""
     rungs: tuple[Evaluation, ...] = field(default=(), compare=False)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status != RunStatus.RUNNING
+
+    @property
+    def outcome(self) -> str:
+        """Its status in a table of trials, none of which is stopped in order to be resumed."""
+        return "stopped" if self.status == RunStatus.PRUNED else self.status.text
 
     @property
     def last(self) -> Evaluation | None:
@@ -72,37 +117,32 @@ class Trial:
         return self.last.bits_per_dim.value if self.last else math.inf
 
 
-@dataclass(frozen=True)
-class SearchFile:
-    """Content of search.json."""
-
-    format: Literal["ddpm-search/3"]
-    search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]
-    settings: dict[str, Any]
-
-
-def shown(value: Estimate) -> str:
-    """A bound with its error, as text."""
-    return estimate(value.value, value.error)
-
-
 class Trials:
-    """The trials in the folder or bucket of a search, which is created if there is none.
+    """The trials in the folder or bucket of a search.
 
     Args:
-        folder: of the search.
-        settings: everything that determines its trials, as JSON; None: those of the search, which exists.
         timeout_s: how long storage may fail.
 
     Attributes:
-        key: identifies the search in MLflow.
+        folder: of the search.
+        search: the content of search.json.
     """
 
-    def __init__(self, folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0) -> None:
+    def __init__(self, folder: Location, timeout_s: float = 0.0) -> None:
+        search = read_search(folder, timeout_s)
+        if search is None:
+            raise UserError(f"{folder.uri} is not a search's folder: it has no {FILE}")
         self.folder = folder
+        self.search = search
         self._timeout_s = timeout_s
-        self.key = self._open(settings)
-        self._trials = {trial.name: trial for trial in self._read_all()}
+        names = retry_io(folder.folders, where=folder.uri, timeout_s=timeout_s)
+        read = [read_trial(folder.child(name), timeout_s) for name in names]
+        self._trials = {trial.name: self._with_rungs(trial) for trial in read if trial is not None}
+
+    @cached_property
+    def config(self) -> Config:
+        """The search's config before `trial_config`."""
+        return from_json(json.dumps(self.search.config), self.folder.child(FILE).uri)
 
     def all(self) -> list[Trial]:
         """All trials, in the order in which they began."""
@@ -119,16 +159,17 @@ class Trials:
         number = 1 + max((trial.number for trial in self._trials.values()), default=-1)
         return self._keep(Trial(name, number, dict(changes), repeats))
 
-    def read_rungs(self, name: str) -> Trial:
-        """The trial with the rungs that are in its folder now."""
-        trial = self._with_rungs(self._trials[name])
-        self._trials[name] = trial
-        return trial
+    def reach(self, name: str, evaluation: Evaluation) -> bool:
+        """Take note of a trial's rung, which its process has stored; returns whether it is a new one."""
+        trial = self._trials[name]
+        if evaluation.images_seen <= trial.images_seen:
+            return False
+        self._trials[name] = replace(trial, rungs=(*trial.rungs, evaluation))
+        return True
 
-    def end(self, name: str, status: Outcome, reason: str = "", wall_s: float = 0.0) -> Trial:
-        """Store a trial's outcome, with the rungs that are in its folder now."""
-        trial = self.read_rungs(name)
-        return self._keep(replace(trial, status=status, reason=reason, wall_s=wall_s))
+    def end(self, name: str, status: RunStatus, reason: str = "", wall_s: float = 0.0) -> Trial:
+        """Store a trial's outcome."""
+        return self._keep(replace(self._trials[name], status=status, reason=reason, wall_s=wall_s))
 
     def score(self, name: str, score: Score) -> Trial:
         """Store a trial's KID."""
@@ -137,67 +178,40 @@ class Trials:
     def _keep(self, trial: Trial) -> Trial:
         content = asdict(replace(trial, rungs=()))
         del content["rungs"]
-        data = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-        file = self.folder.child(trial.name).child(CARD)
-        retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
+        _write(self.folder.child(trial.name).child(CARD), content, self._timeout_s)
         self._trials[trial.name] = trial
         return trial
-
-    def _read_all(self) -> list[Trial]:
-        names = retry_io(self.folder.folders, where=self.folder.uri, timeout_s=self._timeout_s)
-        read = [read_trial(self.folder.child(name), self._timeout_s) for name in names]
-        return [self._with_rungs(trial) for trial in read if trial is not None]
 
     def _with_rungs(self, trial: Trial) -> Trial:
         run = self.folder.child(trial.name)
         found = [rung.read(run, at, self._timeout_s) for at in rung.recorded_at(run, self._timeout_s)]
         return replace(trial, rungs=tuple(found))
 
-    def _open(self, settings: Mapping[str, Any] | None) -> str:
-        """The search's key; a search that exists must have the same settings."""
-        search = read_search(self.folder, settings, self._timeout_s)
-        if search is not None:
-            return search.search_key
-        file = self.folder.child(FILE)
-        if settings is None:
-            raise UserError(f"{self.folder.uri} is not a search's folder: it has no {FILE}")
-        search = SearchFile(FORMAT, uuid.uuid4().hex, dict(settings))
-        data = (json.dumps(asdict(search), indent=1, allow_nan=False) + "\n").encode()
-        retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=self._timeout_s)
-        return search.search_key
 
+def begin_search(folder: Location, search: SearchFile, timeout_s: float = 0.0) -> Trials:
+    """The trials of the search in a folder, which is created if there is none.
 
-def read_search(
-    folder: Location, settings: Mapping[str, Any] | None, timeout_s: float = 0.0
-) -> SearchFile | None:
-    """search.json in a search's folder; None: there is none.
-
-    Args:
-        settings: those that the search must have; UserError if it has others. None: any.
+    A search that exists keeps its key; UserError if it was begun with other settings.
     """
+    file = folder.child(FILE)
+    before = read_search(folder, timeout_s)
+    if before is not None:
+        before.check_settings(search.settings, file.uri)
+        search = replace(search, search_key=before.search_key)
+    if search != before:
+        _write(file, asdict(search), timeout_s)
+    return Trials(folder, timeout_s)
+
+
+def read_search(folder: Location, timeout_s: float = 0.0) -> SearchFile | None:
+    """search.json in a search's folder; None: there is none."""
     file = folder.child(FILE)
     try:
         text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
     except FileNotFoundError:
         return None
-    search = strict_json.parse(
-        SearchFile,
-        text,
-        f"{file.uri} is damaged, or of another version (use another --name)",
-        extra="ignore",
-    )
-    if settings is None:
-        return search
-    now = json.loads(json.dumps(settings))
-    for name in sorted({*search.settings, *now}):
-        old = search.settings.get(name)
-        new = now.get(name)
-        if old != new:
-            raise UserError(
-                f"the search in {file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
-                "give the same value, or another --name"
-            )
-    return search
+    damaged = f"{file.uri} is damaged, or of another version (use another --name)"
+    return strict_json.parse(SearchFile, text, damaged, extra="ignore")
 
 
 def read_trial(run: Location, timeout_s: float = 0.0) -> Trial | None:
@@ -208,6 +222,25 @@ def read_trial(run: Location, timeout_s: float = 0.0) -> Trial | None:
     except FileNotFoundError:
         return None
     return strict_json.parse(Trial, text, f"{file.uri} is damaged")
+
+
+def _write(file: Location, content: Mapping[str, Any], timeout_s: float) -> None:
+    data = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+    retry_io(lambda: file.write(data, durable=True), where=file.uri, timeout_s=timeout_s)
+
+
+def trial_config(config: Config, rungs: Sequence[int], folder: Location) -> Config:
+    """The config that trials change: a search's config, with a checkpoint at each rung, in the search's folder."""
+    every = rungs[0] if len(rungs) > 1 else min(rungs[0], config.train.checkpoint_every_images)
+    return override(
+        config,
+        {
+            "train.total_images": rungs[-1],
+            "train.checkpoint_every_images": every,
+            "train.keep_checkpoints": -(-rungs[-1] // rungs[0]),
+            "run.storage": folder.uri,
+        },
+    )
 
 
 def rung_positions(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:
@@ -228,7 +261,9 @@ def rung_positions(total_images: int, batch_size: int, reduction_factor: int, nu
 
 def best(trials: Sequence[Trial]) -> list[Trial]:
     """The search's own finished trials, the best first; if there are none, those with the most images seen."""
-    known = [trial for trial in trials if trial.last and trial.status != "failed" and trial.repeats is None]
+    known = [
+        trial for trial in trials if trial.last and trial.status != RunStatus.FAILED and trial.repeats is None
+    ]
     farthest = max((trial.images_seen for trial in known), default=0)
     there = [trial for trial in known if trial.images_seen == farthest]
     return sorted(there, key=lambda trial: trial.bits_per_dim)
@@ -241,3 +276,8 @@ def changes_text(changes: Mapping[str, Any]) -> str:
 
 def short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def shown(value: Estimate) -> str:
+    """A bound with its error, as text."""
+    return estimate(value.value, value.error)

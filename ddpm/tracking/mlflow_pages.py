@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.config.tree import Config
+from ddpm.runs.run_folder import RunStatus
 
 WORKFLOW = "workflowType=machine_learning"
 """Part of a link that shows MLflow's pages as model training; else they follow a switch that each browser remembers
@@ -17,16 +18,6 @@ GRID = "samples.png"
 """Name of the newest grid as an artifact."""
 LAST_GRID = "samples_last"
 """Key of the last grid among the images."""
-STOPPED = "SCHEDULED"
-"""MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
-STATUS: dict[str, str] = {
-    "RUNNING": "Running",
-    "FINISHED": "Finished",
-    "STOPPED": "Stopped",
-    "PRUNED": "Stopped early",
-    "FAILED": "Failed",
-}
-"""Words for the status of a run."""
 LOCAL_UI = "http://127.0.0.1:5000"
 
 
@@ -36,7 +27,7 @@ class Described:
 
     tags: Mapping[str, str]
     config: Config
-    status: str
+    status: RunStatus
     images_seen: int
     metrics: Mapping[str, float]
     """The newest value of each."""
@@ -71,7 +62,9 @@ def description(facts: Described) -> str:
         what += f", {tags['changed']}"
     schedule = f"{config.schedule.kind} schedule of {config.schedule.num_timesteps} steps"
     what += f": predicts {config.objective.predict}, {schedule}."
-    found = [f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"]
+    found = [
+        f"{facts.status.text.capitalize()} at {facts.images_seen:,} of {config.train.total_images:,} images"
+    ]
     found += _scores(facts.metrics)
     lines = [what, "; ".join(found) + "."]
     if "mlflow.loggedImages" in tags:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import Data
+from ddpm.runs.run_folder import Data, RunStatus
 from ddpm.tracking.mlflow_client import Connection, MlflowError, Refused, database_file, without_password
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ THUMBNAIL_SIDE = 256
 REFUSALS = 3
 """A value is skipped after so many refusals: MLflow also answers BAD_REQUEST when two processes insert one row."""
 REFUSAL_PAUSE_S = 0.3
+
+
+class DeletedRun(MlflowError):
+    """A run was deleted in MLflow."""
 
 
 class MlflowRun:
@@ -127,14 +131,15 @@ class MlflowRun:
             f"data set {data.source}", self._client.log_inputs, self.run_id, [DatasetInput(entity, context)]
         )
 
-    def set_status(self, status: str, ended_ms: int | None = None) -> None:
-        """Set the status, such as RUNNING or FINISHED, and the time of the end."""
-        if status == "RUNNING":
-            if self._status != status:
-                self._try(f"status {status}", self._client.update_run, self.run_id, status=status)
-        elif (status, ended_ms or self._ended_ms) != (self._status, self._ended_ms):
-            self._try(f"status {status}", self._client.set_terminated, self.run_id, status, ended_ms)
-        self._status = status
+    def set_status(self, status: RunStatus, ended_ms: int | None = None) -> None:
+        """Set the status, and the time of the end."""
+        word = status.in_mlflow
+        if status == RunStatus.RUNNING:
+            if self._status != word:
+                self._try(f"status {word}", self._client.update_run, self.run_id, status=word)
+        elif (word, ended_ms or self._ended_ms) != (self._status, self._ended_ms):
+            self._try(f"status {word}", self._client.set_terminated, self.run_id, word, ended_ms)
+        self._status = word
         self._ended_ms = ended_ms
 
     def metrics(self) -> dict[str, float]:
@@ -183,7 +188,7 @@ def find(mlflow: Connection, experiment: str, run_key: str) -> Any:
     If two processes have created one each, the older stays, and the other is deleted.
 
     Raises:
-        MlflowError: the run was deleted in MLflow.
+        DeletedRun: it was deleted in MLflow.
     """
     from mlflow.entities import ViewType
 
@@ -199,7 +204,7 @@ def find(mlflow: Connection, experiment: str, run_key: str) -> Any:
         mlflow(client.delete_run, younger.info.run_id)
     if found and not active:
         uri = without_password(mlflow.uri)
-        raise MlflowError(f"run {found[0].info.run_id} was deleted in MLflow at {uri}; restore it there")
+        raise DeletedRun(f"run {found[0].info.run_id} was deleted in MLflow at {uri}; restore it there")
     return active[0] if active else None
 
 

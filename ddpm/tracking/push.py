@@ -9,17 +9,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from ddpm.config.json import from_json, to_json
 from ddpm.config.tree import Config
 from ddpm.runs import curves, run_folder
-from ddpm.runs.run_folder import Card, RunFolder, Status
-from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params, sent
+from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
+from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params
 from ddpm.tracking.mlflow_client import Connection
-from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG
-from ddpm.tracking.sent import SENT_TAG, Series
+from ddpm.tracking.mlflow_run import METRICS_PER_CALL, PARENT_TAG, DeletedRun
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import time_ms_of
 from ddpm.utils.retry import as_user_error
@@ -28,8 +31,34 @@ log = logging.getLogger(__name__)
 
 RESUMED = "resumed."
 """Prefix of tags with the settings of a resumed run that differ from its params, which never change in MLflow."""
-STATUS = {"PRUNED": "KILLED", "STOPPED": mlflow_pages.STOPPED}
-"""MLflow's status for those of status.json that it calls otherwise."""
+
+
+SENT_TAG = "ddpm.sent"
+"""Tag with JSON that says what MLflow has of a run."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Pictures that MLflow has: how many, and the largest images_seen."""
+
+    num: int = 0
+    until: int = -1
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What MLflow has of a run, the content of SENT_TAG."""
+
+    points: Annotated[int, Ge(0)] = 0
+    """Rows of curves.py."""
+    samples: Series = Series()
+    denoising: Series = Series()
+    about: str = ""
+    """Hash of params and tags."""
+    pictures: str = ""
+    """Hash of the names in this folder."""
+    evaluations: str = ""
+    """Hash of the names in this folder, and of the times of the evaluations."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +128,7 @@ class _Push:
             began_ms=self._card.created_ms or None,
             warn=self._warn,
         )
-        self._sent = sent.parse(self._mlflow.tags.get(SENT_TAG))
+        self._sent = _sent(self._mlflow.tags.get(SENT_TAG))
         points_before = self._sent.points
         self._push_about(mlflow)
         self._push_points()
@@ -140,7 +169,7 @@ class _Push:
     def _mark(self, **parts: Any) -> None:
         """Store in MLflow what it has now."""
         self._sent = replace(self._sent, **parts)
-        self._mlflow.set_tags({SENT_TAG: self._sent.to_json()})
+        self._mlflow.set_tags({SENT_TAG: json.dumps(asdict(self._sent))})
 
     def _push_about(self, mlflow: Connection) -> None:
         """Params, tags, data set, and the configuration as a file, for --config."""
@@ -150,9 +179,10 @@ class _Push:
         if self._newest is not None:
             tags["checkpoint"] = self._newest.uri
         if self._card.search is not None:
-            parent = mlflow_run.find(mlflow, self.experiment, self._card.search.key)
-            if parent is not None:
-                tags[PARENT_TAG] = parent.info.run_id
+            with suppress(DeletedRun):  # of the search, which does not stop its trials
+                parent = mlflow_run.find(mlflow, self.experiment, self._card.search.key)
+                if parent is not None:
+                    tags[PARENT_TAG] = parent.info.run_id
         about = _digest(params, now, tags)
         if about == self._sent.about:
             return
@@ -199,7 +229,7 @@ class _Push:
         folder = self._location.child(run_folder.PICTURES)
         grids = run_folder.pictures(self._location, run_folder.SAMPLES)
         names = folder.files()
-        is_finished = self._status is not None and self._status.status == "FINISHED"
+        is_finished = self._status is not None and self._status.status == RunStatus.FINISHED
         last = max(grids) if grids and is_finished else None
         digest = _digest(names, last)
         if digest == self._sent.pictures or not (names or last):
@@ -228,8 +258,7 @@ class _Push:
 
     def _push_status(self) -> None:
         if self._status is not None:
-            status = STATUS.get(self._status.status, self._status.status)
-            self._mlflow.set_status(status, self._status.ended_ms)
+            self._mlflow.set_status(self._status.status, self._status.ended_ms)
 
     def _describe(self) -> None:
         """The description, unless somebody has written another one."""
@@ -241,13 +270,21 @@ class _Push:
         facts = mlflow_pages.Described(
             tags=self._mlflow.tags,
             config=self._now,
-            status=self._status.status if self._status else "RUNNING",
+            status=self._status.status if self._status else RunStatus.RUNNING,
             images_seen=images_seen,
             metrics=self._mlflow.metrics(),
             run_id=self._mlflow.run_id,
             folder=self._location.uri,
         )
         self._mlflow.set_tags({mlflow_pages.NOTE_TAG: mlflow_pages.description(facts)})
+
+
+def _sent(tag: str | None) -> Sent:
+    """The content of SENT_TAG; nothing sent, if there is no such tag, or it is of another version."""
+    if tag is not None:
+        with suppress(UserError):
+            return strict_json.parse(Sent, tag, SENT_TAG)
+    return Sent()
 
 
 def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
 from ddpm.runs import checkpoint, run_folder, settings, storage
 from ddpm.runs.lock import DriverLock
-from ddpm.runs.run_folder import Facts, RunFolder, Search, StatusName
+from ddpm.runs.run_folder import Facts, RunFolder, RunStatus, Search
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, NoPusher, Pusher
@@ -116,9 +116,11 @@ def fit(
         if seen < 0 and card.config and not origin.is_named:
             began = from_json(json.dumps(card.config), f"{run.location.uri}/{run_folder.CARD}")
             checkpoint.check_same_run(began, config, run.location.uri)
-        pusher = Pusher(run) if config.run.tracking == "mlflow" else NoPusher(run)
+        # The driver of a search pushes its trials.
+        is_pushed = config.run.tracking == "mlflow" and origin.search is None
+        pusher = Pusher(run) if is_pushed else NoPusher()
         if seen >= config.train.total_images:
-            _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
+            store_status(run, RunStatus.FINISHED, seen)  # its driver may have been killed before it did
             newest = run_folder.checkpoints(run.location)[-1].uri
             return Result(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
@@ -186,21 +188,21 @@ def _drive(
     lock: DriverLock,
 ) -> tuple[int, Delivery | None]:
     """Train, record how the run ended, and push it to MLflow; returns images_seen too."""
-    status: StatusName = "FAILED"
+    status = RunStatus.FAILED
     ended = None
     patience_s = PATIENCE_S
     try:
         with monitor:
             ended = monitor.supervise()
         lock.check()
-        status = "FINISHED"
+        status = RunStatus.FINISHED
         if monitor.was_asked and ended < config.train.total_images:
-            status = "PRUNED" if monitor.ended_early else "STOPPED"
+            status = RunStatus.PRUNED if monitor.ended_early else RunStatus.STOPPED
     except ray.exceptions.RayError as error:
         gone = f"the Ray cluster is gone: {last_line(error)}"
         raise TrainingFailed(f"{gone}; run the same command again to resume") from None
     except KeyboardInterrupt:
-        status = "STOPPED"
+        status = RunStatus.STOPPED
         raise
     except StorageError:  # the folder cannot be read
         patience_s = HASTY_PATIENCE_S
@@ -209,12 +211,12 @@ def _drive(
         if monitor.signal:
             patience_s = HASTY_PATIENCE_S
         if not lock.is_lost:  # else status.json is the other driver's
-            _store_status(run, status, ended)
+            store_status(run, status, ended)
         delivery = pusher.close(patience_s)
     return ended, delivery
 
 
-def _store_status(run: RunFolder, status: StatusName, ended: int | None) -> None:
+def store_status(run: RunFolder, status: RunStatus, ended: int | None = None) -> None:
     """Write into status.json how the run ended; training does not depend on it.
 
     A run that was stopped before its first step has no status.json: it has not begun.
@@ -222,8 +224,8 @@ def _store_status(run: RunFolder, status: StatusName, ended: int | None) -> None
     retry = partial(retry_io, where=run.location.uri, timeout_s=STATUS_TIMEOUT_S)
     try:
         written = retry(lambda: run_folder.read_status(run.location))
-        if written is None and status == "FAILED":
-            written = run_folder.Status("RUNNING", images_seen=0, images_lost=0, minutes=0.0)
+        if written is None and status == RunStatus.FAILED:
+            written = run_folder.Status(RunStatus.RUNNING, images_seen=0, images_lost=0, minutes=0.0)
         if written is None or written.status == status:
             return
         seen = max(written.images_seen, ended or 0)  # what is lost since is counted by the next start

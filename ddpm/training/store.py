@@ -24,7 +24,7 @@ from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.runs.checkpoint import Snapshot
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import RunFolder, Status
+from ddpm.runs.run_folder import RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
@@ -224,7 +224,7 @@ class RunStore:
         self._status_at = time.monotonic()
         minutes = self._minutes_before + (self._status_at - self._began_at) / 60
         status = Status(
-            status="RUNNING",
+            status=RunStatus.RUNNING,
             images_seen=self._images_seen,
             images_lost=self._images_lost,
             minutes=minutes,

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
-from support import tracked
+from support import searches, tracked
 from torch import Tensor
 
 from ddpm.config.json import from_json, override
@@ -19,17 +18,13 @@ from ddpm.config.presets import DIGITS
 from ddpm.config.tree import Config
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
-from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.results import Score
-from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation, Rungs, file_name
+from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation
 from ddpm.runs import storage
-from ddpm.runs.run_folder import Search
+from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, publish, results, space
-from ddpm.search.config import Arguments
-from ddpm.search.publisher import Parent
-from ddpm.search.setup import Setup
-from ddpm.search.trials import Outcome, Trial, Trials
+from ddpm.search.trials import Trial, Trials
 from ddpm.tracking.mlflow_client import tracking_uri
 
 COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
@@ -39,8 +34,7 @@ LINEAR = {
     "schedule.num_timesteps": 200,
     "optim.lr": 3e-3,
 }
-GIVEN = override(DIGITS, {"train.total_images": 128, "run.experiment": "searches"})
-BASE = override(GIVEN, {"train.keep_checkpoints": 9})
+CONFIG = override(DIGITS, {"train.total_images": 128, "run.experiment": "searches"})
 SPACE = space.parse(
     (
         "schedule.kind=cosine|linear",
@@ -48,8 +42,9 @@ SPACE = space.parse(
         "schedule.num_timesteps=int(100,1000)",
         "optim.lr=log(1e-4,1e2)",
     ),
-    BASE,
+    CONFIG,
 )
+SETTINGS = {"config": {}, "space": SPACE.as_json(), "rungs": [64, 128]}
 
 
 @pytest.fixture
@@ -57,12 +52,16 @@ def place(tmp_path: Path) -> Location:
     return storage.resolve(str(tmp_path / "search"))
 
 
-def make_trials(place: Location, wanted: list[tuple[dict[str, Any], Outcome, dict[int, float]]]) -> Trials:
+def make_trials(
+    place: Location,
+    wanted: list[tuple[dict[str, Any], RunStatus, dict[int, float]]],
+    config: Config = CONFIG,
+) -> Trials:
     """Write the trials of a search; each is its changes, its status, and images seen -> mean bits/dim.
 
     This is the mean on the images that rank; on the others it is 0.125 more.
     """
-    trials = Trials(place, {})
+    trials = searches.begin(place, SETTINGS, config)
     for trial in wanted:
         add_trial(trials, *trial)
     return trials
@@ -71,7 +70,7 @@ def make_trials(place: Location, wanted: list[tuple[dict[str, Any], Outcome, dic
 def add_trial(
     trials: Trials,
     changes: dict[str, Any],
-    status: Outcome,
+    status: RunStatus,
     found: dict[int, float],
     repeats: str | None = None,
 ) -> None:
@@ -82,8 +81,8 @@ def add_trial(
     trials.begin(name, changes, repeats)
     for at, mean in found.items():
         evaluation = Evaluation(at, tuple((mean + image).tolist()), 0.5, 0.9 - mean / 10)
-        trials.folder.child(name).child(file_name(at)).write(evaluation.to_json())
-    trials.end(name, status, "it broke" if status == "failed" else "", wall_s=10.0)
+        searches.measure(trials, name, evaluation)
+    trials.end(name, status, "it broke" if status == RunStatus.FAILED else "", wall_s=10.0)
 
 
 @pytest.fixture
@@ -91,11 +90,11 @@ def without_finalists(place: Location) -> Trials:
     return make_trials(
         place,
         [
-            (COSINE, "finished", {64: 3.0, 128: 2.5}),
-            (LINEAR, "finished", {64: 2.9, 128: 2.25}),
-            ({**COSINE, "optim.lr": 1e-2}, "stopped", {64: 4.0}),
-            ({**COSINE, "optim.lr": 1e2}, "failed", {}),
-            ({**COSINE, "optim.lr": 2e-3}, "finished", {64: 3.0, 128: 2.5}),
+            (COSINE, RunStatus.FINISHED, {64: 3.0, 128: 2.5}),
+            (LINEAR, RunStatus.FINISHED, {64: 2.9, 128: 2.25}),
+            ({**COSINE, "optim.lr": 1e-2}, RunStatus.PRUNED, {64: 4.0}),
+            ({**COSINE, "optim.lr": 1e2}, RunStatus.FAILED, {}),
+            ({**COSINE, "optim.lr": 2e-3}, RunStatus.FINISHED, {64: 3.0, 128: 2.5}),
         ],
     )
 
@@ -107,19 +106,8 @@ def trials(without_finalists: Trials) -> Trials:
     return without_finalists
 
 
-def setup_of(place: Location, base: Config = BASE, drawn_images: int = 100) -> Setup:
-    evaluator: Any = SimpleNamespace(held_out=None, train=None)  # no checkpoint is read
-    asked = Arguments("digits", GIVEN, features="pixels", drawn_images=drawn_images)
-    settings = {"config": {}, "space": {}}
-    return Setup(asked, place, base, SPACE, Rungs((64, 128), evaluator), settings)
-
-
-def rows_of(trials: Trials, base: Config = BASE) -> list[leaderboard.Row]:
-    return leaderboard.ranked(setup_of(trials.folder, base), trials)
-
-
 def test_ranks_ties_and_flags(trials: Trials) -> None:
-    found = rows_of(trials)
+    found = leaderboard.ranked(trials)
     assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
     # trials 0 and 4 have equal bits/dim, and overlapping KID
     assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
@@ -141,8 +129,8 @@ def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None
     for repeats, changes, *found in ((1, LINEAR, 2.65, 2.75), (0, COSINE, 2.52, 2.48)):
         for seed, bits in enumerate(found, 1):
             again = {**changes, "train.seed": seed}
-            add_trial(trials, again, "finished", {64: 3.0, 128: bits}, f"digits-{repeats}")
-    rows = rows_of(trials)
+            add_trial(trials, again, RunStatus.FINISHED, {64: 3.0, 128: bits}, f"digits-{repeats}")
+    rows = leaderboard.ranked(trials)
     assert [row.trial.number for row in rows] == [0, 1, 4, 8, 7, 5, 6, 2, 3]
     assert [str(row.by_trainings) for row in rows[:3]] == ["1-2", "1-2", "None"]
     assert [str(row.by_bits) for row in rows[:4]] == ["2-3", "1", "2-3", "None"]
@@ -156,19 +144,11 @@ def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None
     assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
     text = results.markdown(rows, [])
     assert "| finished, digits-0 again |" in text and "| mean of trainings | rank |" in text
-    assert json.loads(str(results.best_config(rows, GIVEN)))["train"]["seed"] == 0
+    assert json.loads(str(results.best_config(rows, CONFIG)))["train"]["seed"] == 0
     table = pq.read_table(io.BytesIO(results.parquet(rows))).to_pylist()
     assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "digits-0"
     assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
     assert plots.parallel(trials.all(), SPACE.domains).startswith(b"\x89PNG")
-
-
-def test_kid_of_more_images_than_it_compares_is_known(trials: Trials) -> None:
-    trials.score("digits-0", Score("KID-pixels", 0.02, 0.001, MAX_PAIRWISE))
-    first, *_ = (
-        row for row in leaderboard.ranked(setup_of(trials.folder, drawn_images=20_000), trials) if row.by_kid
-    )
-    assert first.trial.number == 0
 
 
 @pytest.mark.parametrize(
@@ -179,8 +159,9 @@ def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
     place: Location, image_size: int, channels: int, leftover: float, is_flagged: bool
 ) -> None:
     changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
-    base = override(BASE, {**changes, "schedule.num_timesteps": 1000})
-    (found,) = rows_of(make_trials(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
+    config = override(CONFIG, {**changes, "schedule.num_timesteps": 1000})
+    trials = make_trials(place, [({"schedule.beta_end": 0.02}, RunStatus.FAILED, {})], config)
+    (found,) = leaderboard.ranked(trials)
     assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
 
 
@@ -204,7 +185,7 @@ def test_the_leftover_signal_biases_samples() -> None:
 
 
 def test_all_forms_of_the_leaderboard_agree(trials: Trials, tmp_path: Path) -> None:
-    found = rows_of(trials)
+    found = leaderboard.ranked(trials)
     (tmp_path / "results.parquet").write_bytes(results.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["digits-1", "digits-0", "digits-4", "digits-2", "digits-3"]
@@ -219,7 +200,7 @@ def test_all_forms_of_the_leaderboard_agree(trials: Trials, tmp_path: Path) -> N
 
 
 def test_the_best_config_can_be_trained(trials: Trials) -> None:
-    text = results.best_config(rows_of(trials), GIVEN)
+    text = results.best_config(leaderboard.ranked(trials), CONFIG)
     assert text is not None
     found = from_json(text, "best.json", DIGITS)
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -231,7 +212,7 @@ def test_the_best_config_can_be_trained(trials: Trials) -> None:
 
 def test_kid_of_another_feature_net_is_not_ranked(trials: Trials) -> None:
     trials.score("digits-4", Score("KID-lite0", 0.001, 0.0001, 100))
-    found = rows_of(trials)
+    found = leaderboard.ranked(trials)
     assert [str(s.by_kid) for s in found] == ["2", "1", "None", "None", "None"]
     assert "KID-pixels" in results.table(found).names
     assert [line[-2:] for line in results.table(found).rows[2:3]] == [["", ""]]
@@ -241,25 +222,26 @@ def test_a_finalist_of_few_timesteps_takes_as_many_steps(place: Location) -> Non
     trials = make_trials(
         place,
         [
-            ({**COSINE, "schedule.num_timesteps": 12}, "finished", {128: 2.5}),
-            (LINEAR, "finished", {128: 2.25}),
+            ({**COSINE, "schedule.num_timesteps": 12}, RunStatus.FINISHED, {128: 2.5}),
+            (LINEAR, RunStatus.FINISHED, {128: 2.25}),
         ],
     )
-    setup = setup_of(place)
-    assert [leaderboard.num_sample_steps(setup, trial) for trial in trials.all()] == [12, leaderboard.STEPS]
+    assert [leaderboard.num_sample_steps(trials, trial) for trial in trials.all()] == [12, leaderboard.STEPS]
 
 
 def test_a_search_without_finished_trials(place: Location) -> None:
-    found = rows_of(make_trials(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})]))
+    found = leaderboard.ranked(
+        make_trials(place, [(COSINE, RunStatus.FAILED, {}), (LINEAR, RunStatus.FAILED, {})])
+    )
     assert [s.by_bits for s in found] == [None, None]
     assert not any("chosen" in line for line in results.remarks(found))
-    assert results.best_config(found, GIVEN) is None
+    assert results.best_config(found, CONFIG) is None
     assert results.parquet(found) and len(results.table(found).rows) == 2
 
 
 def test_plots(trials: Trials) -> None:
     shown = trials.all()
-    one = Trial("digits", 0, {}, status="finished", rungs=shown[0].rungs)
+    one = Trial("digits", 0, {}, status=RunStatus.FINISHED, rungs=shown[0].rungs)
     rendered = [
         plots.parallel(shown, SPACE.domains),
         plots.parallel([one], {}),
@@ -268,21 +250,9 @@ def test_plots(trials: Trials) -> None:
     assert all(png.startswith(b"\x89PNG") for png in rendered)
 
 
-def test_a_search_that_is_not_tracked_sends_nothing(
-    place: Location, without_finalists: Trials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///never.db")
-    trials = without_finalists
-    parent = Parent(Search("search", trials.key), "searches", is_tracked=False)
-    lines = list(publish.store(setup_of(place), rows_of(trials), ["a remark"], parent, trials))
+def test_the_results_are_files_in_the_folder(place: Location, without_finalists: Trials) -> None:
+    lines = list(publish.write(without_finalists, leaderboard.ranked(without_finalists)))
     assert [line.split()[0] for line in lines] == ["results", "best"]
-    assert not Path("never.db").exists()
-
-
-def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_finalists: Trials) -> None:
-    trials = without_finalists
-    parent = Parent(Search("search", trials.key), "searches")
-    lines = list(publish.store(setup_of(place), rows_of(trials), ["a remark"], parent, trials))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",
@@ -290,12 +260,18 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
         "best.json",
         "parallel.png",
     }
-    run = tracked.run_with_key(tracking_uri(), trials.key)
+
+
+def test_the_search_s_own_run_in_mlflow_has_all_results(place: Location, without_finalists: Trials) -> None:
+    lines = list(publish.sync(place, 60))
+    assert "MLflow" in lines[-1]
+    run = tracked.run_with_key(tracking_uri(), without_finalists.search.search_key)
     client = MlflowClient(tracking_uri())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
+    assert names == {"results.md", "results.parquet", "best.json", "parallel.png"}
     assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.375)
     assert run.data.tags["mlflow.source.name"] == "ddpm search"
     assert run.data.tags["mlflow.note.content"] == Path(place.path, "results.md").read_text()
+    assert (run.data.params["search.rungs"], run.data.params["train.total_images"]) == ("[64, 128]", "128")
+    assert "low" in run.data.params["space.optim.lr"]
     assert run.info.status == "FINISHED"
-    assert any(line.startswith("MLflow      run ") for line in lines)

@@ -6,15 +6,18 @@ import sys
 import pytest
 
 from ddpm.evaluation.rung import Evaluation
-from ddpm.search import scoreboard
-from ddpm.search.scoreboard import Scoreboard
+from ddpm.runs.run_folder import RunStatus
+from ddpm.search import tune_callbacks
 from ddpm.search.trials import Trial
+from ddpm.search.tune_callbacks import Scoreboard
 
 RUNG = Evaluation(6400, (2.375, 9.0, 2.625, 9.0), 0.5, 0.5)
 """2.5 bits/dim with an error of 0.125 on every second image."""
 TRIALS = [
-    Trial("digits-a", 0, {"schedule.kind": "cosine", "optim.lr": 1e-3}, status="finished", rungs=(RUNG,)),
-    Trial("digits-b", 1, {"optim.lr": 1e2}, status="failed", reason="it broke"),
+    Trial(
+        "digits-a", 0, {"schedule.kind": "cosine", "optim.lr": 1e-3}, status=RunStatus.FINISHED, rungs=(RUNG,)
+    ),
+    Trial("digits-b", 1, {"optim.lr": 1e2}, status=RunStatus.FAILED, reason="it broke"),
 ]
 
 
@@ -29,9 +32,9 @@ def test_without_a_terminal_a_line_per_interval_shows_that_the_search_is_alive(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = Scoreboard(lambda: [*TRIALS, Trial("digits-c", 2, {})], 4)
-    monkeypatch.setattr(scoreboard, "LINE_INTERVAL_S", 600.0)
+    monkeypatch.setattr(tune_callbacks, "LINE_INTERVAL_S", 600.0)
     board.tick()
-    monkeypatch.setattr(scoreboard, "LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tune_callbacks, "LINE_INTERVAL_S", 0.0)
     board.tick()
     line = r"2 of 4 trials done after \d+ s, running: digits-c\n"
     assert re.fullmatch(line, capsys.readouterr().out)

@@ -12,13 +12,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import tracked
-from support.processes import Job, members, paused
+from support.processes import Job, members, paused, wait_for
 from support.servers import RayHead
 
 from ddpm.config.json import from_json
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation import rung
 from ddpm.runs import checkpoint, run_folder, storage
+from ddpm.runs.run_folder import RunStatus
 from ddpm.search.trials import Trial, Trials
 from ddpm.tracking.mlflow_client import tracking_uri
 
@@ -34,6 +35,10 @@ FLAGS = f"""digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --
 # Two trials. The second has the lower bound at the first rung, so that both are trained to the end.
 TWO_TRIALS = f"""digits --name s --searcher grid --num-trials 2 --max-concurrent 1 --num-rungs 2 --num-images 20
     --finalists 0 --run.experiment deaths --space optim.lr=2e-3|1e-6 {TINY}""".split()
+# Two trials of two workers; the second is worse than the first, and is stopped.
+GROUPS = f"""digits --name s --searcher grid --num-trials 2 --max-concurrent 1 --num-rungs 2 --num-images 60
+    --finalists 0 --space schedule.kind=cosine|linear optim.lr=2e-3 {TINY} --train.micro-batch-size 32
+    --cluster.num-workers 2 --cluster.threads-per-worker 1""".split()
 TRIAL = "ray::ImplicitFunc"
 """Title of the process of a trial with one worker."""
 
@@ -43,7 +48,7 @@ def trials_in(folder: Path) -> list[Trial]:
     place = folder / "runs" / "s"
     if not (place / "search.json").exists():
         return []
-    return Trials(storage.resolve(str(place)), None).all()
+    return Trials(storage.resolve(str(place))).all()
 
 
 def leaderboard(folder: Path) -> list[dict[str, Any]]:
@@ -71,20 +76,21 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
         assert "Traceback" not in job.output
         assert psutil.wait_procs(descendants, timeout=300)[1] == []
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
-    assert trials_in(killed)[-1].status == "running"
+    assert not trials_in(killed)[-1].has_ended
 
-    with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: len(trials_in(killed)) == 4)
+    for num_trials in (2, 4):
+        with Job("search", *FLAGS, log=killed / "job.log") as job:
+            job.wait_for(lambda wanted=num_trials: len(trials_in(killed)) == wanted)
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
         assert job.wait() == 0, job.output
         output = job.output
     found = trials_in(killed)
     assert [(trial.status, len(trial.rungs)) for trial in found] == [
-        ("finished", 2),
-        ("failed", 0),
-        ("stopped", 1),
-        ("finished", 2),
+        (RunStatus.FINISHED, 2),
+        (RunStatus.FAILED, 0),
+        (RunStatus.PRUNED, 1),
+        (RunStatus.FINISHED, 2),
     ]
     assert (found[3].repeats, found[3].changes) == (found[0].name, {**found[0].changes, "train.seed": 1})
     assert "the loss or the gradient is not finite" in found[1].reason
@@ -109,7 +115,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """The search's own MLflow run, followed by its children."""
-    key = Trials(storage.resolve(str(place)), None).key
+    key = Trials(storage.resolve(str(place))).search.search_key
     parent = tracked.run_with_key(tracking_uri(), key)
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     client = MlflowClient(tracking_uri())
@@ -145,7 +151,7 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
     found = trials_in(tmp_path)
     assert found[0].name == killed.name and "Traceback" not in output
     for trial in found:
-        assert trial.status == "finished"
+        assert trial.status == RunStatus.FINISHED
         assert [evaluation.images_seen for evaluation in trial.rungs] == [640, 1920]
         assert (place / trial.name / checkpoint.name_at(1920) / checkpoint.CHECKSUMS).exists()
         assert output.count(f"{trial.name} after 640 images") == 1
@@ -157,6 +163,30 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
             f"{trial.name} {what}" in job.output for trial in found for what in ("begins", "resumes")
         )
     assert trials_in(tmp_path) == found
+
+
+@pytest.mark.slow
+def test_a_stopped_trial_of_several_workers_leaves_nothing(ray_head: RayHead, tmp_path: Path) -> None:
+    """No process, and no database in the folder where Tune runs it: the driver alone pushes."""
+    env = {"RAY_ADDRESS": ray_head.address, "MLFLOW_TRACKING_URI": ""}
+    with Job("search", *GROUPS, log=tmp_path / "job.log", env=env) as job:
+        assert job.wait() == 0, job.output
+    finished, stopped = trials_in(tmp_path)
+    assert (finished.status, stopped.status) == (RunStatus.FINISHED, RunStatus.PRUNED)
+    folder = storage.resolve(str(tmp_path / "runs" / "s" / stopped.name))
+    status = run_folder.read_status(folder)
+    assert status is not None and status.status == RunStatus.PRUNED
+    assert run_folder.checkpoints(folder)
+    for title in ("ray::GroupTrial", "ray::RayTrainWorker", "ray::TrainController"):
+        wait_for(lambda title=title: not members(ray_head.process.pid, title))
+    assert [*ray_head.temp_dir.rglob("mlflow.db")] == []
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("ddpm").experiment_id])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        "s": "FINISHED",
+        finished.name: "FINISHED",
+        stopped.name: "KILLED",
+    }
 
 
 @pytest.mark.slow
@@ -175,7 +205,7 @@ def test_a_search_of_few_timesteps_without_tracking(run_job: Callable[..., Any],
     (line,) = [line for line in done.stdout.splitlines() if "chosen" in line]
     assert row["trial"] in line and line in (tmp_path / "runs/s/results.md").read_text()
     status = run_folder.read_status(storage.resolve(str(tmp_path / "runs/s" / row["trial"])))
-    assert status is not None and status.status == "FINISHED"
+    assert status is not None and status.status == RunStatus.FINISHED
 
 
 def test_a_user_error_is_one_line_and_nothing_is_written(

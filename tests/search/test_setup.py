@@ -13,17 +13,15 @@ from ddpm.cli import search
 from ddpm.cluster import ray_init, resources
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.search import search as whole_search
-from ddpm.search import setup
+from ddpm.evaluation.feature_scores import MAX_PAIRWISE
+from ddpm.search import driver, setup
 from ddpm.search.config import Arguments
-from ddpm.search.default_space import DEFAULT
 from ddpm.utils.errors import UserError
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
 
 def prepared(**changes: Any) -> setup.Setup:
-    changes = {"space": DEFAULT, **changes}
     flat = {key: changes.pop(key) for key in list(changes) if "." in key}
     config = override(DIGITS, {"train.total_images": 9 * 128, **flat})
     return setup.prepare(replace(Arguments("digits", config), **changes))
@@ -36,10 +34,15 @@ def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     assert found.base.train.keep_checkpoints == 9  # jobs/evaluate.py can evaluate every rung
     assert found.folder.uri == found.base.run.storage == str(tmp_path / "s")
     assert prepared(space=LR, num_rungs=1).rungs.at == (1152,)
-    determining = set(found.settings["config"])
+    determining = set(found.search.settings["config"])
     assert not {"run", "cluster", "sample"} & {key.partition(".")[0] for key in determining}
     assert {"train.init_from", "optim.lr"} <= determining and "train.log_every_images" not in determining
-    assert found.params["train.total_images"] == 1152 and found.params["search.rungs"] == [128, 384, 1152]
+    assert found.search.settings["rungs"] == [128, 384, 1152]
+
+
+def test_kid_is_of_the_images_that_it_compares(tmp_path: Path) -> None:
+    found = prepared(space=LR, storage=str(tmp_path), drawn_images=20_000, features="pixels")
+    assert (found.search.kid, found.search.kid_images) == ("KID-pixels", MAX_PAIRWISE)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -72,7 +75,7 @@ def run_search(*flags: str) -> int:
         patch.setattr(ray_init, "connect", lambda verbose: None)
         patch.setattr(ray_init, "resources", lambda: {"CPU": 2.0})
         patch.setattr(resources, "check_storage", lambda config: None)
-        patch.setattr(whole_search, "Publisher", begin)
+        patch.setattr(driver, "Pusher", begin)
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
         return search.main()
@@ -85,7 +88,7 @@ def test_a_search_of_0_1_is_refused_before_a_cluster_is_joined(
     shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "s")
     found = prepared(space=LR, name="s", storage=str(tmp_path))
     with pytest.raises(UserError, match="of another version"):
-        whole_search.search(found.arguments)
+        driver.run_search(found.arguments)
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["search.json"]
 
 

@@ -12,7 +12,7 @@ from ddpm.config.kinds import SCHEDULES
 from ddpm.config.presets import DIGITS, PRESETS
 from ddpm.diffusion import schedules
 from ddpm.search import space
-from ddpm.search.default_space import DEFAULT
+from ddpm.search.space import DEFAULT
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
@@ -69,7 +69,7 @@ def test_the_default_space_fits_every_preset(preset: str) -> None:
 
 
 def test_the_documented_minimum_noise_is_true() -> None:
-    source = (REPO / "ddpm/search/default_space.py").read_text()
+    source = (REPO / "ddpm/search/space.py").read_text()
     documented = re.search(
         r"linear from 1e-4: from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", source
     )

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,19 +11,22 @@ from typing import Any
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from support import searches
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
 from ddpm.evaluation.rung import Evaluation, Rungs, file_name
-from ddpm.runs import storage
-from ddpm.runs.run_folder import Search
+from ddpm.runs import run_folder, storage
+from ddpm.runs.run_folder import RunFolder, RunStatus, Search
 from ddpm.search import space, trainables
 from ddpm.search.config import Arguments
-from ddpm.search.default_space import DEFAULT
-from ddpm.search.study import Study
-from ddpm.search.trainables import Spec
+from ddpm.search.space import DEFAULT
+from ddpm.search.study import NewTrials, Study
+from ddpm.search.trainables import CHANGES, NAME, VALUE, Spec
 from ddpm.search.trials import Trial, Trials
 from ddpm.search.tune_callbacks import Outcomes
+from ddpm.tracking.pusher import NoPusher
 from ddpm.utils.errors import UserError
 
 RUNGS = (128, 384, 1152)
@@ -34,6 +38,8 @@ GRID = (
     "optim.lr=1e-4|1e-3",
 )
 """A space of 18 points."""
+SMALL = ("schedule.kind=cosine|linear", "optim.lr=1e-3|2e-3")
+"""A space of 4 points."""
 BROKEN = 4
 """The number of the trial that fails."""
 
@@ -55,27 +61,26 @@ def bits_per_dim_of(changes: dict[str, Any], images_seen: int) -> float:
     return 2 + far + 0.5 * (changes.get("schedule.kind") != "cosine") + 30 / images_seen + seed
 
 
+class SpecWithoutData(Spec):
+    """A spec of trials that are made up, and read no data."""
+
+    def open_run(self, proposal: Mapping[str, Any]) -> RunFolder:
+        return run_folder.open_run(proposal[NAME], self.config.run.storage)
+
+
 class Simulated(Study):
     """A study whose trials are made up; it counts the rungs that it trains, and is killed after `max_rungs`."""
 
     trained: Counter[tuple[str, int]]
     max_rungs = math.inf
 
-    def _tune(
-        self, search: Any, scheduler: Any, num_samples: int, repeats: Any = lambda changes: None
-    ) -> None:
+    def _tune(self, search: Any, scheduler: Any, num_trials: int) -> None:
         """What Tune does, one trial after another."""
-        outcomes = Outcomes(
-            trials=self.trials,
-            spec=self.spec,
-            publisher=self.publisher,
-            interruption=self.interruption,
-            news=self.news,
-            tick=self.tick,
-            repeats=repeats,
-        )
-        for number in range(num_samples):
+        outcomes = Outcomes(self.trials, self.spec, self.pusher, self.interruption, self.scoreboard)
+        for number in range(num_trials):
             config = search.suggest(str(number))
+            if config == Searcher.FINISHED:
+                return
             trial: Any = SimpleNamespace(trial_id=str(number), config=config, last_result={})
             scheduler.on_trial_add(None, trial)
             outcomes.on_trial_start(0, [], trial)
@@ -85,27 +90,22 @@ class Simulated(Study):
             outcomes.on_trial_complete(0, [], trial)
 
     def _run_trial(self, trial: Any, search: Any, scheduler: Any, outcomes: Outcomes) -> None:
-        name = str(self.spec.configured(trial.config).run.name)
+        name = trial.config[NAME]
         known = self.trials.get(name)
-        assert known is not None
-        for iteration, images_seen in enumerate(self.spec.rungs.at, 1):
-            if known.status == "failed" or known.number == BROKEN:
-                trial.last_result = {
-                    "training_iteration": iteration,
-                    **trainables.failure(UserError("it broke")),
-                }
+        assert known is not None and not known.has_ended
+        for images_seen in self.spec.rungs.at:
+            if known.number == BROKEN:
+                trial.last_result = trainables.failure(UserError("it broke"))
                 return
+            bits = bits_per_dim_of(trial.config[CHANGES], images_seen)
+            evaluation = Evaluation(images_seen, (bits, bits) * 10, 0.5, 0.5)
             file = self.trials.folder.child(name).child(file_name(images_seen))
             if not file.exists():
-                if known.status != "running":
-                    return  # an equal proposal of a trial that was stopped
                 self.trained[name, images_seen] += 1
-                bits = bits_per_dim_of(trial.config, images_seen)
-                file.write(Evaluation(images_seen, (bits, bits) * 10, 0.5, 0.5).to_json())
+                file.write(evaluation.to_json())
                 if sum(self.trained.values()) >= self.max_rungs:
                     raise DriverKilled
-            found = {"training_iteration": iteration, "images_seen": images_seen}
-            trial.last_result = {**found, "value": bits_per_dim_of(trial.config, images_seen)}
+            trial.last_result = trainables.result(evaluation)
             search.on_trial_result(trial.trial_id, trial.last_result)
             outcomes.on_trial_result(0, [], trial, trial.last_result)
             if scheduler.on_trial_result(None, trial, trial.last_result) == TrialScheduler.STOP:
@@ -120,22 +120,20 @@ def search(
     **chosen: Any,
 ) -> Simulated:
     """Run a search, or go on with it, until all of its trials have ended or it is killed."""
-    place = storage.resolve(str(folder))
     config = override(DIGITS, {"run.storage": str(folder), "train.total_images": RUNGS[-1]})
     evaluator: Any = None
-    silent: Any = SimpleNamespace(notify=lambda name: None, is_on=False)
+    silent: Any = SimpleNamespace(is_on=False, news=lambda line: None, tick=lambda: None)
     chosen = {"num_trials": NUM_TRIALS, "finalists": 0, "seed": 2, **chosen}
     found = Simulated(
         arguments=replace(Arguments("digits", config), **chosen),
         space=space_of(flags),
-        spec=Spec(config, "digits", DIGITS, Rungs(rungs, evaluator), Search("s", "k"), False),
-        trials=Trials(place, {}),
-        publisher=silent,
+        spec=SpecWithoutData(config, "digits", DIGITS, Rungs(rungs, evaluator), Search("s", "k"), False),
+        trials=searches.begin(storage.resolve(str(folder))),
+        pusher=NoPusher(),
         reserved={},
         has_groups=False,
         interruption=silent,
-        news=lambda line: None,
-        tick=lambda: None,
+        scoreboard=silent,
     )
     found.trained = Counter()
     found.max_rungs = max_rungs
@@ -155,8 +153,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
 
 def test_the_search_proposes_near_good_trials_and_stops_bad_ones(undisturbed: list[Trial]) -> None:
     status = Counter(trial.status for trial in undisturbed)
-    assert len(undisturbed) == NUM_TRIALS and status["running"] == 0
-    assert status["finished"] > 1 and status["stopped"] > 5 and status["failed"] == 1
+    assert len(undisturbed) == NUM_TRIALS and status[RunStatus.RUNNING] == 0
+    assert status[RunStatus.FINISHED] > 1 and status[RunStatus.PRUNED] > 5 and status[RunStatus.FAILED] == 1
     assert undisturbed[BROKEN].reason == "it broke"
 
     def mean(trials: list[Trial]) -> float:
@@ -195,11 +193,11 @@ def test_tpe_killed_after_any_rung_trains_no_trial_twice(tmp_path: Path) -> None
         folder = tmp_path / str(cut)
         with pytest.raises(DriverKilled):
             search(folder, max_rungs=cut)
-        before = Trials(storage.resolve(str(folder)), {}).all()
-        ended = {trial.name for trial in before if trial.status != "running"}
+        before = Trials(storage.resolve(str(folder))).all()
+        ended = {trial.name for trial in before if trial.has_ended}
         found = search(folder)
         assert len(found.trials.all()) == NUM_TRIALS
-        assert {trial.status for trial in found.trials.all()} == {"finished", "stopped", "failed"}
+        assert all(trial.has_ended for trial in found.trials.all())
         assert ended.isdisjoint(name for name, _ in found.trained)
         assert set(found.trained.values()) == {1}
         assert search(folder).trained == Counter()  # nothing is left to do
@@ -208,12 +206,13 @@ def test_tpe_killed_after_any_rung_trains_no_trial_twice(tmp_path: Path) -> None
 def test_what_has_ended_is_told_to_optuna_and_asha(undisturbed: list[Trial], tmp_path: Path) -> None:
     found = search(tmp_path)
     ended = found.trials.all()
-    study: Any = found._search([], ended)._ot_study
+    study: Any = found._new_trials([], ended)._optuna._ot_study
     for trial, told in zip(ended, study.trials, strict=True):
         assert told.params == trial.changes
-        assert told.state.name == ("FAIL" if trial.status == "failed" else "COMPLETE")
-        assert told.value == (None if trial.status == "failed" else trial.bits_per_dim)
-    scheduler: Any = found._scheduler(ended)
+        has_failed = trial.status == RunStatus.FAILED
+        assert told.state.name == ("FAIL" if has_failed else "COMPLETE")
+        assert told.value == (None if has_failed else trial.bits_per_dim)
+    scheduler: Any = found._asha(ended)
     bad: Any = SimpleNamespace(trial_id="bad")
     scheduler.on_trial_add(None, bad)
     assert scheduler.on_trial_result(None, bad, {"images_seen": 128, "value": 99.0}) == TrialScheduler.STOP
@@ -225,16 +224,45 @@ def test_what_has_ended_is_told_to_optuna_and_asha(undisturbed: list[Trial], tmp
 
 
 def test_an_equal_proposal_is_not_trained_again(tmp_path: Path) -> None:
-    found = search(tmp_path, ("schedule.kind=cosine|linear", "optim.lr=1e-3|2e-3"), num_trials=12)
-    assert len(found.trials.all()) <= 4 and set(found.trained.values()) == {1}
-    assert {trial.status for trial in found.trials.all()} <= {"finished", "stopped"}
+    """The search goes on until it has tried all points."""
+    found = search(tmp_path, SMALL, num_trials=12)
+    assert len(found.trials.all()) == 4 and set(found.trained.values()) == {1}
+    assert all(trial.has_ended for trial in found.trials.all())
+    assert search(tmp_path, SMALL, num_trials=12).trained == Counter()
+
+
+def test_optuna_is_told_the_last_value_of_a_point_that_it_proposes_again(tmp_path: Path) -> None:
+    """Not before its trial has ended; until then there is no proposal."""
+    study: Any = search(tmp_path, SMALL, num_trials=0)
+    new: NewTrials = study._new_trials([{"schedule.kind": "cosine", "optim.lr": 1e-3}] * 2, [])
+    told = new._optuna._ot_study
+    first = new.suggest("a")
+    assert [new.suggest("b"), new.suggest("c")] == [None, None]
+    assert [trial.state.name for trial in told.trials] == ["RUNNING", "RUNNING"]
+    new.on_trial_complete("a", {VALUE: 2.5})
+    second = new.suggest("d")
+    assert second[NAME] != first[NAME]
+    assert [trial.value for trial in told.trials[:2]] == [2.5, 2.5]
+    assert "PRUNED" not in {trial.state.name for trial in told.trials}
+
+
+def test_a_point_whose_trial_has_failed_is_a_failure_again(tmp_path: Path) -> None:
+    study: Any = search(tmp_path, SMALL, num_trials=0)
+    new: NewTrials = study._new_trials([{"schedule.kind": "cosine", "optim.lr": 1e-3}] * 2, [])
+    new.suggest("a")
+    new.on_trial_complete("a", trainables.failure(UserError("it broke")))
+    assert new.suggest("b") != Searcher.FINISHED
+    assert [trial.state.name for trial in new._optuna._ot_study.trials[:2]] == ["FAIL", "FAIL"]
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid"])
 def test_random_and_grid_search_without_asha(tmp_path: Path, searcher: Any) -> None:
     flags = GRID if searcher == "grid" else DEFAULT
     found = search(tmp_path, flags, searcher=searcher, rungs=RUNGS[-1:]).trials.all()
-    assert Counter(trial.status for trial in found) == {"finished": NUM_TRIALS - 1, "failed": 1}
+    assert Counter(trial.status for trial in found) == {
+        RunStatus.FINISHED: NUM_TRIALS - 1,
+        RunStatus.FAILED: 1,
+    }
     if searcher == "grid":
         assert [trial.changes for trial in found] == space_of(GRID).grid(NUM_TRIALS)
 
@@ -249,7 +277,7 @@ def test_a_finished_search_can_be_extended(tmp_path: Path) -> None:
 def test_finalists_are_trained_again_with_other_seeds(tmp_path: Path) -> None:
     """Also if the search is killed meanwhile; they run to the end."""
     own = search(tmp_path, finalists=2).trials.all()
-    best = sorted((t for t in own if t.status == "finished"), key=lambda t: t.bits_per_dim)[:2]
+    best = sorted((t for t in own if t.status == RunStatus.FINISHED), key=lambda t: t.bits_per_dim)[:2]
     with pytest.raises(DriverKilled):
         search(tmp_path, finalists=2, finalist_seeds=3, max_rungs=4)
     found = search(tmp_path, finalists=2, finalist_seeds=3).trials.all()
@@ -258,4 +286,4 @@ def test_finalists_are_trained_again_with_other_seeds(tmp_path: Path) -> None:
     assert {(t.repeats, t.changes["train.seed"]) for t in again} == {
         (b.name, s) for b in best for s in (1, 2)
     }
-    assert {(t.status, len(t.rungs)) for t in again} == {("finished", 3)}
+    assert {(t.status, len(t.rungs)) for t in again} == {(RunStatus.FINISHED, 3)}

@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import searches
 from support.processes import REPO
 
+from ddpm.config.json import override
+from ddpm.config.presets import DIGITS
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.runs import storage
+from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.search import trials
 from ddpm.search.trials import Trials, rung_positions
@@ -30,59 +34,76 @@ def measured(images_seen: int, mean: float) -> Evaluation:
     return Evaluation(images_seen, tuple(bits.tolist()), 0.5, 0.25)
 
 
-def add_rung(place: Location, name: str, images_seen: int, mean: float) -> None:
-    place.child(name).child(file_name(images_seen)).write(measured(images_seen, mean).to_json())
-
-
 def test_a_new_driver_finds_every_trial_and_its_outcome(place: Location) -> None:
-    before = Trials(place, SETTINGS)
+    before = searches.begin(place, SETTINGS)
     changes: dict[str, Any] = {"optim.lr": 1e-3, "schedule.kind": "cosine", "model.width_multipliers": [1, 2]}
     before.begin("digits-a", changes)
     before.begin("digits-b", {"optim.lr": 2e-3})
     before.begin("digits-c", {"optim.lr": 1e-3, "train.seed": 1}, repeats="digits-a")
-    add_rung(place, "digits-a", 64, 3.0)
-    add_rung(place, "digits-a", 192, 2.5)
-    assert before.end("digits-a", "finished", wall_s=2.5).images_seen == 192
-    before.end("digits-b", "failed", "its process died")
+    searches.measure(before, "digits-a", measured(64, 3.0))
+    searches.measure(before, "digits-a", measured(192, 2.5))
+    assert before.end("digits-a", RunStatus.FINISHED, wall_s=2.5).images_seen == 192
+    before.end("digits-b", RunStatus.FAILED, "its process died")
     before.score("digits-a", SCORE)
     place.child("data").child("manifest.json").write(b"{}")  # no trial
 
-    after = Trials(place, SETTINGS)
-    assert after.key == before.key
+    after = searches.begin(place, SETTINGS)
+    assert after.search == before.search
     assert after.all() == before.all()
     first, second, third = after.all()
-    assert (first.changes, first.status, first.wall_s, first.score) == (changes, "finished", 2.5, SCORE)
+    assert (first.changes, first.status, first.wall_s) == (changes, RunStatus.FINISHED, 2.5)
+    assert first.score == SCORE
     assert [evaluation.images_seen for evaluation in first.rungs] == [64, 192]
     assert first.bits_per_dim == pytest.approx(2.5)
-    assert (second.status, second.reason, second.rungs) == ("failed", "its process died", ())
-    assert (third.status, third.repeats, third.number) == ("running", "digits-a", 2)
+    assert (second.status, second.reason, second.rungs) == (RunStatus.FAILED, "its process died", ())
+    assert (third.has_ended, third.repeats, third.number) == (False, "digits-a", 2)
     assert after.begin("digits-b", {}) == second  # it has ended, and stays so
     assert after.begin("digits-d", {}).number == 3
 
 
+def test_a_rung_that_is_reported_again_is_not_new(place: Location) -> None:
+    found = searches.begin(place, SETTINGS)
+    found.begin("digits-a", {})
+    assert [found.reach("digits-a", measured(at, 3.0)) for at in (64, 64, 192, 64)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert [evaluation.images_seen for evaluation in found.all()[0].rungs] == [64, 192]
+
+
 def test_another_setting_is_another_search(place: Location) -> None:
-    Trials(place, SETTINGS)
+    searches.begin(place, SETTINGS)
     with pytest.raises(UserError, match="searcher"):
-        Trials(place, {**SETTINGS, "searcher": "grid"})
-    assert Trials(place, None).key == Trials(place, SETTINGS).key
+        searches.begin(place, {**SETTINGS, "searcher": "grid"})
+
+
+def test_what_does_not_determine_the_trials_is_that_of_the_newest_command(place: Location) -> None:
+    first = searches.begin(place, SETTINGS)
+    searches.begin(place, SETTINGS, override(DIGITS, {"run.experiment": "other"}), kid="KID-lite0")
+    found = Trials(place)
+    assert (found.config.run.experiment, found.search.kid) == ("other", "KID-lite0")
+    assert found.search.search_key == first.search.search_key
 
 
 def test_a_folder_without_a_search_and_a_search_of_0_1_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.json"):
-        Trials(storage.resolve(str(tmp_path)), None)
+        Trials(storage.resolve(str(tmp_path)))
     shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "old")
     with pytest.raises(UserError, match="of another version") as raised:
-        Trials(storage.resolve(str(tmp_path / "old")), SETTINGS)
+        searches.begin(storage.resolve(str(tmp_path / "old")), SETTINGS)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["trial.json", file_name(64)])
 def test_a_damaged_file_is_one_line(place: Location, name: str) -> None:
-    Trials(place, SETTINGS).begin("digits-a", {})
-    add_rung(place, "digits-a", 64, 3.0)
+    found = searches.begin(place, SETTINGS)
+    found.begin("digits-a", {})
+    searches.measure(found, "digits-a", measured(64, 3.0))
     place.child("digits-a").child(name).write(b'{"number": ')
     with pytest.raises(UserError, match=f"digits-a/{name} is damaged") as raised:
-        Trials(place, SETTINGS)
+        Trials(place)
     assert "\n" not in str(raised.value)
 
 
@@ -100,14 +121,14 @@ def test_rungs_are_multiples_of_the_first(total: int, factor: int, num: int, exp
 
 
 def test_the_best_are_finished_trials_of_the_search_itself(place: Location) -> None:
-    found = Trials(place, SETTINGS)
+    found = searches.begin(place, SETTINGS)
     for name, mean, status, repeats in (
-        ("a", 2.5, "finished", None),
-        ("b", 2.0, "failed", None),
-        ("c", 2.25, "finished", None),
-        ("d", 1.0, "finished", "a"),
+        ("a", 2.5, RunStatus.FINISHED, None),
+        ("b", 2.0, RunStatus.FAILED, None),
+        ("c", 2.25, RunStatus.FINISHED, None),
+        ("d", 1.0, RunStatus.FINISHED, "a"),
     ):
         found.begin(name, {}, repeats)
-        add_rung(place, name, 64, mean)
-        found.end(name, status)  # type: ignore[arg-type]
+        searches.measure(found, name, measured(64, mean))
+        found.end(name, status)
     assert [trial.name for trial in trials.best(found.all())] == ["c", "a"]

@@ -28,7 +28,7 @@ def grid(level: int) -> np.ndarray:
 
 
 def make_run(
-    storage: str, name: str, level: int = 0, status: run_folder.StatusName = "STOPPED"
+    storage: str, name: str, level: int = 0, status: run_folder.RunStatus = run_folder.RunStatus.STOPPED
 ) -> tuple[str, str]:
     """Write a run's folder as training does; returns its URI and its run key."""
     versions = {"version.torch": "2.13.0", "git.commit": "0123"}

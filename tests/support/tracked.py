@@ -16,9 +16,9 @@ from ddpm.config.json import override, to_json
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import Data, Facts, RunFolder, Search, Status, StatusName
+from ddpm.runs.run_folder import Data, Facts, RunFolder, RunStatus, Search, Status
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
-from ddpm.tracking.sent import SENT_TAG
+from ddpm.tracking.push import SENT_TAG
 from ddpm.utils.images import png_bytes
 from support.front_end import Answer, FrontEnd
 from support.tiny import TINY_NET
@@ -89,18 +89,18 @@ def train(run: RunFolder, *steps: int, config: Config = CONFIG) -> None:
         draw(run, run_folder.DENOISING, step)
     append(run, rows)
     store(run, steps[-1], config)
-    set_status(run, "RUNNING", steps[-1])
+    set_status(run, RunStatus.RUNNING, steps[-1])
 
 
-def set_status(run: RunFolder, status: StatusName, images_seen: int) -> None:
-    ended_ms = None if status == "RUNNING" else time_at(images_seen) + 1
+def set_status(run: RunFolder, status: RunStatus, images_seen: int) -> None:
+    ended_ms = None if status == RunStatus.RUNNING else time_at(images_seen) + 1
     run_folder.write_status(run.location, Status(status, images_seen, 0, 0.5, "2 cores", ended_ms))
 
 
 def finish(run: RunFolder, images_seen: int = 128) -> None:
     """Write what a run writes at its end."""
     run.location.child(f"{run_folder.PICTURES}/noising.png").write(PICTURE)
-    set_status(run, "FINISHED", images_seen)
+    set_status(run, RunStatus.FINISHED, images_seen)
 
 
 def evaluate(run: RunFolder, images_seen: int = 128, name: str = "at-128", **values: float) -> None:

@@ -15,7 +15,7 @@ from ddpm.config.json import flatten, override
 from ddpm.config.kinds import SCHEDULES
 from ddpm.config.tree import Config
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import RunFolder
+from ddpm.runs.run_folder import RunFolder, RunStatus
 from ddpm.sampling import generate
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import tracking_uri
@@ -110,7 +110,7 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     tracked.train(run, 64, config=config)
     bits = {"held_out/bits_per_dim": 4.25, "held_out_error/bits_per_dim": 0.5}
     tracked.append(run, [CurveRow(name, 64, value, 1) for name, value in bits.items()])
-    tracked.set_status(run, "STOPPED", 64)
+    tracked.set_status(run, RunStatus.STOPPED, 64)
     run_id = push(run).run_id
     assert description(run).split("\n\n") == [
         "**digits**, optim.lr=0.5: predicts eps, linear schedule of 500 steps.",
@@ -123,7 +123,7 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
 
     tracked.train(run, 128, config=override(config, {"train.total_images": 288_000}))
     tracked.evaluate(run)
-    tracked.set_status(run, "FAILED", 128)
+    tracked.set_status(run, RunStatus.FAILED, 128)
     push(run)
     assert "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
 

@@ -14,7 +14,7 @@ from support.servers import LOOPBACK, free_ports
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.runs.run_folder import SAMPLES, StatusName
+from ddpm.runs.run_folder import SAMPLES, RunStatus
 from ddpm.tracking import mlflow_pages
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.push import Pushed, push
@@ -24,7 +24,7 @@ PATIENCE_MS = 300_000
 pytestmark = pytest.mark.slow
 
 
-def push_run(storage: Path, until: int, status: StatusName, **changes: Any) -> Pushed:
+def push_run(storage: Path, until: int, status: RunStatus, **changes: Any) -> Pushed:
     """Push what a run of the preset digits records until it has seen `until` images."""
     config = override(DIGITS, changes)
     run = tracked.begin(storage, config=config)
@@ -49,7 +49,7 @@ def test_the_link_of_a_run_opens_its_description(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     changes = {"schedule.kind": "cosine", "train.total_images": 2560}
-    pushed = push_run(tmp_path, 2560, "FINISHED", **changes)
+    pushed = push_run(tmp_path, 2560, RunStatus.FINISHED, **changes)
     page.goto(mlflow_pages.link(mlflow_server, pushed.experiment_id, pushed.run_id))
     page.get_by_role("heading", name="a-run").first.wait_for()
     page.get_by_text("predicts eps, cosine schedule of 500 steps").first.wait_for()
@@ -63,7 +63,7 @@ def test_the_link_of_a_run_opens_its_description(
 def test_the_link_of_an_experiment_leads_to_a_stopped_run(page: Any, database: Path, tmp_path: Path) -> None:
     """Its page does not look like that of a run that failed."""
     (port,) = free_ports(1)
-    push_run(tmp_path, 256, "STOPPED", **{"run.experiment": "stops"})
+    push_run(tmp_path, 256, RunStatus.STOPPED, **{"run.experiment": "stops"})
     env = {"MLFLOW_TRACKING_URI": tracking_uri()}
     with processes.Job("ui", "--port", port, log=tmp_path / "ui.log", env=env) as job:
         job.wait_for(lambda: "Uvicorn running" in job.output)

@@ -27,12 +27,11 @@ from support.tracked import MlflowFaultProxy, content, warnings_of
 from ddpm.config.json import override
 from ddpm.runs import curves, run_folder
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import RunFolder, Search, Status
+from ddpm.runs.run_folder import RunFolder, RunStatus, Search, Status
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
-from ddpm.tracking.push import is_in_mlflow, push
+from ddpm.tracking.push import SENT_TAG, is_in_mlflow, push
 from ddpm.tracking.pusher import push_patiently
-from ddpm.tracking.sent import SENT_TAG
 from ddpm.utils.images import png_bytes
 
 SAMPLED = [
@@ -159,10 +158,10 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
     assert tracked.run_with_key(uri, run.key).info.status == "RUNNING"
     tracked.train(run, 32, 64)
     assert push(run).num_points == 4
-    tracked.set_status(run, "STOPPED", 64)
+    tracked.set_status(run, RunStatus.STOPPED, 64)
     push(run)
     stopped = tracked.run_with_key(uri, run.key)
-    assert (stopped.info.status, stopped.info.end_time) == (mlflow_pages.STOPPED, tracked.time_at(64) + 1)
+    assert (stopped.info.status, stopped.info.end_time) == ("SCHEDULED", tracked.time_at(64) + 1)
     assert "Stopped at 64 of 128 images" in stopped.data.tags[mlflow_pages.NOTE_TAG]
     tracked.train(run, 96, 128)
     assert push(run).num_points == 4
@@ -481,7 +480,7 @@ def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
     shutil.copytree(REPO / "tests/formats/0.1/run", tmp_path / "old")
     run = run_folder.existing_run(str(tmp_path / "old"))
     tags = {"preset": "digits", "changed": "nothing", "command": "python jobs/train.py digits"}
-    run_folder.write_status(run.location, Status("FINISHED", 64, 0, 0.1, tags=tags))
+    run_folder.write_status(run.location, Status(RunStatus.FINISHED, 64, 0, 0.1, tags=tags))
     grid = png_bytes(np.full((8, 12, 3), 3, np.uint8))
     run.location.child(f"{run_folder.SAMPLES}/{64:012d}.png").write(grid)  # without a time, as 0.1 wrote it
     rows = curves.read_rows(run.location).num_rows

@@ -177,7 +177,7 @@ def test_each_outage_is_one_line_and_everything_arrives(
         use(monkeypatch, proxy.uri)
         pusher = Pusher(run)
         pusher.begin()
-        wait_for(lambda: pusher._pushed is not None)
+        wait_for(lambda: pusher.is_complete)
         for outage, step in enumerate((96, 112), start=1):
             refused.clear()
             proxy.fails = fails
@@ -217,7 +217,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_everything(
     pusher.begin()
     wait_for(lambda: warnings_of(caplog))
     with server:
-        wait_for(lambda: pusher._pushed is not None)
+        wait_for(lambda: pusher.is_complete)
         assert has_pushed(server.uri, run, 64)
         server.kill()
         shutil.rmtree(server.folder)
@@ -263,7 +263,7 @@ def test_a_database_deleted_while_training_gets_everything(
     uri = tracking_uri()
     pusher = Pusher(run)
     pusher.begin()
-    wait_for(lambda: pusher._pushed is not None)
+    wait_for(lambda: pusher.is_complete)
     database.unlink()
     train_on(run, pusher, 128)
     tracked.finish(run)
