@@ -201,7 +201,7 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
 
 
 @_once_joined
-def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
+def per_trial(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
     """`config` with the CPUs and threads of each of `num_trials` concurrent trials, and what Ray reserves for a trial.
 
     A trial of one worker (cluster.num_workers 1 or auto) reads its data itself. The workers of others are reserved by

@@ -43,7 +43,7 @@ def _run_search(setup: Setup, lock: DriverLock) -> int:
     began = time.monotonic()
     arguments = setup.arguments
     ray_init.connect(arguments.verbose)
-    config, reserved = resources.of_trials(setup.base, arguments.max_concurrent)
+    config, reserved = resources.per_trial(setup.base, arguments.max_concurrent)
     resources.check_storage(config)
     # This binds the name to its settings, so wrong flags must be found before.
     trials = begin_search(setup.folder, setup.search, config.run.storage_timeout_s)

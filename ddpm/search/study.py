@@ -64,7 +64,8 @@ class GivenTrials(Searcher):
 class NewTrials(Searcher):
     """Proposes Optuna's points that the search does not know yet.
 
-    Optuna is told the value of a known point, and asked again. While the trial of the point runs, there is no proposal.
+    If it proposes the point of a trial that has ended, it is told the value of that trial, and asked again. If the
+    trial still runs, there is no proposal until it has ended.
 
     Args:
         propose: makes a proposal of a point.
@@ -84,22 +85,26 @@ class NewTrials(Searcher):
         self._propose = propose
         self._values = dict(values)
         self._warn = warn
-        self._num_asked = 0
-        self._waiting: tuple[str, dict[str, Any]] | None = None
-        """A question to Optuna and its answer, the point of a trial that runs."""
-        self._running: dict[str, tuple[str, str]] = {}
-        """Optuna's id and the name of each trial that runs, by Tune's id."""
+        self._num_points = 0
+        """Number of points that Optuna has proposed."""
+        self._pending: tuple[str, dict[str, Any]] | None = None
+        """Optuna's id of a point whose trial runs, and the proposal of it again."""
+        self._running: dict[str, str] = {}
+        """Name of each trial that runs, by Tune's id."""
+        self._optuna_ids: dict[str, str] = {}
+        """Optuna's id of each trial that runs, by Tune's id."""
 
     def suggest(self, trial_id: str) -> Any:
         for _ in range(MAX_KNOWN):
-            optuna_id, proposal = self._waiting or self._ask()
-            self._waiting = None
+            optuna_id, proposal = self._pending or self._ask()
+            self._pending = None
             name = proposal[NAME]
-            if any(name == running for _, running in self._running.values()):
-                self._waiting = optuna_id, proposal
+            if name in self._running.values():
+                self._pending = optuna_id, proposal
                 return None
             if name not in self._values:
-                self._running[trial_id] = optuna_id, name
+                self._running[trial_id] = name
+                self._optuna_ids[trial_id] = optuna_id
                 return proposal
             self._tell(optuna_id, self._values[name])
         self._warn(
@@ -110,17 +115,18 @@ class NewTrials(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        optuna_id, name = self._running.pop(trial_id)
-        has_value = result is not None and VALUE in result and FAILED not in result
-        self._values[name] = result[VALUE] if result is not None and has_value else None
-        self._tell(optuna_id, self._values[name])
+        value = None
+        if result is not None and FAILED not in result:
+            value = result.get(VALUE)
+        self._values[self._running.pop(trial_id)] = value
+        self._tell(self._optuna_ids.pop(trial_id), value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it, to restore a search; ours is never restored
+        return {}  # Tune pickles it to restore a search, which is never done
 
     def _ask(self) -> tuple[str, dict[str, Any]]:
-        self._num_asked += 1
-        optuna_id = str(self._num_asked)
+        self._num_points += 1
+        optuna_id = str(self._num_points)
         return optuna_id, self._propose(self._optuna.suggest(optuna_id) or {})
 
     def _tell(self, optuna_id: str, value: float | None) -> None:
@@ -154,9 +160,8 @@ class Study:
         if self.arguments.searcher == "grid":
             known = [trial.changes for trial in own]
             points = unfinished + [point for point in self._grid() if point not in known]
-            self._tune(
-                GivenTrials([self.spec.proposal(point) for point in points]), self._asha(ended), len(points)
-            )
+            proposals = [self.spec.proposal(point) for point in points]
+            self._tune(GivenTrials(proposals), self._asha(ended), len(proposals))
         else:
             num_trials = max(self.arguments.num_trials - len(ended), len(unfinished))
             self._tune(self._new_trials(unfinished, ended), self._asha(ended), num_trials)
@@ -236,7 +241,7 @@ class Study:
             reduction_factor=self.arguments.reduction_factor,
         )
         for trial in ended:
-            known: Any = SimpleNamespace(trial_id=trial.name)
+            known: Any = SimpleNamespace(trial_id=trial.name)  # ASHA reads nothing else of a trial (Ray 2.60)
             scheduler.on_trial_add(None, known)  # type: ignore[arg-type]
             for evaluation in trial.rungs:
                 scheduler.on_trial_result(None, known, result(evaluation))  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ class Interruption(StopSignals, tune.Stopper):
         return self.is_on
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it, to restore a search; ours is never restored
+        return {}  # Tune pickles it to restore a search, which is never done
 
 
 class Outcomes(tune.Callback):

@@ -146,7 +146,7 @@ class MlflowRun:
         """The newest value of each metric in MLflow."""
         return dict(self._mlflow(self._client.get_run, self.run_id).data.metrics)
 
-    def _log(self, kind: str, named: Mapping[str, Any], most: int) -> None:
+    def _log(self, kind: str, named: Mapping[str, Any], max_per_call: int) -> None:
         """Log params, tags or metrics: halves if they are too many, or refused, so that a bad one stops no other."""
         if not named:
             return
@@ -154,7 +154,7 @@ class MlflowRun:
             name, item = next(iter(named.items()))
             self._try(name, self._client.log_batch, self.run_id, **{kind: [item]})
             return
-        if len(named) <= most:
+        if len(named) <= max_per_call:
             try:
                 self._mlflow(self._client.log_batch, self.run_id, **{kind: list(named.values())})
                 return
@@ -162,8 +162,8 @@ class MlflowRun:
                 pass
         items = list(named.items())
         half = len(named) // 2
-        self._log(kind, dict(items[:half]), most)
-        self._log(kind, dict(items[half:]), most)
+        self._log(kind, dict(items[:half]), max_per_call)
+        self._log(kind, dict(items[half:]), max_per_call)
 
     def _try(self, what: str, call: Callable[..., object], *args: Any, **named: Any) -> None:
         """Make a call; what MLflow will never accept is skipped, with a line."""

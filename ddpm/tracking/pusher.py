@@ -260,7 +260,7 @@ def _line(error: Exception) -> str:
 
 
 def _is_temporary(error: Exception) -> bool:
-    """Whether the same push may succeed soon. A folder that cannot be read is not MLflow's absence."""
+    """Whether the same push may succeed soon; if the run's folder cannot be read, it will not."""
     if isinstance(error, MlflowError):
         return error.is_temporary
     return not isinstance(error, UserError)

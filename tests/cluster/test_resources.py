@@ -49,7 +49,7 @@ def test_concurrent_trials_share_the_cpus(
 ) -> None:
     """A trial of one worker reads its data itself; beside those of several a CPU is left for data tasks."""
     cluster(cpus)
-    config, reserved = resources.of_trials(with_workers(num_workers), num_trials)
+    config, reserved = resources.per_trial(with_workers(num_workers), num_trials)
     shared = config.cluster
     assert (shared.cpus_per_worker, shared.threads_per_worker, shared.gpu) == (share, threads, False)
     if num_workers == 1:
@@ -61,7 +61,7 @@ def test_concurrent_trials_share_the_cpus(
 
 def test_a_trial_of_one_worker_has_its_gpu(cluster: Cluster) -> None:
     cluster(4, gpus=2)
-    _, reserved = resources.of_trials(with_workers(1, gpus_per_worker=0.5), 4)
+    _, reserved = resources.per_trial(with_workers(1, gpus_per_worker=0.5), 4)
     assert reserved == {"CPU": 1.0, "GPU": 0.5}
 
 
@@ -81,7 +81,7 @@ def test_too_few_resources_for_concurrent_trials_are_an_error(
 ) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError) as raised:
-        resources.of_trials(with_workers(1, **flags), num_trials)
+        resources.per_trial(with_workers(1, **flags), num_trials)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -232,7 +232,7 @@ def test_auto_workers_grow_with_the_cluster(growing: None) -> None:
 
 def test_a_trial_of_auto_workers_has_one(cluster: Cluster) -> None:
     cluster(16)
-    config, reserved = resources.of_trials(with_workers("auto"), 2)
+    config, reserved = resources.per_trial(with_workers("auto"), 2)
     assert (config.cluster.num_workers, reserved) == (1, {"CPU": 1.0})
 
 
