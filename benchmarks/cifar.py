@@ -39,7 +39,7 @@ from ddpm.evaluation.features import Cache, real_features
 from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.runs import curves, run_folder, storage
-from ddpm.runs.checkpoint import PREFIX
+from ddpm.runs.run_folder import CheckpointName
 from ddpm.runs.storage import Location
 from ddpm.sampling.pool import WorkerPool
 from ddpm.utils import devices
@@ -141,8 +141,11 @@ def train(arguments: Arguments, seed: int) -> None:
 
 def checkpoint_at(run: Location, mark: int) -> Location | None:
     """The first checkpoint after `mark` images."""
-    stored = [c for c in run_folder.checkpoints(run) if int(c.uri.rpartition(PREFIX)[2]) >= mark]
-    return stored[0] if stored else None
+    for stored in run_folder.checkpoints(run):
+        name = CheckpointName.parse(Path(stored.path).name)
+        if name is not None and name.images_seen >= mark:
+            return stored
+    return None
 
 
 def trained(run: Location, until: int, workers: int) -> tuple[float, float, float]:

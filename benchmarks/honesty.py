@@ -33,7 +33,7 @@ from ddpm.evaluation.inputs import Candidate
 from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluator
 from ddpm.evaluation.settings import Settings
-from ddpm.runs import checkpoint, storage
+from ddpm.runs import run_folder, storage
 from ddpm.search.trials import Trials, best
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
@@ -132,7 +132,7 @@ def variance_table(run: str, timesteps: Sequence[int]) -> None:
 def search_table(run: str) -> None:
     place = storage.resolve(run)
     trials = best(Trials(place).all())
-    newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
+    newest = [run_folder.checkpoints(place.child(trial.name))[-1].uri for trial in trials]
     candidates = inputs.read_checkpoints(newest)
     train, held_out = data_sets(candidates[0])
     bits: dict[str, np.ndarray] = {}

@@ -52,7 +52,7 @@ from ddpm.diffusion.schedules import Schedule
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.evaluation.nets import Lite0
-from ddpm.runs import checkpoint
+from ddpm.runs import checkpoint, run_folder
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
@@ -208,9 +208,8 @@ def ours(
     command[3:3] = [str(data)]
     command += ["--workers", "2", "--seed", str(seed)]
     minutes = train(command, folder, arguments.minutes)
-    saved = {
-        minutes(file): file.parent for file in folder.glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")
-    }
+    checksums = folder.glob(f"run/{run_folder.PREFIX}*/{run_folder.CHECKSUMS}")
+    saved = {minutes(file): file.parent for file in checksums}
 
     def judged(at: float, ema: bool) -> Point:
         trained = checkpoint.load_net(saved[at], ema=ema)

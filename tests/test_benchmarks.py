@@ -155,7 +155,7 @@ def test_training_time_is_that_of_the_steps_on_however_many_workers(tmp_path: Pa
     rows = list[CurveRow]()
     for seen, rate, workers in rates:
         rows += [CurveRow("train/images_per_s", seen, rate, 0), CurveRow("train/workers", seen, workers, 0)]
-    name, data = curves.part(0, rows)
+    name, data = curves.part(0, rows, 1)
     run = storage.resolve(str(tmp_path))
     run.child(name).write(data)
     minutes, of_all, slower = cifar.trained(run, 3000, workers=4)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import tracked
+from support.checkpoints import checkpoint_name
 from support.faulted import write_digits
 from support.local import finished
 
@@ -111,7 +112,7 @@ def test_a_run_is_pushed(kept: Path, mlflow_server: str, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("on_ray_head")
 def test_the_commands_resume_sample_and_compare_a_run(run_job: Callable[..., Any], kept: Path) -> None:
     """Its config.json holds a retired key, and its checkpoint a file that sampling used to read."""
-    folder = kept / "run" / checkpoint.name_at(64)
+    folder = kept / "run" / checkpoint_name(64)
     (folder / "x_0_error.json").write_text("[]")
     where = ("--data.shards", kept / "data", "--run.name", "run", "--run.storage", kept)
     for words in (
@@ -121,7 +122,7 @@ def test_the_commands_resume_sample_and_compare_a_run(run_job: Callable[..., Any
     ):
         done = run_job(*words, cwd=kept)
         assert done.returncode == 0, done.stderr
-    assert (kept / "run" / checkpoint.name_at(96) / checkpoint.CHECKSUMS).exists()
+    assert (kept / "run" / checkpoint_name(96) / checkpoint.CHECKSUMS).exists()
     assert (kept / "drawn/images/000001.png").exists()
     assert (kept / "report.html").exists()
 

@@ -34,7 +34,7 @@ from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
-from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs import checkpoint, curves, generations, run_folder
 from ddpm.runs.curves import CurveRow
 from ddpm.runs.storage import resolve
 from ddpm.search.trials import read_search, read_trial
@@ -43,7 +43,7 @@ from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
 SHARD = "train/00000.parquet"
-CURVES, CURVES_BYTES = curves.part(0, [CurveRow("loss", 1, 1.0, 1)])
+CURVES, CURVES_BYTES = curves.part(0, [CurveRow("loss", 1, 1.0, 1)], 1)
 RUNG = Evaluation(64, (2.0, 3.0), 0.5, 0.5)
 IMAGES = np.zeros((6, 8, 8, 1), np.uint8)
 PICKLE = b"cposix\nsystem\n(S'touch executed'\ntR."
@@ -56,8 +56,9 @@ def write_all(folder: Path, tiny: Config) -> None:
     shard = write_shard(resolve(str(folder)), SHARD, IMAGES, None, rows_per_row_group=6)
     manifest = make_manifest("test", (8, 8, 1), "raw", [], {"train": [shard]}, "")
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
-    (folder / "run.json").write_text('{"run_key": "a"}')
-    (folder / "status.json").write_bytes(run_folder.status_json(run_folder.Status("RUNNING", 1, 0, 1.0)))
+    (folder / "run.json").write_text('{"name": "a", "run_key": "a", "created_ms": 0}')
+    (folder / generations.FILE).write_text(json.dumps(asdict(generations.Generations())))
+    (folder / "status.json").write_bytes(run_folder.status_json(run_folder.Status(run_folder.RunStatus.RUNNING, 1, 0, 1.0)))
     (folder / "flag.json").write_text(to_json(tiny))
     searches.begin(resolve(str(folder))).begin("trial", {})
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
@@ -90,6 +91,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "manifest.json": lambda folder: read_manifest(resolve(str(folder))),
     SHARD: read_shard,
     "run.json": lambda folder: run_folder.existing_run(str(folder)),
+    generations.FILE: lambda folder: generations.read(resolve(str(folder))),
     "status.json": lambda folder: run_folder.read_status(resolve(str(folder))),
     "search.json": lambda folder: read_search(resolve(str(folder))),
     "trial/trial.json": lambda folder: read_trial(resolve(str(folder / "trial"))),

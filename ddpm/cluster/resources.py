@@ -32,42 +32,61 @@ class TooSmall(UserError):
 
 
 def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
-    """`config` with the number of workers that cluster.num_workers auto stands for.
+    """`config` with the number of workers that cluster.num_workers auto stands for, and the threads of each on CPUs.
 
-    A run that resumes has the number with which it began, since equal bits are promised for one number. A new run has
-    the largest number that leaves each a GPU (else a CPU) and none idle, as a range where the cluster can grow.
-    Workers on CPUs have one thread each, unless cluster.threads_per_worker says otherwise.
+    A run that resumes has those with which it began, since equal bits are promised for one number of each. A new run
+    has the largest number that leaves each worker a GPU (else a CPU) and none idle, as a range where the cluster can
+    grow, with one thread each. Workers of a number that was chosen share the CPUs.
 
     Args:
         began: the values of ClusterConfig with which the run began, by name; empty: it begins now.
     """
     cluster = config.cluster
-    if cluster.num_workers != AUTO:
-        return config
-    threads = cluster.threads_per_worker
-    if "num_workers" in began:
-        workers = began["num_workers"]
+    have = ray_init.resources()
+    on_gpus = cluster.gpu if cluster.gpu is not None else have.get("GPU", 0.0) > 0
+    is_auto = cluster.num_workers == AUTO
+    if is_auto and "num_workers" in began:
+        cluster = replace(cluster, num_workers=began["num_workers"])
+    elif is_auto:
+        cluster = replace(cluster, num_workers=_auto_workers(config, have, on_gpus))
+    if on_gpus:
+        return replace(config, cluster=cluster)
+    threads = began.get("threads_per_worker")
+    if cluster.threads_per_worker is None:
         if threads is None:
-            threads = began.get("threads_per_worker")
-    else:
-        have = ray_init.resources()
-        gpus = have.get("GPU", 0.0)
-        on_gpus = cluster.gpu if cluster.gpu is not None else gpus > 0
-        most = _most_workers(config, have.get("CPU", 0.0), gpus if on_gpus else None)
-        if on_gpus and most < int(gpus):
-            micro_batches = config.train.batch_size // config.train.micro_batch_size
-            log.warning(
-                "%d of %d GPUs are unused: more than %d workers would share the %d micro-batches of a step unevenly; "
-                "set --train.micro-batch-size lower, or --cluster.num-workers",
-                gpus - most,
-                gpus,
-                most,
-                micro_batches,
-            )
-        workers = f"1:{most}" if ray_init.limits() and most > 1 else most
-        if threads is None and not on_gpus:
-            threads = 1
-    return replace(config, cluster=replace(cluster, num_workers=workers, threads_per_worker=threads))
+            threads = 1 if is_auto else _share_of_cpus(cluster.world_sizes()[-1], have.get("CPU", 0.0))
+        cluster = replace(cluster, threads_per_worker=threads)
+    elif threads not in (None, cluster.threads_per_worker):
+        log.warning(
+            "the run began with %d threads a worker; with --cluster.threads-per-worker %d its weights will not be bit "
+            "for bit those of a run that was not interrupted",
+            threads,
+            cluster.threads_per_worker,
+        )
+    return replace(config, cluster=cluster)
+
+
+def _share_of_cpus(workers: int, cpus: float) -> int:
+    """Threads of each of `workers` on a cluster of that many CPUs; no more than its largest node has CPUs."""
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min(cpus / workers, max(nodes))))
+
+
+def _auto_workers(config: Config, have: Mapping[str, float], on_gpus: bool) -> int | str:
+    """The number of workers of a new run, or a range such as "1:4"."""
+    gpus = have.get("GPU", 0.0)
+    most = _most_workers(config, have.get("CPU", 0.0), gpus if on_gpus else None)
+    if on_gpus and most < int(gpus):
+        micro_batches = config.train.batch_size // config.train.micro_batch_size
+        log.warning(
+            "%d of %d GPUs are unused: more than %d workers would share the %d micro-batches of a step unevenly; "
+            "set --train.micro-batch-size lower, or --cluster.num-workers",
+            gpus - most,
+            gpus,
+            most,
+            micro_batches,
+        )
+    return f"1:{most}" if ray_init.limits() and most > 1 else most
 
 
 def _most_workers(config: Config, cpus: float, gpus: float | None) -> int:

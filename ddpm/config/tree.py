@@ -344,7 +344,8 @@ class ClusterConfig:
     cpus_per_worker: PositiveFloat | None = None
     """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
     threads_per_worker: UpTo4096 | None = None
-    """torch threads per worker. None: an equal share of the node's cores; 1 with auto workers on CPUs."""
+    """torch threads per worker on CPUs. None: as the run began; at its beginning 1 with auto workers, else an equal
+    share of the cores."""
     resize_interval_s: Seconds = 30.0
     """least:most workers: seconds between checks whether more workers fit."""
     max_failures: NonNegativeInt = 3

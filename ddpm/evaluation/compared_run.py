@@ -110,7 +110,8 @@ def _read_net(uri: str, sample: bool) -> ComparedRun:
     with names.local_checkpoint(uri) as folder:
         key = checkpoint.read_state(folder).get("run_key") or uri
         run = ComparedRun(name=uri, key=key, where=uri)
-        return _with_checkpoint(run, storage.resolve(str(folder)), Card(run_key=key), None, [], sample)
+        card = Card(name=uri, run_key=key, created_ms=0)
+        return _with_checkpoint(run, storage.resolve(str(folder)), card, None, [], sample)
 
 
 def _with_checkpoint(

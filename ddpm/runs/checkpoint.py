@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from ddpm.build import TrainedNet, build_net
 from ddpm.config.json import differences, flags, flatten, from_json, keys_that_affect, to_json
 from ddpm.config.tree import Affects, Config
-from ddpm.runs import storage
-from ddpm.runs.run_folder import CHECKSUMS, PREFIX
+from ddpm.runs import run_folder, storage
+from ddpm.runs.run_folder import CHECKSUMS, CheckpointName
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
@@ -35,13 +35,6 @@ from ddpm.utils.retry import as_user_error
 _TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
 FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 """Files of a checkpoint."""
-BEST_PREFIX = "best-"
-NAME_DIGITS = 12
-
-
-def name_at(images_seen: int, prefix: str = PREFIX) -> str:
-    """Folder name of the checkpoint after `images_seen` images; names sort by age."""
-    return f"{prefix}{images_seen:0{NAME_DIGITS}d}"
 
 
 NonNegative = Annotated[int, Field(ge=0)]
@@ -154,7 +147,8 @@ def check_belongs(folder: Path, run_key: str) -> None:
     """Raise UserError unless the checkpoint in `folder` is the one of this name, and of the run with this key."""
     file = folder / "state.json"
     state = _read_state_file(file)
-    if folder.name != name_at(state.images_seen):
+    name = CheckpointName.parse(folder.name)
+    if name is None or name.images_seen != state.images_seen:
         raise UserError(
             f"{file} is damaged: images_seen is {state.images_seen}, in a folder named {folder.name}"
         )
@@ -180,16 +174,10 @@ def config_at(uri: str) -> Config:
         return from_json(file.read(), file.uri)
 
 
-def newest(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder; None: there is none."""
-    return max(
-        (file.parent for file in run.glob(f"{PREFIX}{'[0-9]' * NAME_DIGITS}/{CHECKSUMS}")), default=None
-    )
-
-
 def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
     """The averaged (or the raw) net of a checkpoint, or of a run's newest, ready for sampling."""
-    folder = newest(Path(folder)) or Path(folder)
+    stored = run_folder.checkpoints(storage.resolve(str(folder)))
+    folder = Path(stored[-1].path if stored else folder)
     verify(folder)
     config = read_config(folder)
     net = build_net(config)

@@ -1,16 +1,16 @@
 """A run's curves in its own folder: a copied run can be compared anywhere, and sent to any MLflow.
 
-    metrics/000000000-000000350.parquet  metrics/000000350-000000420.parquet  ...
+    metrics/000000000-000000350-g1.parquet  metrics/000000350-000000420-g2.parquet  ...
 
     name: string, images_seen: int64, value: float64 (may be nan), timestamp_ms: int64
 
 The parts are one table, in the order in which its rows were recorded; a part's name has the numbers of its first row
-and of the row after its last one. Rank 0 writes a part before each checkpoint. A row is final: a value of the same name
-and position that is measured again, after a crash, is not recorded again (training/store.py).
+and of the row after its last one, and its generation (generations.py), which says how many of its rows count. Rank 0
+writes a part before each checkpoint. A row is final: a value of the same name and position that is measured again,
+after a crash, is not recorded again (training/store.py).
 
 `merge` replaces all parts by one. If it is killed before it has removed them, they lie inside the rows of the merged
-part, are ignored, and go with the next merge. Runs of version 0.1 have one file, metrics.parquet, which holds the
-first rows.
+part, are ignored, and go with the next merge.
 """
 
 import re
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ddpm.runs import generations
+from ddpm.runs.generations import Generations
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 
 FOLDER = "metrics"
-FILE_0_1 = "metrics.parquet"
-PART = re.compile(r"(?P<first>\d{9,})-(?P<end>\d{9,})\.parquet")
+PART = re.compile(rf"(?P<first>\d{{9,}})-(?P<end>\d{{9,}}){generations.SUFFIX.pattern}\.parquet")
 _TYPES: Any = {
     "name": pa.string(),
     "images_seen": pa.int64(),
@@ -59,10 +60,13 @@ class Point(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The rows `first` to `end` - 1."""
+    """The rows `first` to `end` - 1 of the curves, in a file that may begin earlier and end later."""
 
     first: int
     end: int
+    begins_at: int
+    """The number of the file's first row."""
+    generation: int
     file: Location
 
 
@@ -76,13 +80,13 @@ def read(run: Location) -> dict[str, list[Point]]:
 
 
 def read_rows(run: Location, first: int = 0, damaged: Callable[[str], object] | None = None) -> pa.Table:
-    """The rows from number `first` on, in the order in which they were recorded.
+    """The final rows from number `first` on, in the order in which they were recorded.
 
     Args:
         damaged: called with a line for each damaged part, whose rows are left out; None: such a part raises UserError.
     """
     for tries_left in reversed(range(TRIES)):
-        parts = _parts(run)
+        parts = _parts(run, generations.read(run))
         missing = _missing(parts, first)
         if missing and tries_left:
             continue
@@ -103,54 +107,69 @@ def to_rows(table: pa.Table) -> list[CurveRow]:
     return [CurveRow(name, images_seen, value, time_ms) for name, images_seen, value, time_ms in values]
 
 
-def num_rows(run: Location) -> int:
-    """The number of rows recorded."""
-    return max((part.end for part in _parts(run)), default=0)
+def num_rows(run: Location, found: Generations | None = None) -> int:
+    """The number of final rows; with `found`, that of all rows stored which a next generation can go on from."""
+    parts = _parts(run, generations.read(run)) if found is None else _parts(run, found, stored=True)
+    return max((part.end for part in parts), default=0)
 
 
-def part(first: int, rows: list[CurveRow]) -> tuple[str, bytes]:
+def part(first: int, rows: list[CurveRow], generation: int) -> tuple[str, bytes]:
     """Name in the run's folder and content of a part with `rows`, the first of which has the number `first`."""
     table = pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA)
-    return _name(first, first + len(rows)), _to_bytes(table)
+    return _name(first, first + len(rows), generation), _to_bytes(table)
 
 
-def merge(run: Location, damaged: Callable[[str], object]) -> pa.Table:
-    """Replace all parts by one, which this returns; a damaged part is left out, with a line to `damaged`."""
-    files = _files(run)
+def merge(run: Location, generation: int, damaged: Callable[[str], object]) -> pa.Table:
+    """Replace all parts by one of this generation, the newest, and return the rows.
+
+    A damaged part is left out, with a line to `damaged`; then nothing is replaced.
+    """
+    files = [file for file in _files(run) if file.generation <= generation]
     lost = list[str]()
     table = read_rows(run, 0, lost.append)
     for line in lost:
         damaged(line)
     if len(files) > 1 and not lost:
-        whole = run.child(_name(0, max(part.end for part in files)))
-        whole.write(_to_bytes(table), durable=True)
+        whole = run.child(_name(0, table.num_rows, generation))
+        whole.create(_to_bytes(table), durable=True)
         for old in files:
             if old.file.path != whole.path:
                 old.file.unlink()
     return table
 
 
-def _name(first: int, end: int) -> str:
-    return f"{FOLDER}/{first:09d}-{end:09d}.parquet"
+def _name(first: int, end: int, generation: int) -> str:
+    return f"{FOLDER}/{first:09d}-{end:09d}{generations.suffix(generation)}.parquet"
 
 
-def _parts(run: Location) -> list[Part]:
-    """The parts, ascending, without those that lie inside another one."""
+def _parts(run: Location, found: Generations, stored: bool = False) -> list[Part]:
+    """The parts that count, ascending and disjoint; if `stored`, also rows that are not final yet.
+
+    What a generation merged has the rows of those before it, so where parts overlap they are the same.
+    """
+    limit = float("inf") if stored or not found.driver else found.num_rows
+    counting = list[Part]()
+    for file in _files(run):
+        end = int(min(file.end, found.last_row(file.generation), limit))
+        counting.append(file._replace(end=end))
     parts = list[Part]()
-    for part in sorted(_files(run), key=lambda part: (part.first, -part.end)):
-        if not parts or part.end > parts[-1].end:
-            parts.append(part)
+    covered = 0
+    for part in sorted(counting, key=lambda part: (part.first, -part.end)):
+        if part.end > max(covered, part.first):
+            parts.append(part._replace(first=max(covered, part.first)))
+            covered = part.end
     return parts
 
 
 def _files(run: Location) -> list[Part]:
-    """All parts, those included that a killed merge has left."""
+    """All parts, with those that a killed merge has left and those that do not count."""
     folder = run.child(FOLDER)
-    named = [(match, folder.child(name)) for name in folder.files() if (match := PART.fullmatch(name))]
-    found = [Part(int(match["first"]), int(match["end"]), file) for match, file in named]
-    before = run.child(FILE_0_1)
-    if before.exists():
-        found.append(Part(0, _read_file(before).num_rows, before))
+    found = list[Part]()
+    for name in folder.files():
+        if match := PART.fullmatch(name):
+            first = int(match["first"])
+            end = int(match["end"])
+            found.append(Part(first, end, first, int(match["generation"]), folder.child(name)))
     return found
 
 
@@ -179,7 +198,8 @@ def _read_parts(
         except UserError as error:
             tell(error)
             return SCHEMA.empty_table()
-        return table.slice(max(0, first - part.first))
+        begin = max(first, part.first)
+        return table.slice(begin - part.begins_at, part.end - begin)
 
     if missing:
         tell(UserError(f"{run.child(FOLDER).uri} is damaged: it lacks the rows {', '.join(missing)}"))

@@ -1,8 +1,11 @@
-"""A lock for the one driver of a run or a search: a file in its folder, which the driver rewrites every 1.5 s.
+"""A lock for the one driver of a run or a search: a file in its folder, which the driver rewrites every BEAT_S.
 
 It works on disk and on S3, also for drivers on different clusters. Clocks of two machines are never compared: a
 lock is abandoned when its file has not changed for PATIENCE_S of the reader's monotonic time, or when its holder was a
 process of this machine that has ended.
+
+A holder that was suspended for longer may still write before its next beat: what correctness rests on is in
+generations.py.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Self
 
+from ddpm.runs.generations import Superseded
 from ddpm.runs.shared_file import Version, shared_file
 from ddpm.runs.storage import Location
 from ddpm.utils import process
@@ -22,8 +26,11 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error, retry_io
 
 BEAT_S = 1.5
-PATIENCE_S = 4 * BEAT_S
+PATIENCE_S = 6.0
 """A lock whose file does not change for this long is abandoned."""
+S3_BEAT_S = 5.0
+"""Each beat is two requests, and a version of the file in a bucket that keeps versions."""
+S3_PATIENCE_S = 20.0
 RELEASE_TIMEOUT_S = 5.0
 """Time-out for removing the file."""
 FILE = "driver.json"
@@ -32,7 +39,7 @@ FILE = "driver.json"
 class DriverLock:
     """A context in which this process alone drives the run or search in a folder.
 
-    A holder that does not write for PATIENCE_S loses the lock, even if it still runs; its next beat sets `is_lost`.
+    A holder that does not write for its patience loses the lock, even if it still runs; its next beat sets `is_lost`.
 
     Args:
         folder: the folder of the run or the search.
@@ -55,6 +62,10 @@ class DriverLock:
     ) -> None:
         self.is_lost = False
         """Whether another process has taken over the lock."""
+        self.id = uuid.uuid4().hex
+        """Identifies this holder."""
+        self._beat_s = BEAT_S if folder.is_local else S3_BEAT_S
+        self._patience_s = PATIENCE_S if folder.is_local else S3_PATIENCE_S
         self._location = folder.child(FILE)
         self._uri = folder.child(FILE).uri
         self._what = what
@@ -63,7 +74,6 @@ class DriverLock:
         self._waits = waits
         self._is_wanted = is_wanted
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self._id = uuid.uuid4().hex
         self._beats = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
@@ -83,26 +93,28 @@ class DriverLock:
             retry_io(self._release, where=self._uri, timeout_s=RELEASE_TIMEOUT_S)
 
     def check(self) -> None:
-        """Raise UserError if another process has taken the lock over."""
+        """Raise Superseded if another process has taken the lock over."""
         if self.is_lost:
-            raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one stops")
+            raise Superseded(f"{self._uri}: another process has taken over this {self._what}; this one stops")
 
     def _abandoned(self) -> Version | None:
         """Wait until the lock counts as abandoned; return its version, or None if there is no file."""
         version = self._file.read()
         if version is None or _process(version) == "gone":
             return version
-        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it still runs"
+        until = (
+            "until it is done" if self._waits else f"{self._patience_s:.0f} s to see whether it still runs"
+        )
         self._notify(f"{self._uri} belongs to another driver ({_holder(version)}); waiting {until}")
         began = time.monotonic()
         changed = began
         now = began
-        patience = PATIENCE_S
+        patience = self._patience_s
         while now - changed < patience or (self._waits and _is_other(version)):
             still_runs = now - began >= patience and now - changed < patience / 2
             if (still_runs and not self._waits) or not self._is_wanted():
                 raise self._refusal(version)
-            time.sleep(BEAT_S / 4)
+            time.sleep(self._beat_s / 4)
             asked = time.monotonic()
             before = version
             version = self._file.read()
@@ -111,7 +123,7 @@ class DriverLock:
             now = time.monotonic()
             changed = now if version != before else changed
             # On slow storage a beat takes longer by two requests (read and write).
-            patience = max(patience, 4 * (BEAT_S + 2 * (now - asked)))
+            patience = max(patience, 4 * (self._beat_s + 2 * (now - asked)))
         if _is_other(version):  # stopped, for example by Ctrl-Z
             raise self._refusal(version)
         return version
@@ -123,23 +135,23 @@ class DriverLock:
         )
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT_S):
+        while not self._over.wait(self._beat_s):
             with contextlib.suppress(OSError, UserError):  # storage fails, for other drivers as well
                 version = self._file.read()
-                if version is not None and _parsed(version).get("id") != self._id:
+                if version is not None and _parsed(version).get("id") != self.id:
                     self.is_lost = True
                     return
                 self._file.replace(version, self._card())  # if this fails, the next read shows why
 
     def _release(self) -> None:
         version = self._file.read()
-        if version is not None and _parsed(version).get("id") == self._id:
+        if version is not None and _parsed(version).get("id") == self.id:
             self._file.replace(version, None)
 
     def _card(self) -> bytes:
         self._beats += 1
         card = {
-            "id": self._id,
+            "id": self.id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": self._since,

@@ -2,6 +2,7 @@
 
 run.json       what the run was when it began: key, configuration, data, command
 status.json    the run's status
+generations.json         which checkpoints and points count (generations.py)
 checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
 samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
 pictures/      pictures of the finished run
@@ -13,15 +14,17 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from annotated_types import Ge
 
 from ddpm.config.tree import Config
-from ddpm.runs import storage
+from ddpm.runs import generations, storage
+from ddpm.runs.generations import Generations
 from ddpm.runs.shared_file import shared_file
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
@@ -29,7 +32,11 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
 PREFIX = "checkpoint-"
-"""What the name of a checkpoint's folder begins with; images_seen follows."""
+"""What the name of a checkpoint's folder begins with; images_seen and the generation follow."""
+BEST_PREFIX = "best-"
+_CHECKPOINT = re.compile(
+    rf"(?P<prefix>{PREFIX}|{BEST_PREFIX})(?P<images_seen>\d{{12,19}}){generations.SUFFIX.pattern}"
+)
 CHECKSUMS = "checksums.json"
 """File of a checkpoint that is written last: a folder without it is not one."""
 EVALUATIONS = "evaluations"
@@ -42,8 +49,6 @@ PICTURE = re.compile(r"(?P<images_seen>\d{12,19})\.png")
 CARD = "run.json"
 STATUS = "status.json"
 """File of a run with its status."""
-STATUS_TRIES = 3
-"""pyarrow asks S3 for the size of a file before it reads it: a longer file that replaces it meanwhile is cut off."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 WRITE_CHECK = ".write-check"
@@ -130,11 +135,11 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Card(Facts):
-    """Content of run.json. Version 0.1 wrote the name and the key alone."""
+    """Content of run.json."""
 
-    name: str = ""
+    name: str
     run_key: str
-    created_ms: int = 0
+    created_ms: int
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,31 @@ class Status:
     hardware: str = ""
     ended_ms: int | None = None
     """When training ended, in milliseconds since 1970; None: it has not."""
-    tags: dict[str, str] = field(default_factory=dict)
-    """Preset, changes, versions, command and hardware, in version 0.1."""
+    generation: Annotated[int, Ge(0)] = 0
+    """Of the workers that wrote it last."""
+
+
+class CheckpointName(NamedTuple):
+    """Name of a checkpoint's folder: checkpoint-000000002560-g1; names sort by age."""
+
+    images_seen: int
+    generation: int
+    prefix: str = PREFIX
+
+    @classmethod
+    def parse(cls, name: str) -> "CheckpointName | None":
+        """The name of a folder; None: it is no checkpoint's, or a user's copy."""
+        match = _CHECKPOINT.fullmatch(name)
+        if match is None:
+            return None
+        return cls(int(match["images_seen"]), int(match["generation"]), match["prefix"])
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.images_seen:012d}{generations.suffix(self.generation)}"
+
+    def counts(self, found: Generations) -> bool:
+        """Whether this checkpoint counts: it is not being removed, and no older generation stored it too late."""
+        return found.oldest <= self.images_seen <= found.last_checkpoint(self.generation)
 
 
 def with_storage(config: Config) -> Config:
@@ -188,7 +216,10 @@ def check_writable(config: Config) -> None:
 
 
 def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
-    """The run `name` in the folder or bucket `uri`; a new run gets a key, and a run.json with `facts`."""
+    """The run `name` in the folder or bucket `uri`; a new run gets a key, and a run.json with `facts`.
+
+    Several processes may open one new run at once: the first writes run.json.
+    """
     _check_name(name)
     location = storage.resolve(uri).child(name)
     with as_user_error(f"cannot write to run.storage {uri}"):
@@ -199,7 +230,9 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
         now_ms = int(time.time() * 1000)
         given = {} if facts is None else vars(facts)
         card = Card(**given, name=name, run_key=key, created_ms=now_ms)
-        location.child(CARD).write((json.dumps(asdict(card), indent=2) + "\n").encode(), durable=True)
+        text = (json.dumps(asdict(card), indent=2) + "\n").encode()
+        if not location.child(CARD).create(text, durable=True):
+            key = read_card(location).run_key
     return RunFolder(name, location, key)
 
 
@@ -236,20 +269,32 @@ def status_json(status: Status) -> bytes:
 def read_status(run: Location) -> Status | None:
     """Read status.json of the run in this folder; None: training has not begun."""
     file = run.child(STATUS)
-    if not file.exists():
+    try:
+        return strict_json.parse(Status, file.read(), f"{file.uri} is damaged")
+    except FileNotFoundError:
         return None
-    for tries_left in reversed(range(STATUS_TRIES)):
-        try:
-            return strict_json.parse(Status, file.read(), f"{file.uri} is damaged")
-        except UserError:
-            if tries_left == 0:
-                raise
-    raise AssertionError("the last try returns or raises")
 
 
 def write_status(run: Location, status: Status) -> None:
     """Write status.json of the run in this folder."""
     run.child(STATUS).write(status_json(status))
+
+
+def replace_status(run: Location, change: Callable[[Status | None], Status | None]) -> None:
+    """Replace status.json by `change` of it, unless that is None; by compare-and-swap.
+
+    `change` gets None if there is no status.json, or if it is damaged. It may be called several times.
+    """
+    file = shared_file(run.child(STATUS))
+    while True:
+        version = file.read()
+        before = None
+        if version is not None:
+            with contextlib.suppress(UserError):
+                before = strict_json.parse(Status, version.data, "")
+        after = change(before)
+        if after is None or file.replace(version, status_json(after)):
+            return
 
 
 def pictures(run: Location, series: str) -> dict[int, Location]:
@@ -259,15 +304,22 @@ def pictures(run: Location, series: str) -> dict[int, Location]:
     return {int(match["images_seen"]): file for match, file in named}
 
 
-def checkpoints(location: Location) -> list[Location]:
-    """Complete checkpoints in a run's folder, oldest first."""
-    children = [location.child(name) for name in checkpoint_names(location)]
+def checkpoints(run: Location, found: Generations | None = None) -> list[Location]:
+    """Complete checkpoints in a run's folder that count, oldest first.
+
+    Args:
+        found: generations.json of the run, if it has been read.
+    """
+    named = checkpoint_names(run)
+    found = found or generations.read(run)
+    children = [run.child(str(name)) for name in named if name.counts(found)]
     return [child for child in children if child.child(CHECKSUMS).exists()]
 
 
-def checkpoint_names(location: Location, prefix: str = PREFIX) -> list[str]:
-    """Names of the checkpoints in a run's folder, complete or not, oldest first; a user's copies have other names."""
-    return [name for name in location.folders() if re.fullmatch(rf"{prefix}\d+", name)]
+def checkpoint_names(run: Location, prefix: str = PREFIX) -> list[CheckpointName]:
+    """The checkpoints in a run's folder, oldest first, complete or not, whether they count or not."""
+    named = [CheckpointName.parse(name) for name in run.folders()]
+    return sorted(name for name in named if name is not None and name.prefix == prefix)
 
 
 def _check_name(name: str) -> None:

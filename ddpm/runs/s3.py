@@ -1,17 +1,21 @@
 """Access to S3, with the credentials and `AWS_ENDPOINT_URL` of the environment: a laptop, a test server and an instance
 role work alike.
 
-pyarrow reads and writes. boto3 does what pyarrow does badly or cannot do: check that the bucket exists and may be read,
-and replace an object only if it has not changed (shared_file.py).
+pyarrow lists, writes, and reads what is read in ranges. boto3 does what pyarrow cannot: check that a bucket exists and
+may be read, create or replace an object only if it is absent or has not changed (shared_file.py), and read an object in
+one request. pyarrow asks for the size first, so an object that is replaced meanwhile would be cut off.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
+from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
@@ -29,27 +33,87 @@ ANSWERS = (NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED)
 """HTTP errors that describe a shared file, and are no failure of S3."""
 
 
-def filesystem(region: str | None) -> pafs.S3FileSystem:
-    """pyarrow's S3 for buckets of a region; None: pyarrow's default."""
+@dataclass(frozen=True)
+class Server:
+    """Where S3 is; credentials are found by each process in its environment, its profile, or its instance role."""
+
+    endpoint: str | None
+    """URL; None: AWS."""
+    region: str | None
+
+    @classmethod
+    def configured(cls) -> "Server":
+        """The server that the environment names."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return cls(endpoint or None, region or None)
+
+
+def filesystem(server: Server) -> pafs.S3FileSystem:
+    """pyarrow's S3."""
     # An explicit endpoint: pyarrow reads AWS_ENDPOINT_URL itself only in its newer releases.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": REQUEST_TIMEOUT_S}
     options["allow_delayed_open"] = True  # one request per small file, not three: all or nothing
-    if endpoint:
-        parts = urlsplit(endpoint)
+    if server.endpoint:
+        parts = urlsplit(server.endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    if region:
-        options["region"] = region
+    if server.region:
+        options["region"] = server.region
     return pafs.S3FileSystem(**options)
 
 
-def client() -> Any:
-    """A client of boto3."""
+@lru_cache(maxsize=8)
+def client(server: Server) -> Any:
+    """boto3's client, which threads may share; it keeps the credentials that the process had at the first call."""
+    return _new_client(server)
+
+
+def _new_client(server: Server) -> Any:
     import boto3
     from botocore.config import Config
 
-    config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 3, "mode": "standard"})
-    return boto3.client("s3", config=config, region_name=_configured_region() or "us-east-1")
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=REQUEST_TIMEOUT_S,
+        retries={"total_max_attempts": 3, "mode": "standard"},
+    )
+    region = server.region or "us-east-1"
+    return boto3.client("s3", config=config, region_name=region, endpoint_url=server.endpoint)
+
+
+def get(server: Server, path: str, most: int) -> tuple[bytes, str]:
+    """Content and ETag of the object at bucket/key: one version of it, in one request.
+
+    Raises:
+        UserError: it has more than `most` bytes.
+        FileNotFoundError: there is none.
+        OSError: S3 does not answer, or with another error.
+    """
+    where = at(path)
+
+    def request() -> tuple[bytes, str]:
+        answer = client(server).get_object(**where)
+        files.check_length(answer["ContentLength"], most, f"s3://{path}")
+        return answer["Body"].read(), answer["ETag"]
+
+    status, found = ask(request)
+    if status == NOT_FOUND:
+        raise FileNotFoundError(f"s3://{path} does not exist")
+    if status != OK:
+        raise OSError(f"S3 answered {status}")
+    return found
+
+
+def put(server: Server, path: str, data: bytes, **condition: str) -> int:
+    """Write the object at bucket/key under `condition`; returns OK or one of ANSWERS."""
+    status, _ = ask(lambda: client(server).put_object(**at(path), Body=data, **condition))
+    return status
+
+
+def at(path: str) -> dict[str, str]:
+    """The object at bucket/key, as boto3 names it."""
+    bucket, _, key = path.partition("/")
+    return {"Bucket": bucket, "Key": key}
 
 
 def ask(request: Callable[[], Any]) -> tuple[int, Any]:
@@ -71,12 +135,16 @@ def ask(request: Callable[[], Any]) -> tuple[int, Any]:
         raise OSError(str(error)) from None
 
 
-def region_of(bucket: str, uri: str) -> str | None:
-    """The region of a bucket, which pyarrow does not look up; UserError unless the bucket exists and may be used."""
+def server_of(bucket: str, uri: str) -> Server:
+    """The server of a bucket, with the bucket's region, which pyarrow does not look up.
+
+    UserError unless the bucket exists and may be used.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
+    configured = Server.configured()
     try:
-        return client().head_bucket(Bucket=bucket).get("BucketRegion") or _configured_region()
+        region = _new_client(configured).head_bucket(Bucket=bucket).get("BucketRegion") or configured.region
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if status == 404:
@@ -89,7 +157,4 @@ def region_of(bucket: str, uri: str) -> str | None:
         raise UserError(f"{uri}: S3 answered {status or error}") from None
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"{uri}: cannot reach S3: {error_line(error)}") from None
-
-
-def _configured_region() -> str | None:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return Server(configured.endpoint, region)

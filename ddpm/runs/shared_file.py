@@ -1,6 +1,5 @@
 """Small files that several processes write, on disk and on S3: compare and swap."""
 
-import contextlib
 import fcntl
 import os
 from dataclasses import dataclass
@@ -21,78 +20,91 @@ class Version:
     """S3's ETag."""
 
 
-def shared_file(file: Location) -> "_FileOnDisk | _FileOnS3":
+def shared_file(file: Location, *, durable: bool = False) -> "_FileOnDisk | _FileOnS3":
     """A small file that several processes write: each replaces only what it has read.
 
     `read()` returns the current version; None: there is no file. `replace(version, data)` writes `data` (None: removes
     the file) if the current version is `version`, and returns whether it was. Both raise OSError when storage does not
     answer. When two processes replace the same version, only one gets True: a lock of the folder ensures this on disk,
     conditional writes on S3. On a network file system without locks, and on an S3 server without conditional writes,
-    both may get True: read again to see which wrote last.
+    both may get True: read again to see which wrote last. `is_exclusive()` tells, of a file that exists.
+
+    Args:
+        durable: `replace` returns when the file is on disk, which takes longer; S3 is always durable.
     """
-    return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
+    if file.server is None:
+        return _FileOnDisk(Path(file.path), durable)
+    return _FileOnS3(file.server, file.path)
 
 
 class _FileOnDisk:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, durable: bool) -> None:
         self._path = path
+        self._durable = durable
+        self._has_locks = True
 
     def read(self) -> Version | None:
         try:
             return Version(files.read_whole(self._path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def replace(self, version: Version | None, data: bytes | None) -> bool:
         files.make_folder(self._path.parent)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a network file system without locks
+            try:
                 fcntl.flock(folder, fcntl.LOCK_EX)
+            except OSError:  # a network file system
+                self._has_locks = False
             if self.read() != version:
                 return False
             if data is None:
                 self._path.unlink(missing_ok=True)
             else:
-                files.write_whole(self._path, data, durable=False)
+                files.write_whole(self._path, data, durable=self._durable)
             return True
         finally:
             os.close(folder)
 
+    def is_exclusive(self) -> bool:
+        return self._has_locks
+
 
 class _FileOnS3:
-    def __init__(self, path: str) -> None:
-        bucket, _, key = path.partition("/")
-        self._where = {"Bucket": bucket, "Key": key}
-        self._client = s3.client()
+    def __init__(self, server: s3.Server, path: str) -> None:
+        self._server = server
+        self._path = path
         self._is_plain = False
-        """Whether the server lacks conditional writes."""
+        """Whether the server refuses conditional writes."""
 
     def read(self) -> Version | None:
-        status, found = s3.ask(self._get)
-        if status not in (s3.OK, s3.NOT_FOUND):
-            raise OSError(f"S3 answered {status}")
-        return found
+        try:
+            return Version(*s3.get(self._server, self._path, MAX_BYTES))
+        except FileNotFoundError:
+            return None
 
     def replace(self, version: Version | None, data: bytes | None) -> bool:
         if data is None:
             if self.read() != version:
                 return False
-            status, _ = s3.ask(lambda: self._client.delete_object(**self._where))
+            client = s3.client(self._server)
+            status, _ = s3.ask(lambda: client.delete_object(**s3.at(self._path)))
             return status == s3.OK
         if self._is_plain:
-            if self.read() != version:
-                return False
-            status, _ = s3.ask(lambda: self._client.put_object(**self._where, Body=data))
-            return status == s3.OK
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version.tag}
-        status, _ = s3.ask(lambda: self._client.put_object(**self._where, Body=data, **condition))
+            return self.read() == version and s3.put(self._server, self._path, data) == s3.OK
+        if version is None:
+            status = s3.put(self._server, self._path, data, IfNoneMatch="*")
+        else:
+            status = s3.put(self._server, self._path, data, IfMatch=version.tag)
         if status == s3.NOT_IMPLEMENTED:
             self._is_plain = True
             return self.replace(version, data)
         return status == s3.OK
 
-    def _get(self) -> Version:
-        got = self._client.get_object(**self._where)
-        files.check_length(got["ContentLength"], MAX_BYTES, "s3://{Bucket}/{Key}".format(**self._where))
-        return Version(got["Body"].read(), got["ETag"])
+    def is_exclusive(self) -> bool:
+        if self._is_plain:
+            return False
+        now = self.read()
+        # Some servers accept conditions and ignore them: a write that must be refused is not.
+        return now is None or s3.put(self._server, self._path, now.data, IfNoneMatch="*") != s3.OK

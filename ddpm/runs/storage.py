@@ -5,7 +5,7 @@ Access to S3 is in s3.py; small files that several processes write are in shared
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -27,20 +27,23 @@ class Location:
     uri: str
     filesystem: pafs.FileSystem
     path: str
+    server: s3.Server | None = None
+    """Where S3 is; None: the location is on disk."""
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
+        return self.server is None
 
     def child(self, name: str) -> "Location":
         """The folder or file `name` inside."""
-        return Location(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+        uri = f"{self.uri.rstrip('/')}/{name}"
+        return replace(self, uri=uri, path=f"{self.path.rstrip('/')}/{name}")
 
     def beside(self, name: str) -> "Location":
         """The folder or file `name` in the same folder."""
         uri = self.uri.rpartition("/")[0]
         path = self.path.rpartition("/")[0]
-        return Location(f"{uri}/{name}", self.filesystem, f"{path}/{name}")
+        return replace(self, uri=f"{uri}/{name}", path=f"{path}/{name}")
 
     def exists(self) -> bool:
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
@@ -54,12 +57,10 @@ class Location:
         return self._names(pafs.FileType.File)
 
     def read(self, most: int = MAX_BYTES) -> bytes:
-        """The content of this file; UserError if it has more than `most` bytes."""
-        if self.is_local:
+        """The content of this file, one version of it; UserError if it has more than `most` bytes."""
+        if self.server is None:
             return files.read_whole(Path(self.path), most)
-        with self.filesystem.open_input_stream(self.path) as stream:
-            data: bytes = stream.read(most + 1)
-        files.check_length(len(data), most, self.uri)
+        data, _ = s3.get(self.server, self.path, most)
         return data
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
@@ -73,6 +74,23 @@ class Location:
             return
         with self.filesystem.open_output_stream(self.path) as stream:
             stream.write(data)
+
+    def create(self, data: bytes, *, durable: bool = False) -> bool:
+        """`write`, unless the file exists already; returns whether it exists with this content.
+
+        Of several processes that create one file, one succeeds. On an S3 server without conditional writes, more may.
+        """
+        if self.server is None:
+            created = files.create_whole(Path(self.path), data, durable=durable)
+        else:
+            status = s3.put(self.server, self.path, data, IfNoneMatch="*")
+            if status == s3.NOT_IMPLEMENTED and not self.exists():
+                status = s3.put(self.server, self.path, data)
+            created = status == s3.OK
+        if not created:  # or the answer of S3 was lost, and this is our own
+            with contextlib.suppress(UserError):  # it is longer
+                return self.read(max(len(data), 1)) == data
+        return created
 
     def sweep(self) -> None:
         """Remove temporary files of killed writers in this folder; on S3 there are none."""
@@ -131,7 +149,8 @@ def resolve(uri: str) -> Location:
             raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
         if "//" in path:
             raise UserError(f"{uri!r} has an empty part, //; expected s3://bucket/prefix")
-        return Location(f"s3://{path}", s3.filesystem(s3.region_of(bucket, uri)), path)
+        server = s3.server_of(bucket, uri)
+        return Location(f"s3://{path}", s3.filesystem(server), path, server)
     if scheme != "file":
         raise UserError(f"{uri!r}: unknown scheme {scheme!r}; expected a folder or s3://bucket/prefix")
     path = absolute(uri)

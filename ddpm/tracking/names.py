@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from ddpm.runs import builtin_nets, checkpoint, storage
-from ddpm.runs.run_folder import checkpoints
+from ddpm.runs import builtin_nets, checkpoint, run_folder, storage
+from ddpm.runs.run_folder import CheckpointName
 from ddpm.runs.storage import Location
 from ddpm.tracking import registry
 from ddpm.utils.errors import UserError
@@ -33,7 +33,7 @@ def name_of(uri: str) -> str:
     if uri.startswith(SCHEMES):
         return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-").replace(":", "-")
     path = Path(storage.resolve(uri).path)
-    is_checkpoint = path.name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
+    is_checkpoint = CheckpointName.parse(path.name) is not None
     return path.parent.name if is_checkpoint else path.name
 
 
@@ -88,9 +88,9 @@ def _checkpoints_at(location: Location, uri: str) -> list[Location]:
     """The checkpoint at `location`, which was given as `uri`, or the checkpoints of the run there, oldest first."""
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
-    if location.child(checkpoint.CHECKSUMS).exists():
+    if location.child(run_folder.CHECKSUMS).exists():
         return [location]
-    of_run = checkpoints(location)
+    of_run = run_folder.checkpoints(location)
     if of_run:
         return of_run
-    raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder")
+    raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {run_folder.PREFIX}* folder")

@@ -289,8 +289,6 @@ def _sent(tag: str | None) -> Sent:
 
 def _tags(card: Card, status: Status | None, config: Config) -> dict[str, str]:
     """Preset, changes, command, versions and hardware."""
-    if status is not None and status.tags:  # version 0.1
-        return dict(status.tags)
     preset = card.preset
     changed = card.changed
     if not preset:

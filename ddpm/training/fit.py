@@ -23,9 +23,10 @@ from ddpm.config.tree import Config
 from ddpm.data.plan import uneven_share
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.rung import Rungs
-from ddpm.runs import checkpoint, run_folder, settings, storage
+from ddpm.runs import checkpoint, generations, run_folder, settings, storage
+from ddpm.runs.generations import Superseded
 from ddpm.runs.lock import DriverLock
-from ddpm.runs.run_folder import Facts, RunFolder, RunStatus, Search
+from ddpm.runs.run_folder import Facts, RunFolder, RunStatus, Search, Status
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, NoPusher, Pusher
@@ -33,10 +34,10 @@ from ddpm.training import checkpoint_manager
 from ddpm.training.failures import TrainingFailed, last_line
 from ddpm.training.footprint import footprint
 from ddpm.training.monitor import DriverMonitor, ShouldContinue
-from ddpm.training.worker_group import WorkerGroup
+from ddpm.training.worker_group import Task, WorkerGroup
 from ddpm.utils import command_line
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import StorageError, retry_io
+from ddpm.utils.retry import StorageError, as_user_error, retry_io
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def fit(
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
             settings.check_same(card.changed, origin.changed, run.location.uri, version)
-        seen = _begins_at(config, data_set, run, version)
+        _claim(run, lock)
+        seen = _begins_at(config, data_set, run, version, lock)
         if seen < 0 and card.config and not origin.is_named:
             began = from_json(json.dumps(card.config), f"{run.location.uri}/{run_folder.CARD}")
             checkpoint.check_same_run(began, config, run.location.uri)
@@ -120,16 +122,20 @@ def fit(
         is_pushed = config.run.tracking == "mlflow" and origin.search is None
         pusher = Pusher(run) if is_pushed else NoPusher()
         if seen >= config.train.total_images:
-            store_status(run, RunStatus.FINISHED, seen)  # its driver may have been killed before it did
+            store_status(
+                run, RunStatus.FINISHED, seen, lock.id
+            )  # its driver may have been killed before it did
             newest = run_folder.checkpoints(run.location)[-1].uri
             return Result(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
             )
 
         def continues(values: Mapping[str, Any]) -> bool:
-            return should_continue(values) and not lock.is_lost
+            lock.check()
+            return should_continue(values)
 
-        with contextlib.closing(WorkerGroup(config, data_set, run, rungs=rungs, verbose=verbose)) as group:
+        task = Task(config, data_set, run, lock.id, rungs)
+        with contextlib.closing(WorkerGroup(task, verbose)) as group:
             _announce(config, group.per_worker)
             seen = max(seen, 0)
             monitor = DriverMonitor(config, group, pusher, images_seen=seen, should_continue=continues)
@@ -204,47 +210,67 @@ def _drive(
     except KeyboardInterrupt:
         status = RunStatus.STOPPED
         raise
-    except StorageError:  # the folder cannot be read
+    except (StorageError, Superseded):  # the folder cannot be read, or is another driver's
         patience_s = HASTY_PATIENCE_S
         raise
     finally:
         if monitor.signal:
             patience_s = HASTY_PATIENCE_S
-        if not lock.is_lost:  # else status.json is the other driver's
-            store_status(run, status, ended)
+        store_status(run, status, ended, lock.id)
         delivery = pusher.close(patience_s)
     return ended, delivery
 
 
-def store_status(run: RunFolder, status: RunStatus, ended: int | None = None) -> None:
+def _claim(run: RunFolder, lock: DriverLock) -> None:
+    """Claim the run: from now on workers of another driver, which had the lock before, store nothing that counts."""
+    with as_user_error(f"cannot write to {run.location.uri}"):
+        is_exclusive = generations.Writer(run.location, lock.id, lock.id).claim()
+    if not is_exclusive:
+        log.warning(
+            "%s: this storage has no conditional writes (or no file locks), so a driver that was suspended and wakes "
+            "up beside its successor may damage the run",
+            run.location.uri,
+        )
+
+
+def store_status(
+    run: RunFolder, status: RunStatus, ended: int | None = None, driver: str | None = None
+) -> None:
     """Write into status.json how the run ended; training does not depend on it.
+
+    Args:
+        ended: images_seen at the end, if it is known.
+        driver: id of the lock of the run's driver; nothing is written if another one has claimed the run. None: the
+            caller is the driver of a search.
 
     A run that was stopped before its first step has no status.json: it has not begun.
     """
-    retry = partial(retry_io, where=run.location.uri, timeout_s=STATUS_TIMEOUT_S)
+
+    def change(before: Status | None) -> Status | None:
+        if driver is not None and generations.read(run.location).driver != driver:
+            return None
+        if before is None and status == RunStatus.FAILED:
+            before = Status(RunStatus.RUNNING, images_seen=0, images_lost=0, minutes=0.0)
+        if before is None or before.status == status:
+            return None
+        seen = max(before.images_seen, ended or 0)  # what is lost since is counted by the next start
+        return replace(before, status=status, images_seen=seen, ended_ms=int(time.time() * 1000))
+
     try:
-        written = retry(lambda: run_folder.read_status(run.location))
-        if written is None and status == RunStatus.FAILED:
-            written = run_folder.Status(RunStatus.RUNNING, images_seen=0, images_lost=0, minutes=0.0)
-        if written is None or written.status == status:
-            return
-        seen = max(written.images_seen, ended or 0)  # what is lost since is counted by the next start
-        now_ms = int(time.time() * 1000)
-        retry(
-            lambda: run_folder.write_status(
-                run.location, replace(written, status=status, images_seen=seen, ended_ms=now_ms)
-            )
-        )
+        write = partial(run_folder.replace_status, run.location, change)
+        retry_io(write, where=run.location.uri, timeout_s=STATUS_TIMEOUT_S)
     except UserError as error:
         log.warning("%s is not written: %s", run_folder.STATUS, error)
 
 
-def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str) -> int:
+def _begins_at(config: Config, data_set: DataSet, run: RunFolder, version: str, lock: DriverLock) -> int:
     """Position of the newest valid checkpoint; the first may be made here from train.init_from. -1: there is none."""
-    with checkpoint_manager.latest_valid(run, config.run.storage_timeout_s, log.warning) as folder:
+    timeout_s = config.run.storage_timeout_s
+    found = retry_io(lambda: generations.read(run.location), where=run.location.uri, timeout_s=timeout_s)
+    with checkpoint_manager.latest_valid(run, found, timeout_s, log.warning) as folder:
         if folder is None and config.train.init_from is not None:
             classes = data_set.manifest.class_names
-            checkpoint_manager.begin(run, config, data_set.rows.fingerprint, log.warning, classes)
+            checkpoint_manager.begin(run, lock.id, config, data_set.rows.fingerprint, log.warning, classes)
             return 0
         if folder is None:
             return -1

@@ -70,7 +70,7 @@ def train(config: Config, runtime: Runtime) -> State:
     recorder = Recorder(config, runtime, state)
     batches = _begun(recorder.timed(batches))
     to_device = HostToDevice(runtime.device)
-    stop = 0 if runtime.may_begin() else 1
+    stop = not runtime.may_begin()
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
@@ -89,14 +89,14 @@ def train(config: Config, runtime: Runtime) -> State:
             losses.append(loss._replace(value=loss.value.detach()))
         grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
         finite = grad_norm.isfinite() & torch.stack([loss.value for loss in losses]).isfinite().all()
-        flags, (skipped, stop) = runtime.any_of(~finite, runtime.wants_stop(), at_once=recorder.is_due())
-        _count_skipped(state, config, skipped)
-        state.descend(lr_at(config, state.images_seen), bad=flags[0])
-        recorder.add(losses, grad_norm, bad=flags[0])
+        bad, num_bad, stop = runtime.agree(~finite, at_once=recorder.is_due())
+        _count_skipped(state, config, num_bad)
+        state.descend(lr_at(config, state.images_seen), bad=bad)
+        recorder.add(losses, grad_norm, bad=bad)
         state.net.zero_grad(set_to_none=True)
         state.step += 1
         state.images_seen += batch_size
-        recorder.after_step(stop > 0)
+        recorder.after_step(stop)
     return state
 
 

@@ -16,7 +16,7 @@ from ddpm.config.tree import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation.rung import Evaluation, file_name
-from ddpm.runs import checkpoint, run_folder
+from ddpm.runs import run_folder
 from ddpm.training import held_out, pictures
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
@@ -221,7 +221,7 @@ class Recorder:
         return (
             f"the held-out loss has risen to {loss:.4f} from {lowest:.4f}: if the training loss falls, the net begins "
             f"to repeat its training images, and {helps}. The checkpoint of the lowest loss is kept, "
-            f"{checkpoint.BEST_PREFIX}*"
+            f"{run_folder.BEST_PREFIX}*"
         )
 
     def _save(self, best: bool, rung: Evaluation | None = None) -> None:

@@ -94,6 +94,22 @@ class Runtime:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
+    def agree(self, bad: Tensor, *, at_once: bool) -> tuple[Tensor, int, bool]:
+        """Agree with all ranks on what follows a step. Every rank calls it, in every step.
+
+        Args:
+            bad: whether this rank's loss or gradient is not finite, [] bool on the device.
+            at_once: wait for the device, so that this step is counted.
+
+        Returns:
+            Whether the step is bad on any rank, [] bool on the device; the number of bad steps not counted before; and
+            whether training ends after this step, of which then none is left to count.
+        """
+        flags, (num_bad, stop) = self.any_of(bad, self.wants_stop(), at_once=at_once)
+        if stop:
+            num_bad += self._flags.rest()[0]
+        return flags[0], num_bad, stop > 0
+
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         """Whether each flag is set on any rank. Every rank calls it, in every step.
 

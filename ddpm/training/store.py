@@ -2,29 +2,34 @@
 
 Everything is written in the background, in order. A checkpoint exists once its checksums.json does. All its other
 files, and the curves since the previous checkpoint, are stored before. A worker killed at any moment, or a power cut,
-leaves the whole checkpoint or none (checkpoint_manager.py).
+leaves the whole checkpoint or none (checkpoint_manager.py). A worker that wakes up after others have taken over the run
+writes nothing that counts, and ends with Superseded (runs/generations.py).
 
 What is recorded is final. A run that resumes from an earlier checkpoint measures again what was measured before: the
 same values, at other times. They are not recorded again.
 """
 
+import contextlib
 import math
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, run_folder
 from ddpm.runs.checkpoint import Snapshot
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import RunFolder, RunStatus, Status
+from ddpm.runs.generations import Writer
+from ddpm.runs.run_folder import CheckpointName, RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
@@ -35,6 +40,7 @@ from ddpm.utils.retry import StorageError, retry_io
 
 MAX_SNAPSHOTS = 2
 """Snapshots in memory: one being written, one waiting. Training waits if storage falls behind."""
+ROOM_POLL_S = 1.0
 FILE_TIMEOUT_S = 30.0
 """Time-out for what a run can do without, such as images and the removal of old checkpoints."""
 STATUS_INTERVAL_S = 10.0
@@ -48,6 +54,7 @@ class RunStore:
 
     Args:
         data_fingerprint: of the data set, for state.json.
+        driver: id of the lock of the driver that has claimed the run; None: this store claims it.
         notify: called with subjects of run_state.py and their values: WARNINGS, METRICS, PROGRESS, COMMITTED.
         hardware: of this worker, for status.json.
         class_names: of the data set, for state.json.
@@ -66,6 +73,7 @@ class RunStore:
         notify: Callable[[str, Any], object] = lambda subject, value: None,
         hardware: str = "",
         class_names: Sequence[str] = (),
+        driver: str | None = None,
     ) -> None:
         self.last_progress: Progress | None = None
         self.newest = ""
@@ -88,6 +96,11 @@ class RunStore:
         """Number of the first of them; None: the recorded ones are not read yet."""
         self._recorded: set[tuple[str, int]] = set()
         """Points beyond the checkpoint that the run resumed from: name and images_seen."""
+        own_id = uuid.uuid4().hex
+        self._has_driver = driver is not None
+        self._writer = Writer(run.location, driver or own_id, own_id)
+        self._stored: list[int] = []
+        """images_seen of the checkpoints, ascending."""
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
@@ -101,10 +114,12 @@ class RunStore:
             reached: images_seen that training is known to have reached; those beyond the checkpoint are lost.
         """
         run = self._location
-        with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
+        with ExitStack() as stack:
+            folder = self._begin_generation(stack)
             at = checkpoint.images_seen_at(folder)
             self._images_seen = at
-            self._retry(lambda: checkpoint_manager.clean_up(run), run)
+            self._retry(lambda: checkpoint_manager.clean_up(run, self._writer.generation), run)
+            self._stored = self._retry(self._positions, run)
             self._read_curves(at)
             before = self._read_status()
             if before is not None:
@@ -114,6 +129,27 @@ class RunStore:
             self._images_lost += max(0, reached - at)
             self._write_status()
             yield folder
+
+    def _begin_generation(self, stack: ExitStack) -> Path | None:
+        """Begin a generation at the newest valid checkpoint, which is returned; `stack` keeps its folder."""
+        run = self._location
+        if not self._has_driver:
+            self._retry(self._writer.claim, run)
+        while True:
+            found = self._retry(self._writer.read, run)
+            newest = checkpoint_manager.latest_valid(self._run, found, self._timeout_s, self.warn)
+            folder = stack.enter_context(newest)
+            at = checkpoint.images_seen_at(folder)
+            num_rows = self._retry(partial(curves.num_rows, run, found), run)
+            begin = partial(self._writer.begin, found, at, num_rows)
+            if self._retry(begin, run):
+                return folder
+            stack.close()  # workers that were taken for dead have stored something meanwhile
+
+    def _positions(self) -> list[int]:
+        found = self._writer.read()
+        named = run_folder.checkpoint_names(self._location)
+        return [name.images_seen for name in named if name.counts(found)]
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         """Record values measured at `images_seen`, except those that are recorded already."""
@@ -143,9 +179,10 @@ class RunStore:
         """Store `state` as a checkpoint, with the points since the last one; if `best`, also as the best one.
 
         Args:
-            before: files of the run that are stored before the checkpoint is valid, by name.
+            before: files of the run that are stored before the checkpoint is valid, by name, unless they exist.
         """
-        self._room.acquire()
+        while not self._room.acquire(timeout=ROOM_POLL_S):
+            self.check()  # after a failure nothing is stored, and no room is made
         self.check()
         self._images_seen = state.images_seen
         snapshot = state.snapshot(self._config, self._identity)
@@ -170,7 +207,7 @@ class RunStore:
             image: uint8 [H, W, C], C 1 or 3.
         """
         data = png_bytes(image, int(time.time() * 1000))
-        self._todo.put(partial(self._publish, f"{series}/{images_seen:012d}.png", data, once=True))
+        self._todo.put(partial(self._publish_once, f"{series}/{images_seen:012d}.png", data))
 
     def check(self) -> None:
         """Raise the error that made storing fail, if there was one."""
@@ -197,10 +234,13 @@ class RunStore:
 
     def _read_curves(self, at: int) -> None:
         """Merge the curves' parts, and learn which points beyond `at` are recorded."""
-        table = self._retry(lambda: curves.merge(self._location, self.warn), self._location)
+        table = self._retry(self._merge, self._location)
         beyond = table.filter(pc.field("images_seen") > at).to_pylist()
         self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
-        self._next_row = self._retry(lambda: curves.num_rows(self._location), self._location)
+        self._next_row = self._retry(self._writer.read, self._location).num_rows
+
+    def _merge(self) -> pa.Table:
+        return curves.merge(self._location, self._writer.generation, self.warn)
 
     def _take_rows(self) -> list[CurveRow]:
         taken = self._rows
@@ -229,8 +269,9 @@ class RunStore:
             images_lost=self._images_lost,
             minutes=minutes,
             hardware=self._hardware,
+            generation=self._writer.generation,
         )
-        self.publish(run_folder.STATUS, run_folder.status_json(status))
+        self._todo.put(partial(self._replace_status, status))
 
     # The methods below run in the thread.
 
@@ -240,37 +281,68 @@ class RunStore:
                 if self._failure is None:
                     job()
             except BaseException as error:  # of any type: `check` raises it in the training thread
-                self._failure = error
+                self._failure = self._cause(error)
             self._todo.task_done()
 
-    def _publish(self, name: str, data: bytes, once: bool = False) -> None:
-        file = self._location.child(name)
+    def _cause(self, error: BaseException) -> BaseException:
+        """Superseded if these workers have been: `error` may come of what their successors removed; else `error`."""
+        with contextlib.suppress(OSError):
+            try:
+                self._writer.check()
+            except UserError as other:
+                return other
+        return error
+
+    def _put(self, write: Callable[[], object], file: Location) -> None:
+        """Store a file that training can do without."""
         timeout_s = min(self._timeout_s, FILE_TIMEOUT_S)
-
-        def write() -> None:
-            if not once or not file.exists():
-                file.write(data)
-
         try:
             retry_io(write, where=file.uri, timeout_s=timeout_s, warn=self.warn)
         except (StorageError, FileNotFoundError) as error:
             self.warn(str(error))
 
+    def _publish(self, name: str, data: bytes) -> None:
+        file = self._location.child(name)
+
+        def write() -> None:
+            self._writer.check()
+            file.write(data)
+
+        self._put(write, file)
+
+    def _publish_once(self, name: str, data: bytes) -> None:
+        file = self._location.child(name)
+        self._put(partial(file.create, data), file)
+
+    def _replace_status(self, status: Status) -> None:
+        def change(before: Status | None) -> Status:
+            if before is not None and before.generation > status.generation:
+                self._writer.check()
+            return status
+
+        self._put(partial(run_folder.replace_status, self._location, change), self._location)
+
     def _publish_rows(self, rows: list[CurveRow]) -> None:
         for name, data in self._packed(rows).items():
-            self._publish(name, data)
+            self._publish_once(name, data)
+            self._retry(self._commit, self._location, FILE_TIMEOUT_S)
 
     def _packed(self, rows: list[CurveRow]) -> dict[str, bytes]:
         """The file with `rows`; none if there are no rows, or if the recorded ones could not be read."""
         if not rows or self._next_row is None:
             return {}
-        name, data = curves.part(self._next_row, rows)
+        name, data = curves.part(self._next_row, rows, self._writer.generation)
         self._next_row += len(rows)
         return {name: data}
 
+    def _commit(self) -> None:
+        """Make the stored rows final, and let all but the newest checkpoints be removed."""
+        kept = self._stored[-self._config.train.keep_checkpoints :]
+        self._writer.commit(self._next_row or 0, min(kept, default=0))
+
     def _merge_curves(self) -> None:
         try:
-            self._retry(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
+            self._retry(self._merge, self._location, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"the curves are not merged: {error}")
 
@@ -280,15 +352,20 @@ class RunStore:
         seen = snapshot.images_seen
         run = self._location
         try:
-            files = {**self._packed(rows), **before}
-            checkpoint_manager.store(snapshot, run, files, best, self._retry)
+            for name, data in {**self._packed(rows), **before}.items():
+                file = run.child(name)
+                self._retry(partial(file.create, data, durable=True), file)
+            self._retry(self._commit, run)
+            generation = self._writer.generation
+            checkpoint_manager.store(snapshot, run, generation, best, self._retry)
+            self._stored.append(seen)
+            self._retry(self._commit, run)
         finally:
             self._room.release()
-        self.newest = checkpoint.name_at(seen)
+        self.newest = str(CheckpointName(seen, generation))
         self._notify(run_state.COMMITTED, seen)
         self._notify(run_state.METRICS, ({"checkpoint_seconds": time.monotonic() - began}, seen))
         try:
-            keep = self._config.train.keep_checkpoints
-            self._retry(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
+            self._retry(lambda: checkpoint_manager.retire(run, generation), run, FILE_TIMEOUT_S)
         except StorageError as error:
             self.warn(f"an old checkpoint could not be removed: {error}")

@@ -84,6 +84,7 @@ class LateFlags:
 
     def __init__(self) -> None:
         self._unread: deque[tuple[Tensor, torch.Event | None]] = deque()
+        self._num_flags = 0
 
     def read(self, flags: Tensor, at_once: bool) -> list[int]:
         """Count each flag over the steps not read before; on an accelerator this step is included only if `at_once`.
@@ -95,8 +96,17 @@ class LateFlags:
         self._unread.append((flags.to("cpu", non_blocking=True), copied))
         if copied is not None:
             copied.record()
-        counts = torch.zeros(len(flags), dtype=torch.int64)
-        while len(self._unread) > (0 if at_once or copied is None else 1):
+        self._num_flags = len(flags)
+        return self._count(unread=0 if at_once or copied is None else 1)
+
+    def rest(self) -> list[int]:
+        """Count each flag over all steps not read yet, and wait for the device."""
+        return self._count(unread=0)
+
+    def _count(self, unread: int) -> list[int]:
+        """Count each flag over the steps not read yet, but for the last `unread`."""
+        counts = torch.zeros(self._num_flags, dtype=torch.int64)
+        while len(self._unread) > unread:
             copy, done = self._unread.popleft()
             if done is not None:
                 done.synchronize()

@@ -7,7 +7,6 @@ and API. All workers must report in the same step; they agree on it in the all-r
 
 import dataclasses
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -72,8 +71,8 @@ class RayRuntime(Runtime):
         self._state = state
         self._reading = ExitStack()
         if self.device == devices.CPU:
-            cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
-            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
+            assert config.cluster.threads_per_worker is not None, "resources.with_workers sets it"
+            torch.set_num_threads(config.cluster.threads_per_worker)
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
         self.has_begun = False
         """Whether the workers take steps."""

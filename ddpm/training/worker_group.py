@@ -38,6 +38,8 @@ class Task:
     config: Config
     data_set: DataSet
     run: RunFolder
+    driver: str
+    """Id of the lock of the driver, which has claimed the run."""
     rungs: Rungs | None
     """Where the loop measures what ranks the trials of a search; None: the run is no trial."""
 
@@ -80,7 +82,6 @@ class WorkerGroup:
     """The workers of a run, which start again after a failure.
 
     Args:
-        rungs: where the loop measures what ranks the trials of a search; None: the run is no trial.
         verbose: show Ray's own messages.
 
     Attributes:
@@ -90,19 +91,12 @@ class WorkerGroup:
         error: what it raised, after the workers have left; else None.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        data_set: DataSet,
-        run: RunFolder,
-        rungs: Rungs | None = None,
-        verbose: bool = False,
-    ) -> None:
+    def __init__(self, task: Task, verbose: bool = False) -> None:
         self.state = RunStateClient()
-        self.per_worker = resources.resources_per_worker(config)
-        self._config = config
+        self.per_worker = resources.resources_per_worker(task.config)
+        self._config = task.config
         # A reference: Ray Train does not copy it to the controller.
-        self._task = ray.put(Task(config, data_set, run, rungs))
+        self._task = ray.put(task)
         self._verbose = verbose
         self._folder = tempfile.mkdtemp(prefix="ddpm-ray-train-")
         self.result: ray.train.Result | None = None
@@ -196,7 +190,9 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
     if ray.train.get_context().get_world_rank() == 0:
         fingerprint = task.data_set.rows.fingerprint
         classes = task.data_set.manifest.class_names
-        store = RunStore(task.config, task.run, fingerprint, state.set.remote, devices.hardware(), classes)
+        hardware = devices.hardware()
+        notify = state.set.remote
+        store = RunStore(task.config, task.run, fingerprint, notify, hardware, classes, driver=task.driver)
     runtime = RayRuntime(task.config, task.data_set, task.run, state, store, folder)
     runtime.rungs = task.rungs
     try:

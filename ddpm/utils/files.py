@@ -25,6 +25,8 @@ ABANDONED_S = 24 * 3600.0
 """Age at which a temporary file is removed if its writer ran on another machine and cannot be checked."""
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP)
 """Error numbers of file systems that cannot fsync a folder."""
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""Error numbers of file systems without hard links; of two processes that create a file there, both may succeed."""
 
 
 def temporary(path: Path) -> Path:
@@ -68,13 +70,29 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
         staged.unlink(missing_ok=True)
 
 
-def put_in_place(folder: Path, location: Path) -> None:
-    """Rename `folder`, already flushed by `sync_tree`, to `location`; another folder there is removed first.
-
-    The new name is on disk after sync(location.parent). It may be called again as long as the rename has failed.
-    """
-    shutil.rmtree(location, ignore_errors=True)
-    folder.rename(location)
+def create_whole(path: Path, data: bytes, *, durable: bool = True) -> bool:
+    """`write_whole` of a file that does not exist yet; returns False, and changes nothing, if it does."""
+    make_folder(path.parent)
+    staged = temporary(path)
+    try:
+        staged.write_bytes(data)
+        if durable:
+            sync(staged)
+        try:
+            os.link(staged, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            if path.exists():
+                return False
+            staged.replace(path)
+        if durable:
+            sync(path.parent)
+        return True
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

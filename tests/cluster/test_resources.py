@@ -19,7 +19,9 @@ Cluster = Callable[..., None]
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     def has(cpus: float, gpus: float = 0, nodes: int = 1) -> None:
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes)
+        monkeypatch.setattr(
+            ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus / nodes}}] * nodes
+        )
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(int(cpus))))
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -187,8 +189,8 @@ def test_auto_workers_have_a_gpu_or_a_cpu_each_and_none_is_idle(
     sizes = {"train.batch_size": 32 * micro_batches, "train.micro_batch_size": 32}
     chosen = resources.with_workers(override(with_workers("auto", **flags), sizes), {}).cluster
     assert (chosen.num_workers, chosen.threads_per_worker) == (workers, threads)
-    typed = with_workers(3)
-    assert resources.with_workers(typed, {}) == typed
+    typed = resources.with_workers(with_workers(3), {}).cluster
+    assert typed == with_workers(3, threads_per_worker=None if gpus else max(1, cpus // 3)).cluster
 
 
 def test_gpus_that_no_worker_of_auto_uses_are_reported_once(
@@ -215,11 +217,34 @@ def test_auto_workers_of_a_run_that_resumes_are_those_that_it_began_with(cluster
     )
     typed = with_workers("auto", threads_per_worker=4)
     assert resources.with_workers(typed, began).cluster.threads_per_worker == 4
-    assert resources.with_workers(with_workers(4), began).cluster == with_workers(4).cluster
     cluster(1)
     config = resources.with_workers(with_workers("auto"), {"num_workers": 8})
     with pytest.raises(UserError, match=r"--cluster\.num-workers"):
         resources.resources_per_worker(config)
+
+
+def test_the_threads_of_a_run_that_resumes_are_those_that_it_began_with(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On CPUs gradients differ in their last bits between one thread and two."""
+    cluster(8)
+    began = vars(resources.with_workers(with_workers(2), {}).cluster)
+    assert began["threads_per_worker"] == 4
+    cluster(16, nodes=4)
+    assert resources.with_workers(with_workers(2), {}).cluster.threads_per_worker == 4  # of a node
+    cluster(64)
+    for workers in (2, 4, "auto"):
+        assert resources.with_workers(with_workers(workers), began).cluster.threads_per_worker == 4
+    assert not caplog.text
+    assert (
+        resources.with_workers(with_workers(2, threads_per_worker=1), began).cluster.threads_per_worker == 1
+    )
+    assert "began with 4 threads" in caplog.text
+    caplog.clear()
+    cluster(64, gpus=8)
+    assert resources.with_workers(with_workers(2), {}).cluster.threads_per_worker is None
+    resources.with_workers(with_workers(2, threads_per_worker=1), began)
+    assert not caplog.text
 
 
 def test_auto_workers_grow_with_the_cluster(growing: None) -> None:

@@ -227,7 +227,7 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
         assert done.returncode == 0, done.stderr
         assert "images      pets, as 8x8 colour" in done.stdout
         assert f"trained     {total} images" in done.stdout
-    assert (tmp_path / "runs/a/checkpoint-000000000128").exists()
+    assert (tmp_path / "runs/a/checkpoint-000000000128-g1").exists()
     evaluated = run_job("evaluate", "runs/a", "--num-images", "20", cwd=tmp_path)
     assert evaluated.returncode == 2 and "has 8 images in its split test" in evaluated.stderr
     write_images(tmp_path / "pets", 1, seed=1)

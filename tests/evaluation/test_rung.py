@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import local
+from support.checkpoints import checkpoint_name
 from support.evaluated import CONFIG, make_data, make_run
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def evaluator(shards: str) -> Evaluator:
 
 
 def make_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> Location:
-    return make_run(folder, shards, config).location.child(checkpoint.name_at(192))
+    return make_run(folder, shards, config).location.child(checkpoint_name(192))
 
 
 def make_trained(folder: Path, shards: str, config: Config = CONFIG) -> TrainedNet:
@@ -178,7 +179,7 @@ def test_the_loop_measures_a_trial_at_its_rungs_and_trains_it_the_same(
     assert rung.recorded_at(run) == [96, 128]
     for found in reached:
         assert rung.read(run, found.images_seen) == found
-        trained = checkpoint.load_net(Path(run.path, checkpoint.name_at(found.images_seen)))
+        trained = checkpoint.load_net(Path(run.path, checkpoint_name(found.images_seen)))
         assert evaluator.evaluate(trained, found.images_seen) == found
     assert [found.images_seen for found in reached] == [96, 128]
 
@@ -212,5 +213,5 @@ def test_a_rung_is_stored_before_its_checkpoint(
     )
     second: list[Evaluation] = []
     local.fit(whole, train_set, tmp_path / "run", runtime=trial_runtime(rungs, second))
-    assert (checkpoint.name_at(32), [32]) in there and (checkpoint.name_at(64), [32, 64]) in there
+    assert (checkpoint_name(32), [32]) in there and (checkpoint_name(64, 2), [32, 64]) in there
     assert [found.images_seen for found in first + second] == [32, 64]

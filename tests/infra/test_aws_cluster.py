@@ -97,7 +97,7 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
         assert groups == {stack["SecurityGroupId"]}
         user_host.down()
         assert {machine["State"]["Name"] for machine in cloud.machines()} == {"terminated"}
-    assert resolve(f"s3://{bucket}/runs/cloudy/checkpoint-000000001280/checksums.json").read()
+    assert resolve(f"s3://{bucket}/runs/cloudy/checkpoint-000000001280-g1/checksums.json").read()
     for variable, value in guarded_mlflow.client_env("on-aws", password).items():
         monkeypatch.setenv(variable, value)
     client = mlflow.MlflowClient(guarded_mlflow.uri)

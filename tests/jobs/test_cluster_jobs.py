@@ -34,7 +34,7 @@ def test_fashion_mnist_from_a_bucket_with_two_workers(
     )
     assert done.returncode == 0, done.stderr
     run = resolve(f"{s3_bucket}/runs/fashion")
-    newest = run.child("checkpoint-000000000512")
+    newest = run.child("checkpoint-000000000512-g1")
     assert json.loads(newest.child("state.json").read())["images_seen"] == 512
     assert run.child("samples/latest.png").read().startswith(b"\x89PNG")
     done = run_job("sample", f"{s3_bucket}/runs/fashion", "--num-images", "4", "--out", "drawn", cwd=tmp_path)

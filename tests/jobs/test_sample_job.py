@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> None:
     """A run with one checkpoint."""
     state = State.create(TINY, torch.device("cpu"))
     identity = checkpoint.identity(TINY, "", "", ("bags", "boots", "blue coats"))
-    checkpoint.write(state.snapshot(TINY, identity), tmp_path / "run/checkpoint-000000000000")
+    checkpoint.write(state.snapshot(TINY, identity), tmp_path / "run/checkpoint-000000000000-g1")
 
 
 def files(folder: Path) -> dict[str, bytes]:

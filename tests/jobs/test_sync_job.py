@@ -71,7 +71,7 @@ def test_what_is_no_run_is_one_line_with_exit_code_2(
     empty.mkdir()
     assert str(empty) in user_error("sync", str(empty))
     card = run.location.child(run_folder.CARD)
-    config = run.location.child("checkpoint-000000000128/config.json")
+    config = run.location.child("checkpoint-000000000128-g1/config.json")
     for file in (config, card):
         file.write(b'{"x": 1}')
         assert file.uri in user_error("sync", run.location.uri)

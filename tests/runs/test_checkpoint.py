@@ -52,12 +52,12 @@ def test_the_net_of_a_run_is_that_of_its_newest_checkpoint(
     folder: Path, tiny: Config, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for name in ("checkpoint-000000000096", "checkpoint-000000000064", "best-000000000128"):
+    for name in ("checkpoint-000000000096-g1", "checkpoint-000000000064-g2", "best-000000000128-g1"):
         shutil.copytree(folder, run / name)
         alter_json(run / name, "config.json", {"run": {"name": name}})
-    (run / "checkpoint-000000000128").mkdir()  # incomplete
+    (run / "checkpoint-000000000128-g1").mkdir()  # incomplete
     newest = checkpoint.load_net(str(run))
-    assert newest.config.run.name == "checkpoint-000000000096"
+    assert newest.config.run.name == "checkpoint-000000000096-g1"
     weights = zip(newest.net.parameters(), checkpoint.load_net(folder).net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.checkpoints import checkpoint_name
 from support.local import finished
 
 from ddpm.config.json import override
@@ -54,7 +55,7 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
 
 def put(run: Location, first: int, *rows: CurveRow) -> None:
     """Write a part."""
-    name, data = curves.part(first, list(rows))
+    name, data = curves.part(first, list(rows), 1)
     run.child(name).write(data)
 
 
@@ -83,14 +84,14 @@ def test_each_checkpoint_has_a_part_and_a_new_start_merges_them(tiny: Config, ro
     run = storage.resolve(root_uri).child("one")
     assert curves.read(run) == {} and curves.num_rows(run) == 0
     assert save(run, tiny, 32, 64, 96) == []
-    assert parts(run) == [f"{i:09d}-{i + 2:09d}.parquet" for i in (0, 2, 4)]
+    assert parts(run) == [f"{i:09d}-{i + 2:09d}-g1.parquet" for i in (0, 2, 4)]
     assert save(run, tiny, 128) == []
-    assert parts(run) == ["000000000-000000006.parquet", "000000006-000000008.parquet"]
+    assert parts(run) == ["000000000-000000006-g2.parquet", "000000006-000000008-g2.parquet"]
     assert list(curves.read(run)) == ["loss", "odd"]
     assert values(run) == [(32, 32), (64, 64), (96, 96), (128, 128 + 96)]
     assert [point.images_seen for point in curves.read(run)["odd"]] == [32, 64, 96, 128]
     assert save(run, tiny, 256) == []  # the end
-    assert parts(run) == ["000000000-000000010.parquet"]
+    assert parts(run) == ["000000000-000000010-g3.parquet"]
     assert values(run)[-1] == (256, 256 + 128)
 
 
@@ -104,8 +105,8 @@ def test_a_point_that_is_measured_again_is_not_recorded_again(
     tiny = override(tiny, {"train.keep_checkpoints": 9})
     save(run, tiny, 32, 64, 96)
     first = curves.read(run)["loss"]
-    checkpoint_manager.remove(run.child(checkpoint.name_at(96)))  # as if killed before it was committed
-    damaged = run.child(checkpoint.name_at(64)).child("ema.safetensors")
+    checkpoint_manager.remove(run.child(checkpoint_name(96)))  # as if killed before it was committed
+    damaged = run.child(checkpoint_name(64)).child("ema.safetensors")
     damaged.write(bytes(100))
     monkeypatch.setattr(store.time, "time", lambda: 2.0)
     (warning,) = save(run, tiny, 48, 64, 80, 96, 128)
@@ -160,19 +161,21 @@ def test_a_merge_that_was_killed_doubles_nothing(in_parts: Location, monkeypatch
     for step in (1, 2, 3, 4):
         steps = 0
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Location, "write", killed_at(step, Location.write))
+            patch.setattr(Location, "create", killed_at(step, Location.create))
             patch.setattr(Location, "unlink", killed_at(step, Location.unlink))
-            curves.merge(in_parts, pytest.fail)
+            curves.merge(in_parts, 2, pytest.fail)
         assert curves.read_rows(in_parts).column("images_seen").to_pylist() == list(range(30)), step
         assert curves.num_rows(in_parts) == 30
-        assert curves.merge(in_parts, pytest.fail).num_rows == 30
-        assert parts(in_parts) == ["000000000-000000030.parquet"], step  # for pandas, which reads every file
+        assert curves.merge(in_parts, 2, pytest.fail).num_rows == 30
+        assert parts(in_parts) == ["000000000-000000030-g2.parquet"], (
+            step
+        )  # for pandas, which reads every file
         in_parts.child(curves.FOLDER).delete()
         for first in (0, 10, 20):
             put(in_parts, first, *rows(first, first + 10))
     for _ in range(2):
-        assert curves.merge(in_parts, pytest.fail).num_rows == 30
-        assert parts(in_parts) == ["000000000-000000030.parquet"]
+        assert curves.merge(in_parts, 2, pytest.fail).num_rows == 30
+        assert parts(in_parts) == ["000000000-000000030-g2.parquet"]
 
 
 def test_a_reader_finds_all_rows_while_parts_are_merged(run: Location, tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ def test_a_reader_finds_all_rows_while_parts_are_merged(run: Location, tmp_path:
     reader = threading.Thread(target=read)
     reader.start()
     for _ in range(10):
-        curves.merge(run, pytest.fail)
+        curves.merge(run, 2, pytest.fail)
         for file in (kept / curves.FOLDER).iterdir():
             storage.resolve(f"{run.path}/{curves.FOLDER}/{file.name}").write(file.read_bytes())
     is_done.set()
@@ -198,25 +201,10 @@ def test_a_reader_finds_all_rows_while_parts_are_merged(run: Location, tmp_path:
     assert len(num_read) > 3 and set(num_read) == {40}
 
 
-def test_a_run_of_version_0_1_is_continued(tiny: Config, run: Location) -> None:
-    """Its one file holds the first rows, until a start merges the parts."""
-    save(run, tiny, 32, 64)
-    curves.merge(run, pytest.fail)
-    (whole,) = parts(run)
-    Path(run.path, curves.FOLDER, whole).rename(Path(run.path, curves.FILE_0_1))
-    assert curves.num_rows(run) == 4 and values(run) == [(32, 32), (64, 64)]
-    put(run, 4, CurveRow("loss", 96, 0.5, 1))
-    assert values(run) == [(32, 32), (64, 64), (96, 0.5)] and curves.num_rows(run) == 5
-    assert save(run, tiny, 96, 128) == []
-    assert values(run) == [(32, 32), (64, 64), (96, 0.5), (128, 192)]
-    assert not run.child(curves.FILE_0_1).exists()
-    assert parts(run)[0] == "000000000-000000005.parquet"
-
-
 def test_a_hundred_thousand_points(run: Location) -> None:
     for first in range(0, 100_000, 1000):
         put(run, first, *rows(first, first + 1000))
-    assert curves.merge(run, pytest.fail).num_rows == 100_000
+    assert curves.merge(run, 2, pytest.fail).num_rows == 100_000
     assert len(parts(run)) == 1
     found = curves.read(run)["loss"]
     assert found[0] == Point(0, 0.0, 0) and found[-1] == Point(99_999, 99_999 / 7, 99_999)
@@ -237,7 +225,7 @@ def test_a_damaged_part_is_one_line(run: Location, columns: dict[str, Any]) -> N
     """It is left out where that is asked for, and the others are read."""
     put(run, 0, *rows(0, 3))
     put(run, 4, *rows(4, 6))
-    name, _ = curves.part(3, rows(3, 4))
+    name, _ = curves.part(3, rows(3, 4), 1)
     pq.write_table(pa.table(columns), Path(run.path, name))
     with pytest.raises(UserError, match=rf"{name} is damaged: ") as error:
         curves.read(run)
@@ -246,12 +234,12 @@ def test_a_damaged_part_is_one_line(run: Location, columns: dict[str, Any]) -> N
     table = curves.read_rows(run, 1, lines.append)
     assert table.column("images_seen").to_pylist() == [1, 2, 4, 5]
     assert len(lines) == 1 and name in lines[0]
-    curves.merge(run, lines.append)
+    curves.merge(run, 2, lines.append)
     assert len(parts(run)) == 3 and curves.num_rows(run) == 6
 
 
 def test_flipped_bytes_are_noticed_or_change_nothing(run: Location) -> None:
-    name, whole = curves.part(0, [*rows(0, 50), CurveRow("odd", 1, math.inf, 1)])
+    name, whole = curves.part(0, [*rows(0, 50), CurveRow("odd", 1, math.inf, 1)], 1)
     file = run.child(name)
     rng = random.Random(0)
     noticed = 0

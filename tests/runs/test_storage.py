@@ -1,6 +1,7 @@
 """Folders and real S3 behave the same, and storage errors are one line that a user can act on."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,18 @@ def test_a_bucket_is_used_in_its_own_region(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("use", "slow_down", "black_hole"),
+    [(Location.exists, "503", "the last 3 sec"), (Location.read, "SlowDown", "Read timeout")],
+    ids=["pyarrow", "boto3"],
+)
 def test_a_pickled_location_keeps_its_retries_and_time_outs(
-    s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+    s3_server: servers.S3Server,
+    s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    use: Callable[[Location], object],
+    slow_down: str,
+    black_hole: str,
 ) -> None:
     """Workers get the location pickled."""
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
@@ -144,13 +155,11 @@ def test_a_pickled_location_keeps_its_retries_and_time_outs(
         monkeypatch.setattr(s3, "REQUEST_TIMEOUT_S", 3.0)
         location = storage.resolve(s3_bucket).child("x")
         location.write(b"x")
-        for mode, answer in (
-            ("slow_down", "503"),
-            ("black_hole", "the last 3 sec"),
-        ):
-            faulty.switch(mode)
+        s3.client.cache_clear()
+        for mode, answer in {"slow_down": slow_down, "black_hole": black_hole}.items():
+            faulty.switch(mode)  # type: ignore[arg-type]
             for held in (location, pickle.loads(pickle.dumps(location))):
                 before = faulty.requests[mode]
                 with pytest.raises(OSError, match=answer):
-                    held.read()
+                    use(held)
                 wait_for(lambda mode=mode, all_three=before + 3: faulty.requests[mode] == all_three)

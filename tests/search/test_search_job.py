@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import tracked
+from support.checkpoints import checkpoint_name
 from support.processes import Job, members, paused, wait_for
 from support.servers import RayHead
 
@@ -65,7 +66,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     killed.mkdir()
     place = killed / "runs" / "s"
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
+        job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640-g1/checksums.json")])
         with paused(job.members(TRIAL)):
             second = run_job("search", *FLAGS, cwd=killed)
             assert second.returncode == 2 and "another process drives this search" in second.stderr
@@ -140,7 +141,7 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
     place = tmp_path / "runs" / "s"
     env = {"RAY_ADDRESS": ray_head.address}
     with Job("search", *TWO_TRIALS, log=tmp_path / "first.log", env=env) as job:
-        (stored,) = job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
+        (stored,) = job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640-g1/checksums.json")])
         killed = stored.parents[1]
         measured = killed / rung.file_name(640)
         measured_ns = measured.stat().st_mtime_ns
@@ -153,7 +154,7 @@ def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has
     for trial in found:
         assert trial.status == RunStatus.FINISHED
         assert [evaluation.images_seen for evaluation in trial.rungs] == [640, 1920]
-        assert (place / trial.name / checkpoint.name_at(1920) / checkpoint.CHECKSUMS).exists()
+        assert (place / trial.name / checkpoint_name(1920) / checkpoint.CHECKSUMS).exists()
         assert output.count(f"{trial.name} after 640 images") == 1
     assert measured.stat().st_mtime_ns == measured_ns
 

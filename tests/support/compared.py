@@ -13,9 +13,10 @@ from ddpm.config.presets import DIGITS
 from ddpm.evaluation import comparison_page
 from ddpm.evaluation.compared_run import RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
-from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs import curves, run_folder
 from ddpm.runs.curves import CurveRow
 from ddpm.utils import images
+from support.checkpoints import checkpoint_name
 
 STEPS = (1280, 2560, 3840)
 NEWEST = 4480
@@ -37,7 +38,7 @@ def make_run(
     )
     config = override(DIGITS, {"run.name": name, "data.source": "digits"})
     state = {"step": NEWEST // 128, "images_seen": NEWEST, "best_held_out_loss": 0.1, "run_key": run.key}
-    newest = run.location.child(checkpoint.name_at(NEWEST))
+    newest = run.location.child(checkpoint_name(NEWEST))
     newest.child("config.json").write(to_json(config).encode())
     newest.child("state.json").write(json.dumps({**state, "data_fingerprint": "0123456789ab"}).encode())
     newest.child("checksums.json").write(b"{}")
@@ -47,7 +48,7 @@ def make_run(
         values = {"train/loss": 1 / (i + 1 + level), RATE: 128.0, "other": 1.0, **bits}
         rows += [CurveRow(key, at, value, i) for key, value in {**values, "held_out/loss": math.nan}.items()]
         run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
-    part, data = curves.part(0, rows)
+    part, data = curves.part(0, rows, 1)
     run.location.child(part).write(data)
     run_folder.write_status(run.location, run_folder.Status(status, NEWEST, 0, 0.75, "2 cores"))
     return run.location.uri, run.key

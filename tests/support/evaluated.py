@@ -13,6 +13,7 @@ from ddpm.data.sources.sources import Digits
 from ddpm.runs import checkpoint, run_folder, storage
 from ddpm.runs.run_folder import RunFolder
 from ddpm.training.state import State
+from support.checkpoints import checkpoint_name
 from support.tiny import TINY_NET
 
 POSITIONS = (64, 128, 192)
@@ -53,7 +54,5 @@ def make_run(folder: Path, shards: str, config: Config = CONFIG) -> RunFolder:
                 weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
         state.step = images_seen // config.train.batch_size
         state.images_seen = images_seen
-        checkpoint.write(
-            state.snapshot(config, extra), Path(run.location.path, checkpoint.name_at(images_seen))
-        )
+        checkpoint.write(state.snapshot(config, extra), Path(run.location.path, checkpoint_name(images_seen)))
     return run

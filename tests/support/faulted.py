@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.runs import curves, run_folder, storage
+from ddpm.runs.run_folder import CheckpointName
 from ddpm.tracking import mlflow_pages
 from ddpm.tracking import names as resolve
 from ddpm.utils.images import time_ms_of
@@ -47,7 +48,8 @@ class Run:
     def images_seen(self) -> int:
         """Images seen at the newest checkpoint; 0 if there is none."""
         found = run_folder.checkpoints(self.location)
-        return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
+        name = CheckpointName.parse(Path(found[-1].path).name) if found else None
+        return 0 if name is None else name.images_seen
 
     def past(self, images_seen: int) -> Callable[[], bool]:
         return lambda: self.images_seen() > images_seen

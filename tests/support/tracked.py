@@ -14,12 +14,13 @@ from mlflow import MlflowClient, entities
 
 from ddpm.config.json import override, to_json
 from ddpm.config.tree import Config
-from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs import curves, run_folder
 from ddpm.runs.curves import CurveRow
 from ddpm.runs.run_folder import Data, Facts, RunFolder, RunStatus, Search, Status
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.tracking.push import SENT_TAG
 from ddpm.utils.images import png_bytes
+from support.checkpoints import checkpoint_name
 from support.front_end import Answer, FrontEnd
 from support.tiny import TINY_NET
 
@@ -61,7 +62,7 @@ def loss_at(images_seen: int) -> float:
 
 def append(run: RunFolder, rows: Iterable[CurveRow]) -> None:
     """Write a part of the curves."""
-    name, data = curves.part(curves.num_rows(run.location), list(rows))
+    name, data = curves.part(curves.num_rows(run.location), list(rows), 1)
     run.location.child(name).write(data)
 
 
@@ -74,7 +75,7 @@ def draw(run: RunFolder, series: str, images_seen: int) -> None:
 
 def store(run: RunFolder, images_seen: int, config: Config = CONFIG) -> None:
     """Write what tells a push of a checkpoint."""
-    folder = run.location.child(checkpoint.name_at(images_seen))
+    folder = run.location.child(checkpoint_name(images_seen))
     folder.child("config.json").write(to_json(config).encode())
     folder.child(run_folder.CHECKSUMS).write(b"{}")
 

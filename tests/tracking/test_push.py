@@ -16,23 +16,20 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from mlflow import MlflowClient
 from support import forked, servers, tracked
 from support.front_end import Answer, FrontEnd
-from support.processes import REPO
 from support.tracked import MlflowFaultProxy, content, warnings_of
 
 from ddpm.config.json import override
 from ddpm.runs import curves, run_folder
 from ddpm.runs.curves import CurveRow
-from ddpm.runs.run_folder import RunFolder, RunStatus, Search, Status
+from ddpm.runs.run_folder import RunFolder, RunStatus, Search
 from ddpm.tracking import mlflow_pages, mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import SENT_TAG, is_in_mlflow, push
 from ddpm.tracking.pusher import push_patiently
-from ddpm.utils.images import png_bytes
 
 SAMPLED = [
     (key, step, tracked.time_at(step), kind)
@@ -98,7 +95,7 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
     tags = sent["tags"]
     assert (tags["preset"], tags["changed"]) == ("digits", "optim.lr=0.5")
     assert (tags["command"], tags["hardware"]) == (tracked.COMMAND, "2 cores")
-    assert (tags["version.ddpm"], tags["checkpoint"]) == ("0.2.0", "RUN/checkpoint-000000000128")
+    assert (tags["version.ddpm"], tags["checkpoint"]) == ("0.2.0", "RUN/checkpoint-000000000128-g1")
     assert "Finished at 128 of 128 images" in tags[mlflow_pages.NOTE_TAG]
     ((data, tags_of_data),) = sent["data"]
     assert (data["name"], json.loads(data["source"])) == ("digits", {"uri": tracked.DATA.uri})
@@ -124,7 +121,7 @@ def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCap
     others = {name: data for name, data in files.items() if not name.startswith("images/")}
     folder = Path(run.location.path)
     assert others == {
-        "config.json": (folder / "checkpoint-000000000128/config.json").read_bytes(),
+        "config.json": (folder / "checkpoint-000000000128-g1/config.json").read_bytes(),
         mlflow_pages.GRID: (folder / "samples/000000000128.png").read_bytes(),
         "pictures/noising.png": tracked.PICTURE,
         "evaluation/at-128.json": (folder / "evaluations/at-128.json").read_bytes(),
@@ -222,7 +219,7 @@ def test_a_database_that_was_deleted_gets_the_same_content(run: RunFolder, datab
 def test_merged_curves_are_not_sent_again(database: Path, run: RunFolder) -> None:
     push(run)
     before = content(tracking_uri(), run)
-    curves.merge(run.location, pytest.fail)
+    curves.merge(run.location, 2, pytest.fail)
     assert push(run).num_points == 0
     unmark(tracking_uri(), run)
     push(run)
@@ -474,26 +471,6 @@ def test_a_trial_gets_its_parent_once_there_is_one(database: Path, tmp_path: Pat
     found = tracked.run_with_key(tracking_uri(), run.key)
     assert found.data.tags[mlflow_run.PARENT_TAG] == parent.run_id
     assert "command" not in found.data.tags
-
-
-def test_a_run_of_0_1_is_pushed(database: Path, tmp_path: Path) -> None:
-    shutil.copytree(REPO / "tests/formats/0.1/run", tmp_path / "old")
-    run = run_folder.existing_run(str(tmp_path / "old"))
-    tags = {"preset": "digits", "changed": "nothing", "command": "python jobs/train.py digits"}
-    run_folder.write_status(run.location, Status(RunStatus.FINISHED, 64, 0, 0.1, tags=tags))
-    grid = png_bytes(np.full((8, 12, 3), 3, np.uint8))
-    run.location.child(f"{run_folder.SAMPLES}/{64:012d}.png").write(grid)  # without a time, as 0.1 wrote it
-    rows = curves.read_rows(run.location).num_rows
-    assert push(run).num_points == rows > 0
-    found = content(tracking_uri(), run)
-    assert sum(map(len, found["metrics"].values())) == rows
-    assert found["tags"].items() >= tags.items()
-    assert found["params"]["train.batch_size"]
-    assert found["status"] == "FINISHED"
-    assert found["artifacts"][mlflow_pages.GRID] == grid
-    unmark(tracking_uri(), run)
-    push(run)
-    assert content(tracking_uri(), run) == found
 
 
 # Connections.

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import checkpoint_name
 from support.trained import alter_json
 
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, storage
+from ddpm.runs.generations import Generations
 from ddpm.runs.run_folder import RunFolder
 from ddpm.training import checkpoint_manager
 from ddpm.training.state import State
@@ -28,11 +30,11 @@ def test_a_checkpoint_of_another_position_or_run_is_skipped(
     state = State.create(tiny, torch.device("cpu"))
     for state.step in (1, 2):
         state.images_seen = 32 * state.step
-        folder = tmp_path / checkpoint.name_at(state.images_seen)
+        folder = tmp_path / checkpoint_name(state.images_seen)
         checkpoint.write(state.snapshot(tiny, {"run_key": "a", "data_fingerprint": "b"}), folder)
     alter_json(folder, "state.json", other)
     warnings: list[str] = []
-    with checkpoint_manager.latest_valid(run, 0.0, warnings.append) as found:
-        assert found == tmp_path / checkpoint.name_at(32)
+    with checkpoint_manager.latest_valid(run, Generations(), 0.0, warnings.append) as found:
+        assert found == tmp_path / checkpoint_name(32)
     (warning,) = warnings
     assert message in warning

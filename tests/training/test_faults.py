@@ -19,6 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
 from support import local, processes
+from support.checkpoints import checkpoint_name
 from support.faulted import (
     TOTAL,
     Run,
@@ -32,6 +33,7 @@ from support.processes import REPO
 from support.servers import RayHead
 
 from ddpm.runs import run_folder
+from ddpm.runs.run_folder import CheckpointName
 from ddpm.training import failures
 
 WORKER = "ray::RayTrainWorker"
@@ -158,8 +160,9 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
         assert_status(run, "STOPPED")
         assert "Traceback" not in job.output
     before, newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-2:]
-    whole = int(before.name.rpartition("-")[2])
-    incomplete = newest.with_name("checkpoint-000000006000")
+    named = CheckpointName.parse(before.name)
+    assert named is not None
+    incomplete = newest.with_name(checkpoint_name(6000))
     incomplete.mkdir()
     shutil.copy(newest / "net.safetensors", incomplete)
     flip_bit(newest / "ema.safetensors")
@@ -171,7 +174,7 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     assert not incomplete.exists()
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert all(step > whole for step, _ in metric(run, "train/goodput"))  # stopping lost no step
+    assert all(step > named.images_seen for step, _ in metric(run, "train/goodput"))  # stopping lost no step
     for file in Path(run.location.path).glob("checkpoint-*/net.safetensors"):
         flip_bit(file)
     with run.start() as job:

@@ -140,7 +140,7 @@ def test_how_a_run_that_was_asked_to_stop_ended(
     tiny: Config, tmp_path: Path, end: int | BaseException, ended_early: bool, status: str
 ) -> None:
     run = run_folder.open_run("one", str(tmp_path))
-    run_folder.write_status(run.location, run_folder.Status("RUNNING", 64, 0, 1.0))
+    run_folder.write_status(run.location, run_folder.Status(run_folder.RunStatus.RUNNING, 64, 0, 1.0))
     monitor: Any = AfterASignal(end, ended_early)
     with (
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
@@ -213,7 +213,7 @@ def test_any_number_of_workers_trains_the_same_as_one_process(
     """Images, noise, t and masks of every micro-batch are equal. With one worker the final weights are bitwise equal;
     with several, which sum gradients in another order, the weights and the sample grids are nearly equal."""
     local.fit(override(tiny, {"model.dropout": 0.2}), train_set, tmp_path / "local")
-    expected = tmp_path / "local/checkpoint-000000000256"
+    expected = tmp_path / "local/checkpoint-000000000256-g1"
     grid = pixels(tmp_path / "local")
     seen = {}
     for workers in (1, 2, 3, 4):
@@ -256,7 +256,7 @@ def test_a_finished_run_can_be_extended(train_job: Callable[..., Any], tmp_path:
     again = train_job("longer", total_images=128)
     assert again.returncode == 0
     assert "run longer is finished: 128 images seen; nothing left to do" in again.stdout
-    assert newest(tmp_path, "longer").name == "checkpoint-000000000128"
+    assert newest(tmp_path, "longer").name == "checkpoint-000000000128-g1"
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
 
     done = recording_job("one", *flags, "1", bad=bad)
     assert_error(done, "step 5 (160 images): ", 1)
-    assert newest(tmp_path, "one").name == "checkpoint-000000000128"
+    assert newest(tmp_path, "one").name == "checkpoint-000000000128-g1"
     assert all(torch.isfinite(tensor).all() for tensor in local.stored(newest(tmp_path, "one")).values())
 
     class NanLoss:
@@ -297,7 +297,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
         build = loop.build_objective
         patch.setattr(loop, "build_objective", lambda config: NanLoss(build(config)))
         local.fit(config, train_set, tmp_path / "local")
-    assert_close(tmp_path / "local/checkpoint-000000000256", newest(tmp_path, "two"))
+    assert_close(tmp_path / "local/checkpoint-000000000256-g1", newest(tmp_path, "two"))
 
 
 @pytest.mark.slow

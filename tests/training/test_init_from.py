@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.checkpoints import checkpoint_name
 from support.local import assert_same, fit, tensors
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
-from ddpm.runs import checkpoint, storage
+from ddpm.runs import checkpoint, generations, storage
 from ddpm.runs.run_folder import RunFolder
 from ddpm.training import checkpoint_manager
 from ddpm.training.state import State
@@ -37,7 +38,8 @@ def source(tiny: Config, tmp_path: Path) -> Path:
 def begin(config: Config, folder: Path) -> list[str]:
     warnings: list[str] = []
     run = RunFolder("run", storage.resolve(str(folder)), "")
-    checkpoint_manager.begin(run, config, "f", warnings.append)
+    generations.Writer(run.location, "driver", "driver").claim()
+    checkpoint_manager.begin(run, "driver", config, "f", warnings.append)
     return warnings
 
 
@@ -47,8 +49,9 @@ def test_the_first_checkpoint_has_the_averaged_weights_of_the_source(
     changes = {"model.dropout": 0.1, "objective.weight": "min_snr"}  # both mean the same net
     config = override(tiny, changes | {"train.init_from": str(source)})
     assert begin(config, tmp_path / "run") == []
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
-    folder = tmp_path / "run" / checkpoint.name_at(0)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {checkpoint_name(0), generations.FILE}
+    folder = tmp_path / "run" / checkpoint_name(0)
     state = State.create(config, CPU)
     state.restore(folder, config)
     assert (state.step, state.images_seen, state.optimizer_tensors()) == (0, 0, {})
@@ -65,13 +68,13 @@ def test_a_net_begins_without_the_embedding_of_augmentation_or_leaves_it_out(
     """A net that was trained plainly begins a run of augmented images, and the reverse."""
     told = override(tiny, {"data.augment": 0.1})
     begin(override(told, {"train.init_from": str(source)}), tmp_path / "told")
-    folder = tmp_path / "told" / checkpoint.name_at(0)
+    folder = tmp_path / "told" / checkpoint_name(0)
     saved = load_file(folder / "ema.safetensors")
     fresh = State.create(told, CPU).net.state_dict()
     name = "augment_embedding.weight"
     assert torch.equal(saved.pop(name), fresh[name]) and fresh[name].abs().max() > 0
     begin(override(tiny, {"train.init_from": str(folder)}), tmp_path / "plain")
-    for path in (source / "ema.safetensors", tmp_path / "plain" / checkpoint.name_at(0) / "ema.safetensors"):
+    for path in (source / "ema.safetensors", tmp_path / "plain" / checkpoint_name(0) / "ema.safetensors"):
         assert_same(load_file(path), saved)
 
 
@@ -108,4 +111,4 @@ def test_a_checkpoint_of_another_net_is_a_user_error(
     with pytest.raises(UserError) as caught:
         begin(config, tmp_path / "run")
     assert message in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [generations.FILE]

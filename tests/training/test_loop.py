@@ -224,9 +224,12 @@ def test_what_is_written_at_each_interval(tiny: Config, train_set: DataSet, run_
         assert list(runs.pictures(run, series)) == [128, 256]
     pictures = {"forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif"}
     assert {path.name for path in (run_folder / "pictures").iterdir()} == pictures
-    stored = {"best-000000000256", "checkpoint-000000000128", "checkpoint-000000000256"}
+    stored = {"best-000000000256-g1", "checkpoint-000000000128-g1", "checkpoint-000000000256-g1"}
     folders = {"pictures", "samples", "denoising"}
-    assert {path.name for path in run_folder.iterdir()} == stored | folders | {"status.json"}
+    assert {path.name for path in run_folder.iterdir()} == stored | folders | {
+        "status.json",
+        "generations.json",
+    }
 
 
 def test_sample_grids_are_at_multiples_of_their_interval_for_any_batch_size(
@@ -247,7 +250,7 @@ def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
     tracker = Logged()
     fit(tiny, train_set, run_folder, tracker)
     assert [seen for seen, row in tracker.rows.items() if "held_out/bits_per_dim" in row] == [128, 256]
-    trained = checkpoint.load_net(run_folder / "checkpoint-000000000256")
+    trained = checkpoint.load_net(run_folder / "checkpoint-000000000256-g1")
     held_out = Runtime(trained.config, train_set, train_set.held_out(), None).held_out()
     assert held_out is not None
     measured = bits_per_dim.measure_errors(trained, held_out[:8])
@@ -302,7 +305,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
     config = override(tiny, {"train.checkpoint_every_images": 32, "train.keep_checkpoints": 2})
     state = fit(config, train_set, run_folder)
     kept = sorted(path.name for path in run_folder.glob("checkpoint-*"))
-    assert kept == ["checkpoint-000000000224", "checkpoint-000000000256"]
+    assert kept == ["checkpoint-000000000224-g1", "checkpoint-000000000256-g1"]
     (best,) = run_folder.glob("best-*")
     assert checkpoint.read_state(best)["best_held_out_loss"] == state.best_held_out_loss
 

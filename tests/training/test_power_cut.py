@@ -95,7 +95,9 @@ def test_a_failed_folder_sync_is_retried(
     monkeypatch.setattr(files, "sync", fails_once)
     committed = list[int]()
     save_two(tmp_path, tiny, committed)
-    assert {"checkpoint-000000000032", "best-000000000064", "checkpoint-000000000064"} == set(failures)
+    assert {"checkpoint-000000000032-g1", "best-000000000064-g1", "checkpoint-000000000064-g1"} == set(
+        failures
+    )
     assert committed == [32, 64] and checkpoints(tmp_path) == [64, 64]
 
 
