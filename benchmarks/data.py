@@ -130,7 +130,8 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
         began = time.monotonic()
         chunk = next(ray_stream.dataset_chunks(data_set, order, start))
         iterators = ray_stream.split(data_set, order, chunk, start, consumers)
-        done = [trainer.remote(case, it, order, k, images) for k, it in enumerate(iterators)]
+        positions = chunk[0][0], chunk[-1][1]
+        done = [trainer.remote(case, it, order, k, positions, images) for k, it in enumerate(iterators)]
         return began, ray.get(done)
 
     began, done = consumed(order, 0, int(RUNS[case.name] * n) // consumers)
@@ -145,13 +146,17 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     return {"began": began, "start_ray": began - start_ray, "consumers": done, "seeks": seeks}
 
 
-def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dict[str, Any]:
+def _train(
+    case: Case, iterator: Any, order: Any, rank: int, positions: tuple[int, int], images: int
+) -> dict[str, Any]:
     import torch
 
     from ddpm.data import ray_stream
     from ddpm.data.reading import cut
 
-    reader = ray_stream.RankReader(iterator, order.stall_timeout_s, 300)
+    reader = ray_stream.RankReader(
+        iterator, rank, *positions, stall_timeout_s=order.stall_timeout_s, storage_timeout_s=300
+    )
     batches = cut(reader, order.share(rank, order.batch_size // BATCH), BATCH)
     return consume(case, (torch.from_numpy(batch.image) for batch in batches), images)
 

@@ -4,7 +4,7 @@ An input row is a reading task, a range of whole windows, but for the ends of a 
 of a window once, decodes them in parts, and emits one row per part and rank: that rank's images of the part, in a
 single tensor. A row is a block, blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to
 rank k mod n. Nothing is shuffled, re-blocked or copied on the way. If a window's edge cuts a micro-batch, its rank
-joins the parts.
+joins the parts. That a rank gets its own rows in order is checked: a row names its rank and the positions of its part.
 
 An error is sent as a row as well: raised inside Ray, it would be wrapped, logged and retried. The row holds the
 message, and the rank that receives the row raises the error.
@@ -52,6 +52,12 @@ TaskRange = tuple[int, int]
 """Positions of the plan from start to stop."""
 _ERRORS: dict[str, type[UserError]] = {"CorruptData": CorruptData, "StorageError": StorageError}
 """Errors of reading that travel as rows."""
+
+
+class WrongOrder(UserError):
+    """Ray delivered other images than the rank's next ones; a restart would not help."""
+
+    exit_code = 1
 
 
 def open_data_set(
@@ -105,6 +111,7 @@ def micro_batches(
 
     Raises:
         CorruptData, StorageError: as reading raised it in another process.
+        WrongOrder: Ray delivered other images than this rank's next ones.
         UserError: no data came for order.stall_timeout_s + data_set.timeout_s.
     """
     if images_seen < 0:
@@ -118,7 +125,14 @@ def micro_batches(
             references = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
         (reference,) = broadcast(references)
         iterators = ray.get(reference)
-        return RankReader(iterators[rank], order.stall_timeout_s, data_set.timeout_s)
+        return RankReader(
+            iterators[rank],
+            rank,
+            start=chunk[0][0],
+            stop=chunk[-1][1],
+            stall_timeout_s=order.stall_timeout_s,
+            storage_timeout_s=data_set.timeout_s,
+        )
 
     first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]  # reading begins here
     batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))
@@ -229,6 +243,9 @@ class _ReadTask:
             yield {
                 "image": rank_shard(images.image, begin, share, size)[None],
                 "label": rank_shard(images.label, begin, share, size)[None],
+                "rank": np.array([rank]),
+                "start": np.array([start]),
+                "stop": np.array([start + len(images.label)]),
                 "error": np.array([error]),
             }
 
@@ -245,9 +262,25 @@ class RankReader:
 
     Rows are fetched one ahead in a thread, which ends with this object. Ray itself would wait for a free CPU without a
     message. Failing storage reports an error row after its own time-out; the stall time-out is added to that one.
+
+    Args:
+        start: position of the first image of the Dataset, for any rank.
+        stop: position after its last image.
     """
 
-    def __init__(self, iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float) -> None:
+    def __init__(
+        self,
+        iterator: DataIterator,
+        rank: int,
+        start: int,
+        stop: int,
+        *,
+        stall_timeout_s: float,
+        storage_timeout_s: float,
+    ) -> None:
+        self._rank = rank
+        self._position = start
+        self._stop = stop
         self._stall_timeout_s = stall_timeout_s
         self._storage_timeout_s = storage_timeout_s
         self._rows: queue.Queue[Any] = queue.Queue(maxsize=1)
@@ -270,11 +303,24 @@ class RankReader:
                 f"{self._storage_timeout_s:g}), and no error from storage: perhaps no CPU is free for the "
                 "tasks that read; lower --cluster.cpus-per-worker or add CPUs to the cluster"
             ) from None
+        if isinstance(row, StopIteration) and self._position != self._stop:
+            raise WrongOrder(
+                f"Ray Data ended before the images of rank {self._rank} from position {self._position:,} on; they end "
+                f"at position {self._stop:,}"
+            )
         if isinstance(row, BaseException):
             raise row
         if row["error"][0]:
             error = json.loads(row["error"][0])
             raise _ERRORS[error["kind"]](error["message"])
+        rank = int(row["rank"][0])
+        start = int(row["start"][0])
+        if (rank, start) != (self._rank, self._position):
+            raise WrongOrder(
+                f"Ray Data delivered the images of rank {rank} from position {start:,} on; the next ones are those of "
+                f"rank {self._rank} from position {self._position:,} on"
+            )
+        self._position = int(row["stop"][0])
         return LabelledImages(row["image"][0], row["label"][0])
 
     def __del__(self) -> None:

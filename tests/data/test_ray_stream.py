@@ -5,6 +5,7 @@ tests/training checks that training on them is the same with any number of worke
 
 import asyncio
 import itertools
+import json
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from support.processes import members, wait_for
 from ddpm.data import ray_stream
 from ddpm.data.manifest import Manifest, Shard, Split
 from ddpm.data.plan import ReadOrder, rank_shard
+from ddpm.data.ray_stream import RankReader, WrongOrder
 from ddpm.data.reading import DataSet, LabelledImages, cut
 from ddpm.data.row_group import CorruptData
 from ddpm.runs.storage import resolve
@@ -46,14 +48,18 @@ class FakeIterator:
 
     def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, list[Any]]]:
         for i in range(self._rows):
-            yield {"error": [""], "image": [i], "label": [i]}
+            yield {"error": [""], "image": [i], "label": [i], "rank": [0], "start": [i], "stop": [i + 1]}
         if self._hang:
             time.sleep(30)
         raise OSError("the store is gone")
 
 
+def reader_of(iterator: Any, rank: int = 0, start: int = 0, stop: int = 1000) -> RankReader:
+    return RankReader(iterator, rank, start, stop, stall_timeout_s=600, storage_timeout_s=0)
+
+
 def test_a_stalled_reader_is_an_error() -> None:
-    rows = ray_stream.RankReader(FakeIterator(2, hang=True), 600, 0)  # type: ignore[arg-type]
+    rows = reader_of(FakeIterator(2, hang=True))
     assert [next(rows).image, next(rows).image] == [0, 1]
     rows._stall_timeout_s = 0.2
     rows._storage_timeout_s = 0.3
@@ -62,7 +68,7 @@ def test_a_stalled_reader_is_an_error() -> None:
 
 
 def test_errors_of_the_reader_are_raised_in_training() -> None:
-    rows = ray_stream.RankReader(FakeIterator(1, hang=False), 600, 0)  # type: ignore[arg-type]
+    rows = reader_of(FakeIterator(1, hang=False))
     next(rows)
     with pytest.raises(OSError, match="the store is gone"):
         next(rows)
@@ -71,13 +77,58 @@ def test_errors_of_the_reader_are_raised_in_training() -> None:
 @pytest.mark.parametrize("taken", [0, 1])
 def test_the_reader_thread_ends_with_its_worker(taken: int) -> None:
     others = set(threading.enumerate())
-    rows = ray_stream.RankReader(FakeIterator(1000, hang=True), 600, 0)  # type: ignore[arg-type]
+    rows = reader_of(FakeIterator(1000, hang=True))
     for _ in range(taken):
         next(rows)
     (reader,) = set(threading.enumerate()) - others
     del rows
     reader.join(120)
     assert not reader.is_alive()
+
+
+class Dealt:
+    """Rows as Ray Data's iterator yields them."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        yield from self._rows
+
+
+def test_rows_that_are_dealt_wrongly_are_an_error() -> None:
+    """Each error names the rank and the position that came, and those that had to come."""
+
+    def row(rank: int, part: int, error: str = "") -> dict[str, Any]:
+        start, stop = 100 * part, 100 * part + 100
+        return {
+            "error": [error],
+            "image": [part],
+            "label": [part],
+            "rank": [rank],
+            "start": [start],
+            "stop": [stop],
+        }
+
+    def taken(rows: list[dict[str, Any]]) -> list[Any]:
+        return [images.image for images in reader_of(Dealt(rows), rank=1, start=100, stop=400)]
+
+    one, two, three = (row(1, part) for part in (1, 2, 3))
+    assert taken([one, two, three]) == [1, 2, 3]
+    wrong = {
+        "another order": ([two, one, three], r"rank 1 from position 200 .* rank 1 from position 100 "),
+        "another rank": ([one, row(0, 2), three], r"rank 0 from position 200 .* rank 1 from position 200 "),
+        "dropped": ([one, three], r"rank 1 from position 300 .* rank 1 from position 200 "),
+        "the last one dropped": ([one, two], r"rank 1 from position 300 .* position 400"),
+        "repeated": ([one, one, two, three], r"rank 1 from position 100 .* rank 1 from position 200 "),
+        "the last one repeated": ([one, two, three, three], r"position 300 .* position 400 "),
+    }
+    for rows, message in wrong.values():
+        with pytest.raises(WrongOrder, match=message):
+            taken(rows)
+    failed = json.dumps({"kind": "CorruptData", "message": "shard 7 is damaged"})
+    with pytest.raises(CorruptData, match="shard 7"):
+        taken([one, row(1, 2, failed)])
 
 
 def test_a_long_run_is_split_into_consecutive_datasets() -> None:
@@ -138,10 +189,13 @@ def read_in_workers(
     images_seen: int = 0,
     world_size: int = 2,
     max_tasks: int | None = None,
+    swap: bool = False,
 ) -> list[dict[str, Any]]:
     """Read with one process per rank, as in training; returns each rank's batches and error.
 
-    With `max_tasks`, MAX_TASKS is this, and the ranks wait for one another after each global batch, as in training.
+    Args:
+        max_tasks: MAX_TASKS is this, and the ranks wait for one another after each global batch, as in training.
+        swap: Ray deals the rows of rank r to rank n - 1 - r.
     """
     import ray
 
@@ -151,6 +205,8 @@ def read_in_workers(
         taken: dict[str, Any] = {"batches": [], "error": None}
 
         def broadcast(value: Any) -> Any:
+            if rank == 0 and swap:
+                value = [ray.put(ray.get(reference)[::-1]) for reference in value]
             if rank == 0:
                 ray.get(broadcaster.put.remote(value))
             return ray.get(broadcaster.get.remote()) if rank else value
@@ -199,17 +255,26 @@ def test_invalid_read_orders_are_rejected_at_once(tmp_path: Path) -> None:
 def test_workers_get_the_plan(tmp_path: Path) -> None:
     data_set = ray_stream.open_data_set(damaged.prepare(str(tmp_path)).uri, timeout_s=0.5)
     # The full range, and one whose first part has a single image, so none for the second rank.
-    for start, stop in ((87, 123), (0, 120)):
+    for world_size, start, stop in ((2, 87, 123), (2, 0, 120), (1, 0, 120), (3, 0, 120)):
         images = data_set.read(data_set.plan(*damaged.PLAN), start, stop)
-        for rank, worker in enumerate(read_in_workers(data_set, ORDER, start)):
+        for rank, worker in enumerate(read_in_workers(data_set, ORDER, start, world_size)):
             assert worker["error"] is None
-            share = ORDER.share(rank, 2)
+            share = ORDER.share(rank, world_size)
             mine = [rank_shard(rows, 0, share, 3) for rows in (images.image, images.label)]
             expected = list(cut([LabelledImages(*mine)], share, 3))
-            assert len(worker["batches"]) == len(expected) == (stop - start) // 6
+            assert len(worker["batches"]) == len(expected) == (stop - start) // 12 * len(share)
             for (index, image, label), batch in zip(worker["batches"], expected, strict=True):
                 assert index == batch.index
                 assert np.array_equal(image, batch.image) and np.array_equal(label, batch.label)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_rank_that_is_dealt_the_rows_of_another_one_stops(tmp_path: Path) -> None:
+    data_set = ray_stream.open_data_set(damaged.prepare(str(tmp_path)).uri)
+    for rank, worker in enumerate(read_in_workers(data_set, swap=True)):
+        assert worker["batches"] == [] and isinstance(worker["error"], WrongOrder)
+        assert f"images of rank {1 - rank} " in str(worker["error"])
 
 
 @pytest.mark.slow
