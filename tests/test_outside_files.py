@@ -58,7 +58,9 @@ def write_all(folder: Path, tiny: Config) -> None:
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
     (folder / "run.json").write_text('{"name": "a", "run_key": "a", "created_ms": 0}')
     (folder / generations.FILE).write_text(json.dumps(asdict(generations.Generations())))
-    (folder / "status.json").write_bytes(run_folder.status_json(run_folder.Status(run_folder.RunStatus.RUNNING, 1, 0, 1.0)))
+    (folder / "status.json").write_bytes(
+        run_folder.status_json(run_folder.Status(run_folder.RunStatus.RUNNING, 1, 0, 1.0))
+    )
     (folder / "flag.json").write_text(to_json(tiny))
     searches.begin(resolve(str(folder))).begin("trial", {})
     resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())

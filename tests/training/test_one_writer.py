@@ -1,22 +1,27 @@
-"""A writer of a run that wakes up beside its successor changes nothing that counts.
+"""A writer of a run that wakes up beside its successor changes nothing that counts."""
 
-The first writer is suspended before any one of its calls of storage, and goes on when the second one is done.
-"""
-
+import json
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from support import processes
+from support.faulted import TOTAL as TOTAL_OF_RUNS
+from support.faulted import Run, assert_same, assert_tracked_once, only_error
 from support.local import finished
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.runs import checkpoint, curves, generations, run_folder, storage
+from ddpm.runs import checkpoint, curves, generations, lock, run_folder, storage
 from ddpm.runs.curves import CurveRow
 from ddpm.runs.generations import Superseded
 from ddpm.runs.run_folder import RunFolder
@@ -27,6 +32,7 @@ from ddpm.training.state import State
 from ddpm.training.store import RunStore
 
 TOTAL = 160
+WORKER = "ray::RayTrainWorker"
 
 
 class Gate:
@@ -203,3 +209,39 @@ def test_a_writer_suspended_at_any_moment_changes_nothing(config: Config, root_u
             break
         num_suspended += 1
     assert num_suspended >= (100 if root.is_local else 8)
+
+
+def as_of_another_machine(run: Location) -> None:
+    """Let the holder of the run's lock count as a process of another machine, which nobody here can ask about."""
+    file = run.child(lock.FILE)
+    card = json.loads(file.read())
+    file.write(json.dumps({**card, "process": "000000000000-1-1"}).encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_moments", [1, pytest.param(10, marks=pytest.mark.long)])
+def test_suspended_processes_wake_up_beside_their_successors(
+    digits_uri: str, undisturbed: Run, root_uri: str, tmp_path: Path, num_moments: int
+) -> None:
+    """Driver and workers are suspended at random moments; another driver takes over; then they go on. Weights, curves
+    and MLflow are those of the undisturbed run."""
+    rng = random.Random(0)
+    jobs = [Run("frozen", root_uri, digits_uri, tmp_path / f"{i}.log") for i in range(num_moments + 1)]
+    run = jobs[-1]
+    with ExitStack() as stack:
+        job = stack.enter_context(jobs[0].start())
+        for later in jobs[1:]:
+            seen = run.images_seen()
+            job.wait_for(run.past(seen))
+            time.sleep(rng.uniform(0, 1))
+            with processes.paused([psutil.Process(job.process.pid), *job.members(WORKER)]):
+                as_of_another_machine(run.location)
+                seen = run.images_seen()
+                successor = stack.enter_context(later.start())
+                successor.wait_for(run.past(min(seen, TOTAL_OF_RUNS - 1)))
+            assert job.wait() == 1, job.output
+            assert "taken over" in only_error(job)
+            job = successor
+        assert job.wait() == 0, job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)

@@ -40,7 +40,9 @@ def test_a_recorded_picture_is_final_and_has_its_time(tiny: Config, run: RunFold
 
 
 def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: RunFolder) -> None:
-    run_folder.write_status(run.location, run_folder.Status(run_folder.RunStatus.STOPPED, 96, 32, 5.0, "1 core", ended_ms=1))
+    run_folder.write_status(
+        run.location, run_folder.Status(run_folder.RunStatus.STOPPED, 96, 32, 5.0, "1 core", ended_ms=1)
+    )
     with finished(RunStore(tiny, run, "b", hardware="2 cores")) as store, store.latest_checkpoint(128):
         pass
     status = run_folder.read_status(run.location)
