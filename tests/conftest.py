@@ -47,6 +47,7 @@ def pytest_configure() -> None:
     # Clusters of other tests and of the user must not be found. Short: socket paths have at most 107 characters.
     os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
     os.environ["HF_HOME"] = f"{RAY_FOLDER.name}/huggingface"
+    os.environ["DDPM_CACHE"] = f"{RAY_FOLDER.name}/digests"
     for name in UNSET:
         os.environ.pop(name, None)
 

@@ -7,9 +7,7 @@ Axes: N images, H W, C channels.
 """
 
 import contextlib
-import hashlib
 import io
-import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -25,11 +23,11 @@ from PIL import Image, ImageOps
 from ddpm.config.tree import PositiveInt, UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
+from ddpm.data.sources.file_digests import digest_of_files
 from ddpm.data.sources.sources import DataSeed, Square, UnreadableImages, divide
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
-from ddpm.utils.retry import as_user_error
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -305,13 +303,6 @@ def read_file(path: Path, label: int | None = None) -> ImageFile:
         return ImageFile(files.read_whole(path, MAX_FILE_BYTES), str(path), label)
     except (OSError, UserError) as error:
         return ImageFile(error, str(path), label)
-
-
-def digest_of_files(root: Path, paths: Iterable[Path]) -> str:
-    """Hash of the files' names below `root` and their sizes."""
-    with as_user_error(f"cannot read {root}"):  # for example, a file was removed after it was listed
-        listing = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _stored(content: bytes | Exception, size: int, channels: int, encoding: Encoding) -> Any:

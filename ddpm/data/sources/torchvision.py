@@ -27,7 +27,8 @@ import numpy as np
 from ddpm.config.tree import UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources.image_folder import digest_of_files, read_file, store
+from ddpm.data.sources.file_digests import digest_of_files
+from ddpm.data.sources.image_folder import read_file, store
 from ddpm.data.sources.sources import Loaded, MissingFiles, Square
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -35,8 +36,11 @@ from ddpm.utils.progress import printable
 
 Dataset = Literal["cifar10", "mnist", "celeba"]
 DATASETS = get_args(Dataset)
-MNIST_PREFIXES = {"train": "train", "test": "t10k"}
-"""How the names of MNIST's files begin, for each split; Fashion-MNIST has the same names."""
+MNIST_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+"""Images and labels of each split, perhaps with .gz; Fashion-MNIST has the same names."""
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -72,8 +76,9 @@ CIFAR10_FILES = {
     "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
 }
 """The MD5 that each file was published with."""
+CELEBA_PARTITION = "list_eval_partition.txt"
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
-"""Split of each number in list_eval_partition.txt."""
+"""Split of each number in it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,11 @@ class FashionMnist(Square, Loaded):
             )
 
     def identity(self) -> dict[str, Any]:
-        # The folder of the files does not matter; the sizes of the splits identify them.
-        return {"name": self.name, "size": self.size, "splits": self.splits}
+        return {
+            "name": self.name,
+            "size": self.size,
+            "files": digest_of_files(self.path, _mnist_files(self.path)),
+        }
 
     @cached_property
     def _images(self) -> dict[str, tuple[Pixels, Labels]]:
@@ -159,11 +167,15 @@ class Torchvision(Loaded):
         return super().splits
 
     def identity(self) -> dict[str, Any]:
-        identity = {"name": self.name, "dataset": self.dataset, "size": self.height, "splits": self.splits}
-        if self.dataset == "celeba":
-            faces = [face for part in self._faces.values() for face in part]
-            identity["files"] = digest_of_files(self._folder, faces)
-        return identity
+        if self.dataset == "mnist":
+            paths = _mnist_files(self._folder)
+        elif self.dataset == "cifar10":
+            paths = [self._folder / name for published in CIFAR10_FILES.values() for name in published]
+        else:
+            paths = [face for faces in self._faces.values() for face in faces]
+            paths.append(self._folder / CELEBA_PARTITION)
+        files_digest = digest_of_files(self._folder, paths)
+        return {"name": self.name, "dataset": self.dataset, "size": self.height, "files": files_digest}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         if self.dataset == "celeba":
@@ -210,7 +222,7 @@ class Torchvision(Loaded):
     @cached_property
     def _faces(self) -> dict[str, list[Path]]:
         """CelebA's image files of each split."""
-        partition = self._folder / "list_eval_partition.txt"
+        partition = self._folder / CELEBA_PARTITION
         splits: dict[str, list[Path]] = {split: [] for split in CELEBA_PARTS.values()}
         try:
             for line in files.read_whole(partition).decode().splitlines():
@@ -237,27 +249,26 @@ class Torchvision(Loaded):
         )
 
 
-def _mnist_files(split: str) -> tuple[str, str]:
-    """The names of a split's images and labels."""
-    prefix = MNIST_PREFIXES[split]
-    return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+def _mnist_file(folder: Path, name: str) -> Path:
+    """The path of one of MNIST's files, plain or as .gz."""
+    return folder / name if (folder / name).exists() else folder / f"{name}.gz"
+
+
+def _mnist_files(folder: Path) -> list[Path]:
+    return [_mnist_file(folder, name) for names in MNIST_FILES.values() for name in names]
 
 
 def _missing_mnist_file(folder: Path) -> str | None:
-    """The first of MNIST's four files that is not in `folder`, neither plain nor as .gz."""
-    for split in MNIST_PREFIXES:
-        for name in _mnist_files(split):
-            if not (folder / name).exists() and not (folder / f"{name}.gz").exists():
-                return name
-    return None
+    """The name of the first of MNIST's four files that is not in `folder`."""
+    missing = [path.stem for path in _mnist_files(folder) if not path.exists()]
+    return missing[0] if missing else None
 
 
 def _read_mnist(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
-    """MNIST's four files, plain or as .gz: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test"."""
+    """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test"."""
     splits = {}
-    for split in MNIST_PREFIXES:
-        names = _mnist_files(split)
-        images, labels = (_read_idx(folder / name) for name in names)
+    for split, names in MNIST_FILES.items():
+        images, labels = (_read_idx(_mnist_file(folder, name)) for name in names)
         if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
             raise UserError(
                 f"{folder}: {' and '.join(names)} hold arrays {images.shape} and {labels.shape}; they must be "
@@ -269,7 +280,15 @@ def _read_mnist(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
 
 def _read_idx(path: Path) -> Pixels:
     """The array in an IDX file: two zeros, 8 for unsigned bytes, the number of axes, their lengths, the values."""
-    content = _unpacked(path)
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as packed:
+                content = packed.read(files.MAX_BYTES + 1)
+            files.check_length(len(content), files.MAX_BYTES, str(path))
+        else:
+            content = files.read_whole(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
     try:
         zeros, kind, num_axes = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{num_axes}I", content, 4)
@@ -278,19 +297,6 @@ def _read_idx(path: Path) -> Pixels:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
     except (struct.error, ValueError):
         raise UserError(f"{path} is not a complete IDX file of unsigned bytes") from None
-
-
-def _unpacked(path: Path) -> bytes:
-    """The content of the file `path`, or else of `path`.gz."""
-    try:
-        if path.exists():
-            return files.read_whole(path)
-        with gzip.open(f"{path}.gz") as packed:
-            content: bytes = packed.read(files.MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    files.check_length(len(content), files.MAX_BYTES, str(path))
-    return content
 
 
 def unpickled(data: bytes) -> Any:

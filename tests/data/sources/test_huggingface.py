@@ -1,9 +1,9 @@
 """Hugging Face's data sets: Parquet files, saved data sets and names on the hub give the same images as they hold."""
 
-import hashlib
 import io
 import json
 import pickle
+import shutil
 import socketserver
 import threading
 from pathlib import Path
@@ -75,24 +75,16 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
-def test_the_identity_never_changes(tmp_path: Path) -> None:
-    """Data sets that were prepared earlier are found."""
-    write_parquet(tmp_path / "data/train.parquet", [*range(5)], [0, 1, 0, 1, 0], NAMES)
-    source = HuggingFace(tmp_path, size=8)
-    identity = source.identity()
-    size = (tmp_path / "data/train.parquet").stat().st_size
-    assert identity.pop("files") == hashlib.sha256(f'[["data/train.parquet", {size}]]'.encode()).hexdigest()
-    assert identity == {
-        "path": None,
-        "size": 8,
-        "channels": 3,
-        "encoding": "encoded",
-        "seed": 0,
-        "image_column": "image",
-        "label_column": "label",
-        "name": "parquet",
-        "order": "seeded",
-    }
+def test_the_identity_follows_from_the_content(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a/train.parquet", [*range(5)], [0, 1, 0, 1, 0], NAMES)
+    identity = HuggingFace(tmp_path / "a", size=8).identity()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert HuggingFace(tmp_path / "b", size=8).identity() == identity
+    size = (tmp_path / "b/train.parquet").stat().st_size
+    write_parquet(tmp_path / "b/train.parquet", [*range(5)], [1, 0, 0, 1, 0], NAMES)
+    assert (tmp_path / "b/train.parquet").stat().st_size == size
+    assert HuggingFace(tmp_path / "b", size=8).identity() != identity
+    assert HuggingFace(tmp_path / "a", size=8, image_column="image", label_column=None).identity() != identity
 
 
 def test_a_sorted_data_set_is_mixed(tmp_path: Path) -> None:
