@@ -47,24 +47,27 @@ def main() -> None:
     job_folder.set_home()
     location = resolve(arguments.uri)
     drop = arguments.drop_duplicates
-    source = prepare.as_prepared(arguments.source, location, drop)
-    existing = prepare.find(source, location, drop=drop)
-    print(f"data set    {printable(location.uri)}{' exists already' if existing else ''}")
+    source = arguments.source
+    manifest = prepare.find(location, prepare.options_of(source, drop_duplicates=drop))
+    print(f"data set    {printable(location.uri)}{' exists already' if manifest else ''}")
     skipped = getattr(source, "skipped", "")
     if skipped:
         print(f"skipped     {skipped}")
-    connect = None
-    if _is_parallel(arguments, location):
-        from ddpm.cluster import ray_init  # seconds: Ray
+    if manifest is None:
+        connect = None
+        if _is_parallel(arguments, location):
+            from ddpm.cluster import ray_init  # seconds: Ray
 
-        connect = ray_init.connect
-    manifest = prepare.prepare(
-        source,
-        location,
-        connect=connect,
-        skip_unreadable=arguments.skip_unreadable,
-        drop_duplicates=drop,
-    )
+            connect = ray_init.connect
+        manifest = prepare.prepare(
+            source,
+            location,
+            connect=connect,
+            skip_unreadable=arguments.skip_unreadable,
+            drop_duplicates=drop,
+        )
+    if line := prepare.left_out(location):
+        print(line)
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")

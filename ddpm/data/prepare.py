@@ -2,8 +2,8 @@
 
 On a cluster, Ray tasks write the shards. The same command resumes where it was stopped: finished shards are kept. A
 folder without a manifest is not a data set, so an unfinished one cannot be read. One process at a time prepares a data
-set; others wait. No file is overwritten, except those of an unfinished data set of the same command if its source's
-files have changed.
+set; others wait. No file is overwritten. One hash, `options_of`, says which data set it is: of the source's options and
+the contents of its files, and of how it is written.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from ddpm.data.manifest import (
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
 from ddpm.data.sources.image_folder import ImageFiles
-from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages, earlier
+from ddpm.data.sources.sources import MAX_EXAMINED, Source, UnreadableImages
 from ddpm.runs.lock import DriverLock
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
-from ddpm.utils.progress import Display, printable, shortened
+from ddpm.utils.progress import printable, shortened, track
 from ddpm.utils.retry import as_user_error
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,10 @@ class _Task:
     stop: int
     rows_per_row_group: int
 
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
 
 class _Written(NamedTuple):
     """The result of a task."""
@@ -99,10 +103,10 @@ def prepare(
     skip_unreadable: bool = False,
     drop_duplicates: bool = False,
 ) -> Manifest:
-    """Write the source as a data set at `location`, and show it; resume where an earlier call was stopped.
+    """Write the source as a data set at `location`, unless it is there; resume where an earlier call was stopped.
 
-    If the source's files have changed since, all shards are written again. While another process prepares a data set
-    there, this one waits. If images cannot be read, nothing is left but their list.
+    While another process prepares a data set there, this one waits. If images cannot be read, nothing is left but their
+    list; if they change meanwhile, nothing is left.
 
     Args:
         description: beside the progress.
@@ -116,34 +120,58 @@ def prepare(
         raise UserError(
             f"--drop-duplicates searches at most {MAX_EXAMINED:,} images, and there are {num_images:,}"
         )
-    manifest = find(source, location, rows_per_row_group, drop_duplicates)
-    if manifest is None:
-        if location.is_local:
-            check_outside(source, Path(location.path))
-        tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
-        if connect is not None:
-            connect()
-        results: Iterator[tuple[_Task, _Written]]
-        if connect is None or len(tasks) == 1:
-            results = ((task, _write(source, location, task, skip_unreadable)) for task in tasks)
-        else:
-            results = _write_on_ray(source, location, tasks, skip_unreadable)
-        with DriverLock(location, "data set", "URI", log.warning, waits=True) as lock:
-            # Another process may have made it meanwhile.
-            manifest = find(source, location, rows_per_row_group, drop_duplicates)
-            if manifest is None:
-                options = _begin(source, location, rows_per_row_group, drop_duplicates)
-                with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
-                    written = _collect(results, description, num_images)
-                    lock.check()
-                    _check_unreadable(source, location, written, skip_unreadable)
-                    manifest = _finish(source, location, written, options, drop_duplicates)
-    listed = location.child(UNREADABLE)
-    with as_user_error(f"cannot read {listed.uri}"):
-        count = len(listed.read(MAX_MANIFEST_BYTES).splitlines()) if listed.exists() else 0
-    if count:
-        images = "1 image" if count == 1 else f"{count:,} images"
-        print(f"left out    {images} that cannot be read, listed in {listed.uri}", flush=True)
+    options = options_of(source, rows_per_row_group, drop_duplicates)
+    manifest = find(location, options)
+    if manifest is not None:
+        return manifest
+    if location.is_local:
+        check_outside(source, Path(location.path))
+    tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
+    if connect is not None:
+        connect()
+    with DriverLock(location, "data set", "URI", log.warning, waits=True) as lock:
+        # Another process may have made it meanwhile.
+        manifest = find(location, options)
+        if manifest is not None:
+            return manifest
+        _begin(source, location, options)
+        with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
+            results: Iterator[tuple[_Task, _Written]]
+            if connect is None or len(tasks) == 1:
+                results = ((task, _write(source, location, task, skip_unreadable)) for task in tasks)
+            else:
+                results = _write_on_ray(source, location, tasks, skip_unreadable)
+            written = dict(track(description, num_images, results, lambda result: result[0].num_rows))
+            lock.check()
+            try:
+                is_unchanged = options_of(source, rows_per_row_group, drop_duplicates) == options
+            except UserError:  # a file is gone
+                is_unchanged = False
+            if not is_unchanged:
+                _remove(source, location)
+                raise UserError("images changed while they were read; run the same command again")
+            _check_unreadable(source, location, written, skip_unreadable)
+            return _finish(source, location, written, options, drop_duplicates)
+
+
+def options_of(source: Source, rows_per_row_group: int | None = None, drop_duplicates: bool = False) -> str:
+    """Hash of everything that decides the bytes of the data set, as the source's files are now."""
+    threshold = duplicates.THRESHOLD if drop_duplicates else None
+    options = [FORMAT, source.identity(), source.splits, rows_per_row_group, threshold]
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def find(location: Location, options: str) -> Manifest | None:
+    """The data set at `location`, if it is there already; UserError if it is one of other `options_of`."""
+    with as_user_error(f"cannot look for a data set at {location.uri}"):
+        if not location.child(MANIFEST).exists():
+            return None
+    manifest = read_manifest(location)
+    if manifest.options != options:
+        raise UserError(
+            f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
+            "choose another folder, or remove that one first"
+        )
     return manifest
 
 
@@ -156,35 +184,21 @@ def check_outside(source: Source, written: Path) -> None:
         )
 
 
-def find(source: Source, location: Location, rows: int | None = None, drop: bool = False) -> Manifest | None:
-    """The data set that `prepare` would make, if it is there already."""
-    with as_user_error(f"cannot look for a data set at {location.uri}"):
-        if not location.child(MANIFEST).exists():
-            return None
-    manifest = read_manifest(location)
-    if manifest.options != options_of(source, rows, drop):
-        raise UserError(
-            f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
-            "choose another folder, or remove that one first"
-        )
-    return manifest
-
-
-def as_prepared(source: Source, location: Location, drop: bool = False) -> Source:
-    """`source` with an earlier version's split, if the data set at `location` was made with it; else `source`."""
-    before = earlier(source)
-    if before is not None:
-        with as_user_error(f"cannot look for a data set at {location.uri}"):
-            is_there = location.child(MANIFEST).exists()
-        if is_there and read_manifest(location).options == options_of(before, drop=drop):
-            return before
-    return source
-
-
 def is_large(source: Source) -> bool:
     """Whether preparing `source` is worth the seconds that a cluster takes to start."""
     limit = LARGE_RAW if source.encoding == "raw" else LARGE_ENCODED
     return sum(source.splits.values()) > limit
+
+
+def left_out(location: Location) -> str | None:
+    """A line for the user on the images of a data set that could not be read; None: all could."""
+    listed = location.child(UNREADABLE)
+    with as_user_error(f"cannot read {listed.uri}"):
+        if not listed.exists():
+            return None
+        count = len(listed.read(MAX_MANIFEST_BYTES).splitlines())
+    images = "1 image" if count == 1 else f"{count:,} images"
+    return f"left out    {images} that cannot be read, listed in {listed.uri}"
 
 
 def write_preview(location: Location, manifest: Manifest) -> Location:
@@ -200,63 +214,28 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     return preview
 
 
-def options_of(source: Source, rows: int | None = None, drop: bool = False) -> str:
-    """Hash of everything that decides the bytes of the data set."""
-    # None stands for an option of earlier versions, whose data sets are found by the same hash.
-    asked: list[object] = [FORMAT, source.identity(), source.splits, None, rows]
-    if drop:
-        asked.append(duplicates.THRESHOLD)
-    return _hash(asked)
-
-
-def _hash_of_command(source: Source, rows: int | None, drop: bool) -> str:
-    """Hash of the options of a command, without the current files of its source."""
-    given = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
-    asked: list[object] = [FORMAT, given, None, rows]
-    if drop:
-        asked.append(True)
-    return _hash(asked)
-
-
-def _hash(values: list[object]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _begin(source: Source, location: Location, rows_per_row_group: int | None, drop_duplicates: bool) -> str:
-    """Record what is being prepared: hashes of the options and of the command, one per line; return the first.
-
-    Afterwards every shard at `location` is of this call, or of an earlier one with the same note. If an earlier call of
-    the same command found other files, its shards are removed.
-    """
-    options = options_of(source, rows_per_row_group, drop_duplicates)
-    note = f"{options}\n{_hash_of_command(source, rows_per_row_group, drop_duplicates)}\n"
+def _begin(source: Source, location: Location, options: str) -> None:
+    """Note what is being prepared, so that each shard at `location` is of these options; refuse shards of others."""
     with as_user_error(f"cannot write to {location.uri}"):
-        file = location.child(NOTES).child(OPTIONS)
-        shards = _shards_at(source, location)
-        earlier = file.read().decode(errors="replace") if file.exists() else None
-        if earlier is None and shards:
-            raise UserError(
-                f"{shards[0].uri} is there already, without a manifest; choose another folder, or remove it first"
-            )
-        if earlier is not None and earlier.splitlines()[1:] != note.splitlines()[1:]:
-            raise UserError(
-                f"{location.uri} holds an unfinished data set of another source or with other options; choose "
-                "another folder, or remove that one first"
-            )
-        if earlier not in (None, note):
-            log.warning(
-                "%s: the source's files have changed since preparation began; it starts over", location.uri
-            )
-            for shard in shards:
-                shard.unlink()
-        if earlier != note:
-            file.write(note.encode())
-        for name in (duplicates.LISTED, duplicates.PICTURE, PREVIEW):
-            location.child(name).unlink()  # of a data set that was removed
+        note = location.child(NOTES).child(OPTIONS)
+        if note.exists():
+            if note.read().decode(errors="replace") != options:
+                raise UserError(
+                    f"{location.uri} holds an unfinished data set of another source, with other options or of files "
+                    "that have changed; choose another folder, or remove that one first"
+                )
+        else:
+            shards = _shards_at(source, location)
+            if shards:
+                raise UserError(
+                    f"{shards[0].uri} is there already, without a manifest; choose another folder, or remove it first"
+                )
+            note.write(options.encode())
+        for name in (UNREADABLE, duplicates.LISTED, duplicates.PICTURE, PREVIEW):
+            location.child(name).unlink()  # of an earlier call, or of a data set that was removed
         location.sweep()
         for name in (NOTES, *source.splits):
             location.child(name).sweep()
-    return options
 
 
 def _shards_at(source: Source, location: Location) -> list[Location]:
@@ -270,6 +249,15 @@ def _shards_at(source: Source, location: Location) -> list[Location]:
     ]
 
 
+def _remove(source: Source, location: Location) -> None:
+    """Remove an unfinished data set."""
+    for shard in _shards_at(source, location):
+        shard.unlink()
+    for split in source.splits:
+        location.child(split).delete_if_empty()
+    location.child(NOTES).delete()
+
+
 def _check_unreadable(source: Source, location: Location, written: dict[_Task, _Written], skip: bool) -> None:
     """List the images that cannot be read; unless they may be skipped, remove all else, and raise UserError."""
     unreadable = dict.fromkeys(source.splits, 0)
@@ -278,10 +266,9 @@ def _check_unreadable(source: Source, location: Location, written: dict[_Task, _
         unreadable[task.split] += len(result.reasons)
         lines += [printable(reason) for reason in result.reasons]
     lines.sort()
-    listed = location.child(UNREADABLE)
     if not lines:
-        listed.unlink()  # it is of an earlier call
         return
+    listed = location.child(UNREADABLE)
     listed.write("".join(f"{line}\n" for line in lines).encode(), durable=True)
     count = len(lines)
     total = sum(source.splits.values())
@@ -289,11 +276,7 @@ def _check_unreadable(source: Source, location: Location, written: dict[_Task, _
     may_skip = count <= MAX_UNREADABLE_SHARE * total and splits_are_left
     if skip and may_skip:
         return
-    for shard in _shards_at(source, location):
-        shard.unlink()
-    for split in source.splits:
-        location.child(split).delete_if_empty()
-    location.child(NOTES).delete()
+    _remove(source, location)
     if may_skip:
         advice = f"repair or remove them, or leave them out with {SKIP}"
     else:
@@ -344,20 +327,6 @@ def _tasks(source: Source, location: Location, rows_per_row_group: int) -> list[
     return tasks
 
 
-def _collect(
-    results: Iterator[tuple[_Task, _Written]], description: str, num_images: int
-) -> dict[_Task, _Written]:
-    """Wait for all results, and show how many images are done."""
-    written = {}
-    done = 0
-    with Display(description, num_images) as display:
-        for task, result in results:
-            written[task] = result
-            done += task.stop - task.start
-            display.update(done)
-    return written
-
-
 def _finish(
     source: Source, location: Location, written: dict[_Task, _Written], options: str, drop: bool
 ) -> Manifest:
@@ -403,7 +372,7 @@ def _write_on_ray(
 
 def _write(source: Source, location: Location, task: _Task, skip: bool) -> _Written:
     """Write a shard, unless it is kept, or has images that cannot be read and must not be skipped."""
-    shard = kept_shard(location, task.path, task.stop - task.start)
+    shard = kept_shard(location, task.path, task.num_rows)
     if shard is not None:
         return _Written(shard, ())
     images, labels, reasons = _read(source, task.split, task.start, task.stop)

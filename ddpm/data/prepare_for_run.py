@@ -17,7 +17,7 @@ from ddpm.data.manifest import Manifest
 from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
-from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source, earlier
+from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
@@ -65,10 +65,14 @@ def prepared(
         name, source = _folder(config)
     else:
         name, source = _named(config, command)
-    source, location = _placed(config, name, source)
-    if items is not None:  # the user's code may not expect to run in a thread
-        connect = None
-    _prepare(config, name, source, location, connect)
+    # With a digest in its name, the data set of other options or other images is another folder.
+    options = prepare.options_of(source)
+    folder = f"{name}-{options[:8]}".replace(":", "-")
+    location = storage.resolve(config.run.storage).child(RESERVED).child(folder)
+    if prepare.find(location, options) is None:
+        _prepare(config, name, source, location, connect)
+    if line := prepare.left_out(location):
+        print(line, flush=True)
     data = replace(config.data, shards=location.uri)
     if items is not None or config.data.images is not None:
         data = replace(data, images=None, source=None)  # the shards are not of the preset's source
@@ -78,8 +82,7 @@ def prepared(
 def _prepare(
     config: Config, name: str, source: Source, location: Location, connect: Callable[[], None] | None
 ) -> None:
-    """Prepare `source` at `location`, unless it is there, and report what a folder of images holds."""
-    is_new = prepare.find(source, location) is None
+    """Prepare `source` at `location`, and report what a folder of images holds."""
     write = partial(
         prepare.prepare,
         source,
@@ -87,19 +90,18 @@ def _prepare(
         description=f"preparing {name}",
         skip_unreadable=config.data.skip_unreadable,
     )
-    if not is_new or connect is None:
+    if connect is None:
         manifest = write()
-    elif prepare.is_large(source) and "RAY_ADDRESS" not in os.environ:  # other nodes may not see the folder
+    elif prepare.is_large(source) and not isinstance(source, Items) and "RAY_ADDRESS" not in os.environ:
+        # On this machine alone: other nodes may not see the folder, and items stay in this process.
         manifest = write(connect=connect)
     else:
         preparing = _in_background(write)
         connect()
         manifest = preparing.result()
-    if not is_new or not isinstance(source, Folder):
-        return
-    if connect is None:
+    if isinstance(source, Folder) and connect is None:
         _report_duplicates(source, location, manifest)
-    else:  # while workers start
+    elif isinstance(source, Folder):  # while workers start
         arguments = (source, location, manifest, False)
         threading.Thread(target=_report_duplicates, args=arguments, name=REPORTING).start()
 
@@ -127,22 +129,6 @@ def _report_duplicates(
             print(line, flush=True)
     except UserError as error:
         log.warning("%s", error)
-
-
-def _placed(config: Config, name: str, source: Source) -> tuple[Source, Location]:
-    """`source` and the folder of its data set; if that of an earlier version's split is there, that one."""
-    before = earlier(source)
-    if before is not None:
-        location = _location(config, name, before)
-        if prepare.find(before, location) is not None:
-            return before, location
-    return source, _location(config, name, source)
-
-
-def _location(config: Config, name: str, source: Source) -> Location:
-    """The folder of the data set; its name has a digest, so those of other options or other images are kept."""
-    folder = f"{name}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    return storage.resolve(config.run.storage).child(RESERVED).child(folder)
 
 
 def _named(config: Config, command: str) -> tuple[str, Source]:

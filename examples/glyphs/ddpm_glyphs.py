@@ -57,7 +57,7 @@ class Glyphs(Square):
         return {split: len(rows) for split, rows in self._rows.items()}
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self) | {"colored": False}  # as in earlier versions, whose data sets are found
+        return asdict(self)
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
         rows = self._rows[split][start:stop]

@@ -1,6 +1,8 @@
 """Preparing a data set: its content, resuming after a kill, and that nothing is overwritten."""
 
+import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,21 +190,67 @@ class FolderKilledMidway(Folder):
         return super().read(split, start, stop)
 
 
-def test_after_the_images_have_changed_the_same_command_starts_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shards_of_other_options_or_changed_images_are_not_mixed(tmp_path: Path) -> None:
     write_images(tmp_path / "in", 12)
     location = at(tmp_path / "out")
     with pytest.raises(Killed):
         make(FolderKilledMidway(tmp_path / "in", size=16, channels=1), location, **FEW)
+    before = files_of(tmp_path / "out")
     with pytest.raises(UserError, match=f"{tmp_path}/out holds an unfinished data set"):
-        make(Folder(tmp_path / "in", size=8, channels=1), location, **FEW)  # another command
-    (tmp_path / "in/0.png").unlink()
+        make(Folder(tmp_path / "in", size=8, channels=1), location, **FEW)
+    images = (tmp_path / "in/0.png").read_bytes(), (tmp_path / "in/1.png").read_bytes()
+    (tmp_path / "in/0.png").write_bytes(images[1])
+    with pytest.raises(UserError, match=f"{tmp_path}/out holds an unfinished data set"):
+        make(Folder(tmp_path / "in", size=16, channels=1), location, **FEW)
+    assert files_of(tmp_path / "out") == before
+    (tmp_path / "in/0.png").write_bytes(images[0])
     again = Folder(tmp_path / "in", size=16, channels=1)
-    manifest = make(again, location, **FEW)
-    assert "the source's files have changed since preparation began; it starts over" in caplog.text
-    assert manifest == make(again, at(tmp_path / "new"), **FEW)
+    assert make(again, location, **FEW) == make(again, at(tmp_path / "new"), **FEW)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "new")
+
+
+@dataclass(frozen=True)
+class FolderThatChanges(Folder):
+    """A folder; while "test" is read, an image changes."""
+
+    change: Callable[[Path], object] = Path.touch
+
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        return {key: value for key, value in identity.items() if key != "change"}
+
+    def read(self, split: str, start: int, stop: int) -> Any:
+        if split == "test":
+            self.change(self.path / "0.png")
+        return super().read(split, start, stop)
+
+
+def flip_last_byte(image: Path) -> None:
+    data = bytearray(image.read_bytes())
+    data[-1] ^= 1
+    image.write_bytes(data)
+
+
+def remove_all(image: Path) -> None:
+    """Those of "test" cannot be read, but the message must not say that they are damaged."""
+    for path in image.parent.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("change", [flip_last_byte, Path.unlink, remove_all])
+def test_images_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    write_images(tmp_path / "in", 12)
+    shutil.copytree(tmp_path / "in", tmp_path / "kept")
+    source = FolderThatChanges(tmp_path / "in", size=16, channels=1, change=change)
+    assert any("0.png" in source.name_of("train", row) for row in range(8))  # it was read when it changes
+    with pytest.raises(UserError, match="changed while they were read"):
+        make(source, at(tmp_path / "out"), **FEW)
+    assert not files_of(tmp_path / "out")
+    shutil.copytree(tmp_path / "kept", tmp_path / "in", dirs_exist_ok=True)
+    quiet = FolderThatChanges(tmp_path / "in", size=16, channels=1)  # another time is no change
+    assert make(quiet, at(tmp_path / "out"), **FEW) == make(quiet, at(tmp_path / "new"), **FEW)
 
 
 def break_images(folder: Path, *numbers: int) -> list[str]:
@@ -287,7 +335,7 @@ def test_a_process_that_lost_the_lock_stops(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "driver.json").write_text("{}")  # again, since the lock may be rewritten just after
         return not any(thread.name == "ddpm-driver-lock" for thread in threading.enumerate())
 
-    monkeypatch.setattr("ddpm.data.prepare.Display.update", lambda *_: wait_for(is_taken_over))
+    monkeypatch.setattr("ddpm.utils.progress.Display.update", lambda *_: wait_for(is_taken_over))
     with pytest.raises(UserError, match="taken over"):
         make(Digits(), at(tmp_path))
     assert not (tmp_path / MANIFEST).exists()

@@ -1,5 +1,6 @@
 """A run without --data.shards: its source, or a folder of images, is prepared once, beside the runs."""
 
+import os
 import re
 import shutil
 import threading
@@ -16,11 +17,9 @@ from support import damaged
 from ddpm.config import presets
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.data import prepare, prepare_for_run, ray_stream
+from ddpm.data import prepare_for_run, ray_stream
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.row_group import CorruptData
-from ddpm.data.sources import sources
-from ddpm.data.sources.image_folder import Folder
 from ddpm.runs import storage as locations
 from ddpm.runs.checkpoint import check_same_run
 from ddpm.utils.errors import UserError
@@ -84,21 +83,21 @@ def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path
     first = str(prepare_for_run.prepared(config).data.shards)
     before = {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")}
     assert prepare_for_run.prepared(config).data.shards == first
-    shutil.copytree(tmp_path / pets, tmp_path / "moved" / pets)
+    # Also where files have other times, as after an unzip or a checkout.
+    shutil.copytree(tmp_path / pets, tmp_path / "moved" / pets, copy_function=shutil.copyfile)
     assert prepare_for_run.prepared(config_of(tmp_path, tmp_path / "moved" / pets)).data.shards == first
     assert {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")} == before
     larger = override(config, {"model.image_size": 16})
     write_images(tmp_path / pets, 1, seed=1)
-    assert (
-        len(
-            {
-                first,
-                prepare_for_run.prepared(config).data.shards,
-                prepare_for_run.prepared(larger).data.shards,
-            }
-        )
-        == 3
-    )
+    more = prepare_for_run.prepared(config).data.shards
+    image = tmp_path / pets / "cat/0-0.png"
+    times = image.stat()
+    edited = bytearray(image.read_bytes())
+    edited[-1] ^= 1
+    image.write_bytes(edited)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other = prepare_for_run.prepared(config).data.shards
+    assert len({first, more, other, prepare_for_run.prepared(larger).data.shards}) == 4
 
 
 def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,33 +112,6 @@ def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFix
     prepare_for_run.prepared(config_of(tmp_path, tmp_path / "pets"))
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert words == ["images", "labels", "held"]
-
-
-def test_a_folder_that_was_prepared_with_the_earlier_split_keeps_it(tmp_path: Path) -> None:
-    write_images(tmp_path / "pets", 75)
-    before = sources.earlier(Folder(tmp_path / "pets", 8, 1))
-    assert before is not None
-    config = config_of(tmp_path, tmp_path / "pets")
-    digest = prepare.options_of(before)[:8]
-    old = locations.resolve(f"{tmp_path}/runs/data/pets-{digest}")
-    manifest = prepare.prepare(before, old)
-    found = prepare_for_run.prepared(config)
-    assert found.data.shards == old.uri
-    assert manifest.splits["test"].num_rows == 8
-    shutil.rmtree(tmp_path / "runs")
-    data_set = ray_stream.open_configured(prepare_for_run.prepared(config))
-    assert {name: split.num_rows for name, split in data_set.manifest.splits.items()} == {
-        "train": 130,
-        "test": 20,
-    }
-    # Another command may have prepared it at a place of the user's choice.
-    chosen = locations.resolve(f"{tmp_path}/chosen")
-    prepare.prepare(before, chosen)
-    source = prepare.as_prepared(Folder(tmp_path / "pets", 8, 1), chosen)
-    assert source.splits == before.splits
-    assert prepare.find(source, chosen) == prepare.find(before, chosen)
-    elsewhere = locations.resolve(f"{tmp_path}/elsewhere")
-    assert prepare.as_prepared(Folder(tmp_path / "pets", 8, 1), elsewhere).splits["test"] == 20
 
 
 def test_ray_starts_while_images_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

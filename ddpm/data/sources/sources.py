@@ -11,9 +11,9 @@ Axes: N images, H W, C channels.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from annotated_types import Interval
@@ -32,7 +32,6 @@ MAX_EXAMINED = 500_000
 """More images are not searched for duplicates: it takes minutes."""
 DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
-S = TypeVar("S")
 
 
 class Source(Protocol):
@@ -164,26 +163,7 @@ def num_held_out(n: int) -> int:
     5 % of many; of fewer than 2,000 a tenth, at least 20 and at most 100; never more than a fifth.
     """
     of_few = max(LEAST_HELD_OUT, min(round(n * HELD_OUT_SHARE_OF_FEW), MOST_OF_FEW))
-    return max(1, min(of_few, n // 5), _num_held_out_before(n))
-
-
-def _num_held_out_before(n: int) -> int:
-    return max(1, round(n * HELD_OUT_SHARE))
-
-
-def earlier(source: S) -> S | None:
-    """`source` with the split of earlier versions, which held out 5 % of few images, too; None: it is the same split.
-
-    A data set that was prepared with that split keeps it, so that the runs on it can be resumed.
-    """
-    given: Any = source
-    if getattr(given, "held_out_images", 0) is not None:
-        return None
-    n = sum(given.splits.values())
-    if num_held_out(n) == _num_held_out_before(n):
-        return None
-    before = replace(given, held_out_images=_num_held_out_before(n))
-    return None if before.splits == given.splits else before
+    return max(1, min(of_few, n // 5), round(n * HELD_OUT_SHARE))
 
 
 def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:

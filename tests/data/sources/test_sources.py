@@ -19,13 +19,11 @@ from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data import prepare_for_run
 from ddpm.data.sources import torchvision
-from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import (
     Digits,
     MissingFiles,
     Source,
     divide,
-    earlier,
     held_out,
     num_held_out,
 )
@@ -106,19 +104,6 @@ def test_of_few_images_more_are_held_out() -> None:
     every = [num_held_out(n) for n in range(2, 5000)]
     assert every == sorted(every)
     assert len(held_out(300, seed=0)["test"]) == 30
-
-
-def test_the_split_of_earlier_versions() -> None:
-    """It is that of num_test: 5 % of the images, which are held out now, too."""
-    grey = np.arange(300, dtype=np.uint8).repeat(16).reshape(300, 4, 4)
-    now = Items(list(grey), 4, 1)
-    before = earlier(now)
-    assert before is not None
-    assert (now.splits, before.splits) == ({"train": 270, "test": 30}, {"train": 285, "test": 15})
-    assert (before.read("test", 0, 15)[0] == now.read("test", 0, 15)[0]).all()
-    assert earlier(before) is None and earlier(Digits()) is None
-    assert earlier(Items({"train": list(grey), "test": list(grey)}, 4, 1)) is None
-    assert earlier(Items(list(np.zeros((2000, 4, 4), np.uint8)), 4, 1)) is None
 
 
 def test_the_splits_of_a_source_are_kept() -> None:
