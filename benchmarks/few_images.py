@@ -18,7 +18,7 @@ from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each
 from PIL import Image
 
-from ddpm.data.sources import catalog
+from ddpm.data import prepare_for_run
 from ddpm.data.sources import folder_preset as folder_preset
 
 
@@ -43,7 +43,7 @@ def write(name: str, count: int, held_out: int, folder: Path) -> Path:
         drawn = [emoji[i] for i in np.random.default_rng(0).permutation(len(emoji))[: count + held_out]]
         parts = {"train": drawn[:count], "test": drawn[count:]}
     else:
-        source = catalog.named(name)
+        source = prepare_for_run.source_named(name)
         counts = {"train": count, "test": min(held_out, source.splits["test"])}
         pixels = {split: source.read(split, 0, n)[0] for split, n in counts.items()}
         parts = {split: [Image.fromarray(np.squeeze(each, 2)) for each in pixels[split]] for split in counts}

@@ -143,7 +143,7 @@ class Judge:
     """Two distances of drawn images to the held-out images of a folder, at the nets' size."""
 
     def __init__(self, folder: Path, size: int, channels: int, num_images: int) -> None:
-        from ddpm.data.sources.image_folder import fitted
+        from ddpm.data.sources.conversion import fitted
 
         real = [fitted(Image.open(file), size, channels) for file in sorted((folder / "test").iterdir())]
         pixels = torch.from_numpy(

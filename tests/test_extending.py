@@ -12,7 +12,7 @@ from support import processes
 
 from ddpm.config import kinds
 from ddpm.config.json import from_json
-from ddpm.data.sources import catalog
+from ddpm.data import prepare_for_run
 from ddpm.utils.errors import UserError
 
 DOC = (processes.REPO / "docs/design/extending.md").read_text()
@@ -161,7 +161,7 @@ def test_a_config_imports_only_registered_plugins(
             from_json(json.dumps({group: {field: name}}))
     source = name if isinstance(name, str) else None
     with pytest.raises(UserError, match="no images are given" if source is None else "data.source is "):
-        catalog.named(source)
+        prepare_for_run.source_named(source)
     assert "trap" not in sys.modules
 
 

@@ -28,8 +28,9 @@ from ddpm.config.tree import Config
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
+from ddpm.data.sources.conversion import ImageFile, store
 from ddpm.data.sources.huggingface import HuggingFace
-from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.results import Report

@@ -1,5 +1,6 @@
 """The data of a run without data.shards: its source, a folder of images, or items, prepared once beside the runs."""
 
+import inspect
 import logging
 import os
 import re
@@ -9,12 +10,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
+from ddpm.config import kinds
 from ddpm.config.tree import Config
 from ddpm.data import duplicates, prepare
 from ddpm.data.manifest import Manifest
-from ddpm.data.sources import catalog
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source
@@ -23,8 +24,6 @@ from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,14 @@ def prepared(
         if config.data.images is not None:
             raise UserError("--data.images and --data.shards are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
+    channels = config.model.channels
+    if (config.data.images is not None or items is not None) and channels not in (1, 3):
+        raise UserError(f"images have 1 channel (grey) or 3 (colour), but model.channels is {channels}")
     name: str
     source: Source
     if items is not None:
         name = "items"
-        source = Items(items, config.model.image_size, config.model.channels)
+        source = Items(items, config.model.image_size, channels)
     elif config.data.images is not None:
         name, source = _folder(config)
     else:
@@ -106,9 +108,9 @@ def _prepare(
         threading.Thread(target=_report_duplicates, args=arguments, name=REPORTING).start()
 
 
-def _in_background(function: Callable[[], T]) -> Future[T]:
+def _in_background(function: Callable[[], Manifest]) -> Future[Manifest]:
     """Call `function` in a thread that the process does not wait for when it exits, such as after Ctrl-C."""
-    future = Future[T]()
+    future = Future[Manifest]()
 
     def call() -> None:
         try:
@@ -131,11 +133,29 @@ def _report_duplicates(
         log.warning("%s", error)
 
 
+def source_named(name: str | None) -> Source:
+    """The source for data.source: NAME with default options, or torchvision:DATASET."""
+    if name is None:
+        raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
+    key, _, dataset = name.partition(":")
+    options = {"dataset": dataset} if dataset else {}
+    kind = kinds.find("data.source", key).load()
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError:
+        raise UserError(
+            f"data.source is {name!r}, and {key} needs other options; make a data set with `ddpm prepare "
+            f"{key} URI`, and give it as --data.shards URI"
+        ) from None
+    source: Source = kind(**options)
+    return source
+
+
 def _named(config: Config, command: str) -> tuple[str, Source]:
     """Name and source for data.source."""
     name = config.data.source
     try:
-        return str(name), catalog.named(name)
+        return str(name), source_named(name)
     except MissingFiles as error:
         kind, _, dataset = str(name).partition(":")
         shards = f"shards/{dataset or kind}"
@@ -152,10 +172,6 @@ def _folder(config: Config) -> tuple[str, Source]:
     if not folder.is_dir():
         raise UserError(
             f"--data.images {config.data.images} is not a folder on this machine; name a folder of images"
-        )
-    if channels not in (1, 3):
-        raise UserError(
-            f"--data.images: images have 1 channel (grey) or 3 (colour), but model.channels is {channels}"
         )
     source = Folder(folder, size, cast(Literal[1, 3], channels))
     if config.run.tracking == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:

@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from ddpm.data.row_group import Labels
-from ddpm.data.sources.image_folder import PARTS, ImageFile, ImageFiles, list_files
-from ddpm.data.sources.sources import divide
+from ddpm.data.sources.conversion import ImageFile
+from ddpm.data.sources.image_folder import ImageFiles, list_files
+from ddpm.data.sources.sources import by_part
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
@@ -125,10 +126,8 @@ class HuggingFace(ImageFiles):
             raise UserError(f"cannot read {self.path}: {error_line(error)}; {EXPECTED}") from None
         if not isinstance(loaded, dict):
             loaded = {"train": loaded}
-        data = {PARTS.get(split, split): self._checked(part) for split, part in loaded.items()}
-        if "train" not in data:
-            raise UserError(f"{self.path} has images of {' and '.join(data)} only; train is missing")
-        return data
+        parts = by_part(loaded.items(), str(self.path))
+        return {part: self._checked(data) for part, data in parts.items()}
 
     def _check_name(self) -> None:
         """Raise UserError if the path cannot be a name on the hub, or the hub is not reached and was not before.
@@ -180,7 +179,6 @@ class HuggingFace(ImageFiles):
         has_labels = all(self.label_column in data.column_names for data in self._data.values())
         return self.label_column if has_labels else None
 
-    @cached_property
-    def _rows(self) -> dict[str, tuple[str, Labels]]:
-        sizes = {part: len(data) for part, data in self._data.items()}
-        return divide(sizes, self.seed, self.held_out_images)
+    @property
+    def _part_sizes(self) -> dict[str, int]:
+        return {part: len(data) for part, data in self._data.items()}

@@ -1,49 +1,30 @@
-"""A folder of image files as a source, and the conversion of images of any size to stored ones.
-
-A data set has one size and mode. An image that has them already keeps its bytes; any other is resized, cropped to the
-centre square, and stored without loss.
+"""A folder of image files as a source, and what it shares with other sources of image files.
 
 Axes: N images, H W, C channels.
 """
 
 import contextlib
-import io
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from ddpm.config.tree import PositiveInt, UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels, open_image
+from ddpm.data.sources.conversion import FORMATS, ImageFile, read_file, store
 from ddpm.data.sources.file_digests import digest_of_files
-from ddpm.data.sources.sources import DataSeed, Square, UnreadableImages, divide
-from ddpm.utils import files
+from ddpm.data.sources.sources import PARTS, DataSeed, InParts, Square, by_part
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-"""Formats that Pillow may try, whatever a file's name: some others start programs (EPS: Ghostscript)."""
-PARTS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
-"""The part that a folder or a file belongs to, by its name."""
-MAX_FILE_BYTES = 1 << 30
 NAMES_SHOWN = 3
 """Number of files that a message names."""
-EXIF_ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "I;16")
 
 
@@ -51,22 +32,12 @@ class Listing(NamedTuple):
     """The entries of a folder, and of all below it, except folders."""
 
     files: list[Path]
-    """Those with the wanted suffixes."""
+    """Those with the wanted suffixes, sorted."""
     others: list[Path]
 
 
-class ImageFile(NamedTuple):
-    """An image file of a source."""
-
-    content: bytes | Exception
-    """An exception: why it cannot be read."""
-    where: str
-    """Its name in messages."""
-    label: int | None
-
-
 @dataclass(frozen=True)
-class ImageFiles(Square, ABC):
+class ImageFiles(Square, InParts, ABC):
     """A source of image files of any size, in parts such as "train" and "test"."""
 
     path: Path
@@ -84,14 +55,10 @@ class ImageFiles(Square, ABC):
     """Number of held-out images if there is no such split. None: 5 %, or of fewer than 2,000 images a tenth, at least
     20."""
 
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(rows) for split, (_, rows) in self._rows.items()}
-
     def identity(self) -> dict[str, Any]:
-        found = asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}
-        del found["held_out_images"]  # the sizes of the splits tell it
-        return found
+        identity = asdict(self) | {"files": digest_of_files(self._top, self._all_files)}
+        del identity["path"], identity["held_out_images"]  # the sizes of the splits tell the second
+        return identity
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         part, rows = self._rows[split]
@@ -106,11 +73,6 @@ class ImageFiles(Square, ABC):
     @abstractmethod
     def _all_files(self) -> list[Path]:
         """The files that hold the images."""
-
-    @property
-    @abstractmethod
-    def _rows(self) -> dict[str, tuple[str, Labels]]:
-        """The part of each split, and its rows in it."""
 
     @abstractmethod
     def _image_files(self, part: str, rows: Labels) -> Iterator[ImageFile]:
@@ -164,7 +126,11 @@ class Folder(ImageFiles):
     @property
     def skipped(self) -> str:
         """Number and first names of the files that are not read, "5 other files, such as a, b.txt, c"; empty: none."""
-        names = sorted(path.relative_to(self.path).as_posix() for path in self._skipped)
+        skipped = [path for listing in self._listings.values() for path in listing.others]
+        folders = self._folders.values()
+        if self.path not in folders:  # what is beside the folders of the parts
+            skipped += [path for path in self.path.iterdir() if path not in folders]
+        names = sorted(path.relative_to(self.path).as_posix() for path in skipped)
         if not names:
             return ""
         counted = "1 other file" if len(names) == 1 else f"{len(names):,} other files"
@@ -204,16 +170,13 @@ class Folder(ImageFiles):
         except OSError as error:
             raise _unreadable(self.path, error) from None
         named = sorted(folder for folder in subfolders if folder.name.lower() in PARTS)
-        parts = {PARTS[folder.name.lower()]: folder for folder in named}
+        parts = {PARTS[folder.name.lower()] for folder in named}
         if "train" not in parts or len(parts) == 1:
             return {"train": self.path}
         for folder in subfolders:
             if folder not in named and list_files(folder, SUFFIXES).files:
                 return {"train": self.path}
-        if len(parts) < len(named):
-            names = ", ".join(folder.name for folder in named)
-            raise UserError(f"{self.path} has several folders of one split, of {names}; keep one of each")
-        return parts
+        return by_part([(folder.name, folder) for folder in named], str(self.path))
 
     @cached_property
     def _listings(self) -> dict[str, Listing]:
@@ -224,23 +187,12 @@ class Folder(ImageFiles):
         return [file for of_part in self._files.values() for file in of_part]
 
     @property
-    def _skipped(self) -> list[Path]:
-        """Files that are not read."""
-        skipped = [path for listing in self._listings.values() for path in listing.others]
-        folders = self._folders.values()
-        if self.path not in folders:
-            skipped += [path for path in self.path.iterdir() if path not in folders]
-        return skipped
-
-    @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        """The files of each part, sorted."""
-        return {part: sorted(listing.files) for part, listing in self._listings.items()}
+        return {part: listing.files for part, listing in self._listings.items()}
 
-    @cached_property
-    def _rows(self) -> dict[str, tuple[str, Labels]]:
-        sizes = {part: len(files) for part, files in self._files.items()}
-        return divide(sizes, self.seed, self.held_out_images)
+    @property
+    def _part_sizes(self) -> dict[str, int]:
+        return {part: len(files) for part, files in self._files.items()}
 
 
 def list_files(top: Path, suffixes: Collection[str]) -> Listing:
@@ -265,92 +217,9 @@ def list_files(top: Path, suffixes: Collection[str]) -> Listing:
                 listing.files.append(path)
             else:
                 listing.others.append(path)
+    listing.files.sort()
     return listing
 
 
 def _unreadable(folder: Path | str, error: OSError) -> UserError:
     return UserError(f"cannot read {folder}: {error.strerror}; make it readable, or remove it")
-
-
-def store(
-    image_files: Iterable[ImageFile], size: int, channels: int, encoding: Encoding
-) -> tuple[Pixels | list[bytes], Labels | None]:
-    """Convert images to the form that a data set stores.
-
-    Returns:
-        encoded: each image's own bytes if they fit, else a PNG. raw: uint8 [N, size, size, channels]. And the labels,
-        int64 [N]; None: there are none.
-    """
-    stored = []
-    labels = list[int | None]()
-    reasons = list[str]()
-    for content, where, label in image_files:
-        try:
-            stored.append(_stored(content, size, channels, encoding))
-            labels.append(label)
-        except Exception as error:  # Pillow raises a dozen types for damaged files
-            reason = getattr(error, "strerror", None) or error
-            reasons.append(f"{where}: {' '.join(str(reason).split())}")
-    images = stored if encoding == "encoded" else np.reshape(stored, (-1, size, size, channels))
-    known = None if None in labels else np.array(labels, np.int64)
-    if reasons:
-        raise UnreadableImages(reasons, images, known)
-    return images, known
-
-
-def read_file(path: Path, label: int | None = None) -> ImageFile:
-    try:
-        return ImageFile(files.read_whole(path, MAX_FILE_BYTES), str(path), label)
-    except (OSError, UserError) as error:
-        return ImageFile(error, str(path), label)
-
-
-def _stored(content: bytes | Exception, size: int, channels: int, encoding: Encoding) -> Any:
-    """One image as `store` returns it."""
-    if isinstance(content, Exception):
-        raise content
-    with open_image(io.BytesIO(content), FORMATS) as image:
-        image.load()
-        fits = (
-            image.format in ("PNG", "JPEG", "WEBP")
-            and image.size == (size, size)
-            and image.mode == ("L" if channels == 1 else "RGB")
-            and _orientation(image) == 1
-            and not image.has_transparency_data
-        )
-        if fits and encoding == "encoded":
-            return content
-        converted = fitted(image, size, channels)
-    if encoding == "raw":
-        return np.asarray(converted, np.uint8)
-    file = io.BytesIO()
-    converted.save(file, "PNG")
-    return file.getvalue()
-
-
-def fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """The image upright, in grey or RGB, resized and cropped to the centre square of `size`."""
-    if _orientation(image) is not None:
-        image = ImageOps.exif_transpose(image)
-    converted = _converted(image, "L" if channels == 1 else "RGB")
-    return ImageOps.fit(converted, (size, size), Image.Resampling.LANCZOS)
-
-
-def _orientation(image: Image.Image) -> int | None:
-    """The orientation in an image's EXIF, 1 if there is none; None: the EXIF is damaged; the pixels may be sound."""
-    try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow raises several types
-        return None
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to `mode`, transparency to white, and 16-bit grey to 8 bits (Pillow would clip it)."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit ({image.mode}); store it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.sources.image_folder import PARTS, fitted
-from ddpm.data.sources.sources import Loaded, divide
+from ddpm.data.sources.conversion import fitted
+from ddpm.data.sources.sources import PARTS, InParts, by_part
 from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Items(Loaded):
+class Items(InParts):
     """Images in Python, resized and cropped to squares; without a split "test", some are held out."""
 
     data: Any
@@ -32,45 +32,52 @@ class Items(Loaded):
     channels: int = 3
     held_out_images: int | None = None
     """Number of held-out images; None: as of a folder."""
+    seed: int = field(default=0, init=False)
     name: str = field(default="items", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
 
-    @property
+    @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The numbers of the classes; none if no item has a label."""
-        largest = max(max(labels) for _, labels in self._images.values())
+        largest = max(labels.max() for _, labels in self._parts.values())
         return tuple(str(label) for label in range(largest + 1))
 
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for images, labels in self._images.values():
+        for part, (images, labels) in sorted(self._parts.items()):
+            digest.update(part.encode())
             digest.update(images.tobytes())
             digest.update(labels.tobytes())
         return {"name": self.name, "height": self.height, "sha256": digest.hexdigest()}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels | None]:
-        images, labels = self._images[split]
-        return images[start:stop], labels[start:stop] if self.class_names else None
+        part, rows = self._rows[split]
+        images, labels = self._parts[part]
+        chosen = rows[start:stop]
+        return images[chosen], labels[chosen] if self.class_names else None
+
+    @property
+    def _part_sizes(self) -> dict[str, int]:
+        return {part: len(labels) for part, (_, labels) in self._parts.items()}
 
     @cached_property
-    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
-        """The images of each split, and their labels; -1: an image has none."""
-        given = self.data if isinstance(self.data, Mapping) else {"train": self.data}
-        parts = {PARTS[name]: self._items(name, data) for name, data in given.items() if name in PARTS}
-        if "train" not in parts or len(parts) < len(given):
-            raise UserError(f"data has the splits {', '.join(map(str, given))}; use train and test")
-        labels = [label for items in parts.values() for _, label in items]
-        if min(labels) < 0 <= max(labels):
+    def _parts(self) -> dict[str, tuple[Pixels, Labels]]:
+        """The images of each part, and their labels; -1: an image has none."""
+        named = self.data.items() if isinstance(self.data, Mapping) else [("train", self.data)]
+        given = by_part(named, "data")
+        if not given.keys() <= set(PARTS.values()):
+            raise UserError(f"data has the splits {', '.join(given)}; use train, validation and test")
+        parts = {}
+        for part, data in given.items():
+            items = self._items(part, data)
+            images = np.stack([image for image, _ in items])
+            parts[part] = (images, np.array([label for _, label in items], np.int64))
+        has_label = np.concatenate([labels >= 0 for _, labels in parts.values()])
+        if has_label.any() and not has_label.all():
             raise UserError(
                 "data: some items have a label, others have none (None, or below 0); label all or none"
             )
-        sizes = {part: len(items) for part, items in parts.items()}
-        splits = {}
-        for split, (part, rows) in divide(sizes, 0, self.held_out_images).items():
-            items = [parts[part][row] for row in rows]
-            images = np.array([image for image, _ in items])
-            splits[split] = (images, np.array([label for _, label in items]))
-        return splits
+        return parts
 
     def _items(self, part: str, data: Any) -> list[tuple[Pixels, int]]:
         size = len(data) if hasattr(data, "__len__") else 0

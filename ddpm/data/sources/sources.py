@@ -10,10 +10,10 @@ Axes: N images, H W, C channels.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from annotated_types import Interval
@@ -30,8 +30,17 @@ LEAST_HELD_OUT = 20
 """Images that an evaluation needs; 100 images have so many held out."""
 MAX_EXAMINED = 500_000
 """More images are not searched for duplicates: it takes minutes."""
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
+"""The part that a folder or a file belongs to, by its name."""
 DataSeed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -62,7 +71,10 @@ class Source(Protocol):
         """Images in each split."""
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the images, as JSON."""
+        """Everything that determines the images, as JSON: options, and digests of files as they are at this call.
+
+        After reading it must be as before, else what was read is not kept.
+        """
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N].
@@ -100,6 +112,27 @@ class Square(Source, Protocol):
     @property
     def height(self) -> int:
         return self.size
+
+
+class InParts(Source, Protocol):
+    """A source whose images are in parts, such as "train" and "test", of which `divide` makes the splits."""
+
+    seed: int
+    held_out_images: int | None
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(rows) for split, (_, rows) in self._rows.items()}
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, Labels]]:
+        """The part of each split, and its rows in it."""
+        return divide(self._part_sizes, self.seed, self.held_out_images)
+
+    @property
+    @abstractmethod
+    def _part_sizes(self) -> dict[str, int]:
+        """Images in each part."""
 
 
 class Loaded(Source, Protocol):
@@ -147,6 +180,21 @@ class Digits(Loaded):
         labels = digits.target.astype(np.int64)
         splits = held_out(len(labels), self.seed, self.held_out_images)
         return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
+
+
+def by_part(named: Iterable[tuple[object, T]], where: str) -> dict[str, T]:
+    """The parts of a source by the names that `divide` knows: "val" and "valid" become "validation"."""
+    parts: dict[str, T] = {}
+    names = []
+    for key, part in named:
+        name = str(key)
+        names.append(name)
+        parts[PARTS.get(name.lower(), name)] = part
+    if len(parts) < len(names):
+        raise UserError(f"{where} has one split by several names, among {', '.join(names)}; keep one of each")
+    if "train" not in parts:
+        raise UserError(f"{where} has the splits {', '.join(names)}; train is missing")
+    return parts
 
 
 def pad(images: Pixels, size: int) -> Pixels:

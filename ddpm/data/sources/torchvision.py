@@ -27,8 +27,8 @@ import numpy as np
 from ddpm.config.tree import UpTo4096
 from ddpm.data.manifest import Encoding
 from ddpm.data.row_group import Labels, Pixels
+from ddpm.data.sources.conversion import read_file, store
 from ddpm.data.sources.file_digests import digest_of_files
-from ddpm.data.sources.image_folder import read_file, store
 from ddpm.data.sources.sources import Loaded, MissingFiles, Square
 from ddpm.utils import files
 from ddpm.utils.errors import UserError

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from ddpm.data.row_group import decode
-from ddpm.data.sources.image_folder import Folder, ImageFile, store
+from ddpm.data.sources.conversion import ImageFile, store
+from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.sources import UnreadableImages
 from ddpm.utils.errors import UserError
 

@@ -50,8 +50,16 @@ def test_images_are_fitted_and_may_have_no_labels() -> None:
 
 
 def test_mistakes_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"model\.channels is 2"):
+        prepare_for_run.prepared(override(DIGITS, {"model.channels": 2}), items=FORMS["tuples"])
     with pytest.raises(UserError, match=r"^data has the splits all"):
         Items({"all": [GREY[0]]}, 8, 1).identity()
+    with pytest.raises(
+        UserError, match=r"^data has one split by several names, among train, val, validation"
+    ):
+        Items({name: [GREY[0]] for name in ("train", "val", "validation")}, 8, 1).identity()
+    with pytest.raises(UserError, match=r"^data has the splits train, tests"):
+        Items({"train": [GREY[0]], "tests": [GREY[0]]}, 8, 1).identity()
     for nothing in (iter([]), {"train": [GREY[0]], "test": []}):
         with pytest.raises(UserError, match=r"^data: \w+ is \w+"):
             Items(nothing, 8, 1).identity()
