@@ -50,7 +50,12 @@ TOKEN = Path("~/.ray/auth_token")
 """Ray's file with the token of a cluster: whoever reads it can run programs there."""
 
 REACH_TIMEOUT_S = 10.0
-"""Time-out for a connection to RAY_ADDRESS; Ray itself tries for minutes."""
+"""Time-out for an answer from a running cluster; Ray itself tries for minutes, or for ever."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2 sends first, and an empty SETTINGS frame."""
+
+NOT_NAMED = ("", "local")
+"""Values of RAY_ADDRESS that name no running cluster."""
 
 VITAL = ("gcs_server", "raylet")
 """Processes that a cluster started here cannot work without."""
@@ -72,23 +77,22 @@ def connect(verbose: bool = False) -> None:
     openmp.bound_spinning()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
-    is_named = address is not None or API_SERVER in os.environ
+    address = _running_cluster()
+    is_named = os.environ.get("RAY_ADDRESS", "") not in NOT_NAMED or API_SERVER in os.environ
     if not is_named:
         os.environ[API_SERVER] = NO_API_SERVER
     level = logging.INFO if verbose else logging.ERROR
     try:
-        _reach(address or "")
-        with _hangups_ignored():
-            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+        with _hangups_ignored(), _noticed_if_slow(address):
+            ray.init(
+                # Without an address Ray would join the cluster of `ray start`, dead or alive.
+                address=address or "local",
+                log_to_driver=verbose,
+                logging_level=level,
+                include_dashboard=False,
+            )
     except Exception as error:  # Ray raises various types: RuntimeError, ConnectionError, plain Exception
-        if address:
-            where = f"the Ray cluster at RAY_ADDRESS={address}"
-            raise NoCluster(f"{where} cannot be joined: {error_line(error)}") from error
-        raise NoCluster(
-            f"Ray did not start on this machine: {error_line(error)}; if the machine is busy or short of "
-            "memory, try again later"
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:  # the cluster's processes have inherited it
         if not is_named:
             del os.environ[API_SERVER]
@@ -139,11 +143,86 @@ def _exit_with(processes: list[psutil.Process]) -> None:
         os._exit(NoCluster.exit_code)
 
 
+def _running_cluster() -> str | None:
+    """The address of the cluster to join, which answers; None: there is none, and one is to be started here."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named == "local":
+        return None
+    address = named
+    if named in ("", "auto"):
+        address = _address_of_ray_start() or named
+    try:
+        _reach(address)
+    except ConnectionRefusedError as error:
+        if named:
+            raise _no_cluster(address, error) from error
+        print(
+            f"cluster     none is left at {address}, where `ray start` put one: Ray starts on this machine "
+            "(`ray stop` makes it forget that address)",
+            flush=True,
+        )
+        return None
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+    return address or None
+
+
+def _no_cluster(address: str | None, error: Exception) -> NoCluster:
+    """The error line for a cluster that cannot be joined at `address`; None: for one that did not start here."""
+    reason = error_line(error)
+    if address is None:
+        return NoCluster(
+            f"Ray did not start on this machine: {reason}; if the machine is busy or short of memory, try again later"
+        )
+    if address == os.environ.get("RAY_ADDRESS"):
+        return NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}")
+    return NoCluster(
+        f"the Ray cluster at {address}, where `ray start` put one, cannot be joined: {reason}; "
+        "`ray stop --force` ends it, and the same command then starts its own"
+    )
+
+
+def _address_of_ray_start() -> str | None:
+    """The address of the cluster that `ray start` started or joined last on this machine, which ray.init would join.
+
+    Ray keeps it in /tmp/ray/ray_current_cluster, as ray.init's documentation says, or in that of RAY_TMPDIR or TMPDIR.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def _reach(address: str) -> None:
-    """Raise OSError if nothing accepts connections at a host:port; other forms of an address are left to Ray."""
+    """Raise OSError if nothing answers at a host:port; other forms of an address are left to Ray.
+
+    The kernel accepts connections for a process that hangs. A server of gRPC, as Ray's are, begins with the first frame
+    of HTTP/2 (RFC 9113, 3.4), and a server of anything else answers to it; which one answers is left to Ray.
+    """
     where = urlsplit(address if "://" in address else f"//{address}")
-    if where.hostname and where.port:
-        socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S).close()
+    if not where.hostname or not where.port:
+        return
+    with (
+        socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S) as connection,
+        suppress(ConnectionResetError, BrokenPipeError),
+    ):
+        connection.sendall(HTTP2_PREFACE)
+        connection.recv(1)
+
+
+@contextmanager
+def _noticed_if_slow(address: str | None) -> Iterator[None]:
+    """A context in which a line is printed when joining the cluster at `address` takes long; None: it is started."""
+    what = f"the Ray cluster at {address}, which does not answer; `ray stop --force` on its machine ends it"
+    notice = threading.Timer(REACH_TIMEOUT_S, print, (f"waiting     for {what}",), {"flush": True})
+    notice.daemon = True
+    if address:
+        notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 def resources() -> dict[str, float]:

@@ -3,13 +3,15 @@
 import os
 import socket
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from support.processes import REPO, Background
+from support.processes import REPO, Background, paused, program, run_job
 
 from ddpm.cluster import ray_init
 from ddpm.utils import openmp
@@ -58,30 +60,79 @@ def test_a_failed_start_of_ray_is_a_one_line_error(
         raise error
 
     listener.listen()
+    answering = threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True)
+    answering.start()
     monkeypatch.setattr(ray, "init", fail)
     assert message in error_of_connect(monkeypatch, address(listener) if is_joined else None)
 
 
-@pytest.mark.parametrize("is_dropped", [False, True], ids=["refused", "dropped"])
+@pytest.mark.parametrize("fault", ["refused", "dropped", "hung"])
 def test_unreachable_address_is_a_one_line_error(
-    is_dropped: bool,
+    fault: str,
     listener: socket.socket,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ray itself would retry for minutes. Packets to a listener with a full queue are dropped."""
+    """Ray itself would retry for minutes. Packets to a listener with a full queue are dropped; the kernel accepts a
+    connection to a process that hangs."""
     unreachable = address(listener)
-    if is_dropped:  # else the port stays bound, so that no other process listens there, and refuses
-        listener.listen(0)
+    if fault != "refused":  # else the port stays bound, so that no other process listens there, and refuses
+        listener.listen(0 if fault == "dropped" else 1)
     monkeypatch.setattr(ray_init, "REACH_TIMEOUT_S", 0.5)
     with socket.socket() as first, socket.socket() as second:
-        for waiting in (first, second) if is_dropped else ():
+        for waiting in (first, second) if fault == "dropped" else ():
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", listener.getsockname()[1]))
         message_text = error_of_connect(monkeypatch, unreachable)
-    reason = "timed out" if is_dropped else "[Errno 111] Connection refused"
+    reason = "[Errno 111] Connection refused" if fault == "refused" else "timed out"
     assert message_text == f"the Ray cluster at RAY_ADDRESS={unreachable} cannot be joined: {reason}"
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_slow_join_is_reported(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's own time-outs take a minute, as when the cluster's raylet is dead."""
+    lines: list[str] = []
+
+    def fail_slowly(**_: object) -> None:
+        while not lines:
+            lines.extend(capsys.readouterr().out.splitlines())
+        raise ConnectionError("no node")
+
+    listener.listen()
+    threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+    monkeypatch.setattr(ray_init, "REACH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ray, "init", fail_slowly)
+    error_of_connect(monkeypatch, address(listener))
+    assert len(lines) == 1 and address(listener) in lines[0] and "ray stop --force" in lines[0]
+
+
+FEW_IMAGES = """--train.total-images 256 --train.batch-size 32 --train.micro-batch-size 16 --train.held-out-images 16
+    --sample.num-images 4 --sample.num-sample-steps 5 --run.tracking none --workers 1""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_cluster_of_ray_start_that_hangs_or_is_gone(tmp_path: Path) -> None:
+    """Its address stays in Ray's folder for temporary files, and Ray itself would try to join it for ever."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        env = {"RAY_TMPDIR": folder}
+        file = Path(folder, "ray/ray_current_cluster")
+        options = "--include-dashboard false --port 0 --min-worker-port 0 --max-worker-port 0 --num-cpus 1"
+        words = [program("ray"), "start", "--head", "--block", "--disable-usage-stats", *options.split()]
+        with Background(words, log=tmp_path / "head.log", env=env) as head:
+            head.wait_for(lambda: file.exists() and file.read_text())
+            lost = file.read_text()
+            with paused(psutil.Process(head.process.pid).children(recursive=True)):
+                done = run_job("train", "digits", *FEW_IMAGES, cwd=tmp_path, env=env)
+        assert done.returncode == 1
+        (error,) = done.stderr.splitlines()
+        assert error.startswith("error: ") and lost in error and "ray stop --force" in error
+        done = run_job("train", "digits", *FEW_IMAGES, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    (notice,) = [line for line in done.stdout.splitlines() if lost in line]
+    assert notice.startswith("cluster ")
 
 
 MANY_ACTORS = """
