@@ -49,13 +49,14 @@ those of a dead controller (Ray 2.60)."""
 TOKEN = Path("~/.ray/auth_token")
 """Ray's file with the token of a cluster: whoever reads it can run programs there."""
 
-REACH_TIMEOUT_S = 10.0
+REACH_TIMEOUT_S = 8.0
 """Time-out for an answer from a running cluster; Ray itself tries for minutes, or for ever."""
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What a client of HTTP/2 sends first, and an empty SETTINGS frame."""
-
-NOT_NAMED = ("", "local")
-"""Values of RAY_ADDRESS that name no running cluster."""
+HTTP2_SETTINGS = b"\x04"
+"""The type of a frame, its fourth byte of nine."""
+HTTP2_FRAME = bytes(3) + HTTP2_SETTINGS + bytes(5)
+"""An empty SETTINGS frame."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_FRAME
+"""What a client of HTTP/2 sends first."""
 
 VITAL = ("gcs_server", "raylet")
 """Processes that a cluster started here cannot work without."""
@@ -78,12 +79,12 @@ def connect(verbose: bool = False) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = _running_cluster()
-    is_named = os.environ.get("RAY_ADDRESS", "") not in NOT_NAMED or API_SERVER in os.environ
-    if not is_named:
+    is_without_dashboard = address is None and API_SERVER not in os.environ
+    if is_without_dashboard:
         os.environ[API_SERVER] = NO_API_SERVER
     level = logging.INFO if verbose else logging.ERROR
     try:
-        with _hangups_ignored(), _noticed_if_slow(address):
+        with _hangups_ignored():
             ray.init(
                 # Without an address Ray would join the cluster of `ray start`, dead or alive.
                 address=address or "local",
@@ -94,7 +95,7 @@ def connect(verbose: bool = False) -> None:
     except Exception as error:  # Ray raises various types: RuntimeError, ConnectionError, plain Exception
         raise _no_cluster(address, error) from error
     finally:  # the cluster's processes have inherited it
-        if not is_named:
+        if is_without_dashboard:
             del os.environ[API_SERVER]
     with suppress(OSError):  # Ray creates it with the umask's mode, which lets everybody read it (Ray 2.60)
         TOKEN.expanduser().chmod(0o600)
@@ -164,6 +165,11 @@ def _running_cluster() -> str | None:
         return None
     except OSError as error:
         raise _no_cluster(address, error) from error
+    if address and not named:
+        # Ray tries for half a minute to reach another process of the cluster, and keeps the interpreter busy meanwhile.
+        print(
+            f"cluster     joins {address}, where `ray start` put one; `ray stop --force` ends it", flush=True
+        )
     return address or None
 
 
@@ -195,34 +201,21 @@ def _address_of_ray_start() -> str | None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError if nothing answers at a host:port; other forms of an address are left to Ray.
+    """Raise OSError if Ray does not answer at a host:port; other forms of an address are left to Ray.
 
-    The kernel accepts connections for a process that hangs. A server of gRPC, as Ray's are, begins with the first frame
-    of HTTP/2 (RFC 9113, 3.4), and a server of anything else answers to it; which one answers is left to Ray.
+    The kernel accepts connections for a process that hangs, and another program may listen where a cluster was. A
+    server of gRPC, as Ray's are, begins with a SETTINGS frame of HTTP/2 (RFC 9113, 3.4 and 6.5).
     """
     where = urlsplit(address if "://" in address else f"//{address}")
     if not where.hostname or not where.port:
         return
-    with (
-        socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S) as connection,
-        suppress(ConnectionResetError, BrokenPipeError),
-    ):
+    with socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS") == "1":  # it waits for a handshake
+            return
         connection.sendall(HTTP2_PREFACE)
-        connection.recv(1)
-
-
-@contextmanager
-def _noticed_if_slow(address: str | None) -> Iterator[None]:
-    """A context in which a line is printed when joining the cluster at `address` takes long; None: it is started."""
-    what = f"the Ray cluster at {address}, which does not answer; `ray stop --force` on its machine ends it"
-    notice = threading.Timer(REACH_TIMEOUT_S, print, (f"waiting     for {what}",), {"flush": True})
-    notice.daemon = True
-    if address:
-        notice.start()
-    try:
-        yield
-    finally:
-        notice.cancel()
+        frame_type = connection.recv(9)[3:4]
+    if frame_type != HTTP2_SETTINGS:
+        raise ConnectionRefusedError("another program than Ray listens there")
 
 
 def resources() -> dict[str, float]:

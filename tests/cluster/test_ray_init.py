@@ -29,6 +29,18 @@ def address(listener: socket.socket) -> str:
     return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
+def answer(listener: socket.socket, reply: bytes) -> None:
+    """Send `reply` to whoever connects first, from a thread."""
+
+    def serve() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(999)
+            connection.sendall(reply)
+
+    listener.listen()
+    threading.Thread(target=serve, daemon=True).start()
+
+
 def error_of_connect(monkeypatch: pytest.MonkeyPatch, ray_address: str | None) -> str:
     """The error message of `connect` with this RAY_ADDRESS."""
     environment = dict(os.environ) | ({"RAY_ADDRESS": ray_address} if ray_address else {})
@@ -59,16 +71,23 @@ def test_a_failed_start_of_ray_is_a_one_line_error(
     def fail(**_: object) -> None:
         raise error
 
-    listener.listen()
-    answering = threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True)
-    answering.start()
+    answer(listener, ray_init.HTTP2_FRAME)
     monkeypatch.setattr(ray, "init", fail)
     assert message in error_of_connect(monkeypatch, address(listener) if is_joined else None)
 
 
-@pytest.mark.parametrize("fault", ["refused", "dropped", "hung"])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("refused", "[Errno 111] Connection refused"),
+        ("dropped", "timed out"),
+        ("hung", "timed out"),
+        ("other", "another program than Ray listens there"),
+    ],
+)
 def test_unreachable_address_is_a_one_line_error(
     fault: str,
+    reason: str,
     listener: socket.socket,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -76,7 +95,9 @@ def test_unreachable_address_is_a_one_line_error(
     """Ray itself would retry for minutes. Packets to a listener with a full queue are dropped; the kernel accepts a
     connection to a process that hangs."""
     unreachable = address(listener)
-    if fault != "refused":  # else the port stays bound, so that no other process listens there, and refuses
+    if fault == "other":
+        answer(listener, b"-ERR unknown command 'PRI'")
+    elif fault != "refused":  # else the port stays bound, so that no other process listens there, and refuses
         listener.listen(0 if fault == "dropped" else 1)
     monkeypatch.setattr(ray_init, "REACH_TIMEOUT_S", 0.5)
     with socket.socket() as first, socket.socket() as second:
@@ -84,28 +105,41 @@ def test_unreachable_address_is_a_one_line_error(
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", listener.getsockname()[1]))
         message_text = error_of_connect(monkeypatch, unreachable)
-    reason = "[Errno 111] Connection refused" if fault == "refused" else "timed out"
     assert message_text == f"the Ray cluster at RAY_ADDRESS={unreachable} cannot be joined: {reason}"
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_slow_join_is_reported(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("reply", "is_joined"),
+    [(ray_init.HTTP2_FRAME, True), (b"HTTP/1.1 400 Bad Request", False), (None, False)],
+    ids=["ray", "other", "refused"],
+)
+def test_the_cluster_of_ray_start_is_joined_if_ray_answers(
+    reply: bytes | None,
+    is_joined: bool,
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ray's own time-outs take a minute, as when the cluster's raylet is dead."""
-    lines: list[str] = []
+    given: dict[str, object] = {}
 
-    def fail_slowly(**_: object) -> None:
-        while not lines:
-            lines.extend(capsys.readouterr().out.splitlines())
-        raise ConnectionError("no node")
+    def stop(**options: object) -> None:
+        given.update(options)
+        raise RuntimeError("far enough")
 
-    listener.listen()
-    threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
-    monkeypatch.setattr(ray_init, "REACH_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(ray, "init", fail_slowly)
-    error_of_connect(monkeypatch, address(listener))
-    assert len(lines) == 1 and address(listener) in lines[0] and "ray stop --force" in lines[0]
+    if reply is not None:
+        answer(listener, reply)
+    where = address(listener)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(where)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray, "init", stop)
+    error = error_of_connect(monkeypatch, None)
+    assert given["address"] == (where if is_joined else "local")
+    assert (where in error and "ray stop --force" in error) == is_joined
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line.startswith("cluster ") and where in line
 
 
 FEW_IMAGES = """--train.total-images 256 --train.batch-size 32 --train.micro-batch-size 16 --train.held-out-images 16
