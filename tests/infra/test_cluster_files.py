@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import spot
 from packaging.requirements import Requirement
 from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
-from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from support.launched import cluster_file
@@ -76,7 +77,23 @@ def test_declared_resources_match_the_maximum_of_the_file() -> None:
     assert cpus == max_cpus and config["max_workers"] == gpus + kinds["cpu-spot"]["max_workers"]
 
 
-def launched_nodes(demand: list[dict[str, float]], *unavailable: str) -> dict[str, int]:
+@pytest.mark.parametrize(
+    "demand",
+    [
+        [{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}] * 2,
+        [{"CPU": 1}] * 30,
+        [{"CPU": 2, "GPU": 1}, {"CPU": 8}],
+        [{"CPU": 0.01}, {"GPU": 0.5}, {"GPU": 0.5}],
+        [],
+    ],
+)
+def test_machines_are_those_of_rays_own_scorer_while_aws_has_all(demand: list[dict[str, float]]) -> None:
+    assert launched_nodes(demand) == launched_nodes(demand, score=_default_utilization_scorer)
+
+
+def launched_nodes(
+    demand: list[dict[str, float]], *unavailable: str, score: Callable[..., Any] = spot.score
+) -> dict[str, int]:
     """Nodes that the autoscaler starts for `demand` on an empty cluster, after some types were unavailable."""
     config: dict[str, Any] = prepare_config(cluster_file("cluster.yaml"))
     tracker = NodeProviderAvailabilityTracker(timer=lambda: 0.0)
@@ -84,7 +101,7 @@ def launched_nodes(demand: list[dict[str, float]], *unavailable: str) -> dict[st
         unavailability = NodeLaunchException("InsufficientInstanceCapacity", "", None)
         tracker.update_node_availability(kind, 0, unavailability)
     kinds = config["available_node_types"]
-    scorer = partial(spot.score, node_availability_summary=tracker.summary())
+    scorer = partial(score, node_availability_summary=tracker.summary())
     nodes, unfulfilled = get_nodes_for(kinds, {"head": 1}, "head", config["max_workers"], demand, scorer)
     assert unfulfilled == []
     return dict(nodes)
