@@ -1,11 +1,4 @@
-"""Configurations to start from, each with its cost and expected result.
-
-digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
-fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes.
-folder          8x8 to 32x32, grey or colour: your own pictures, `folder PATH`; 0.4 M weights. Nothing to tune.
-cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.
-celeba64        64x64 colour: the same net, one resolution deeper. For GPUs.
-"""
+"""Configurations to start from."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -103,8 +96,18 @@ PRESETS = {
     "celeba64": CELEBA64,
 }
 
-ABOUT = dict(line.split(maxsplit=1) for line in (__doc__ or "").splitlines()[2:] if line)
-"""A line about each preset."""
+ABOUT = {
+    "digits": (
+        "8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits."
+    ),
+    "fashion-mnist": (
+        "32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes."
+    ),
+    "folder": "8x8 to 32x32, grey or colour: your own pictures, `folder PATH`; 0.4 M weights. Nothing to tune.",
+    "cifar10": "32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.",
+    "celeba64": "64x64 colour: the same net, one resolution deeper. For GPUs.",
+}
+"""A line about each preset: its data, its cost, its result."""
 
 RETIRED = {"glyphs": "the source is an example now: examples/glyphs/README.md has the command"}
 """Presets of earlier versions, and what to use instead."""

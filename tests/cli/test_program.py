@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from support.processes import REPO, run
 
 from ddpm.cli.program import COMMANDS, RETIRED, main
+from ddpm.config import presets
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
@@ -42,6 +44,17 @@ def test_help_names_the_program_and_no_script(
             importlib.import_module(f"ddpm.cli.{name}").main()
     text = capsys.readouterr().out
     assert f"usage: ddpm {name}" in text and not re.findall(r"\S*(?:jobs|tune)/\S*", text)
+
+
+def test_the_presets_are_listed_without_docstrings() -> None:
+    """`python -OO` removes them."""
+    done = run([sys.executable, "-OO", REPO / "jobs/train.py", "--help"], cwd=REPO)
+    assert done.returncode == 0 and all(f"{name} " in done.stdout for name in presets.PRESETS)
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert f"# Changelog\n\n## {version} " in (REPO / "CHANGELOG.md").read_text()
 
 
 def install(folder: Path) -> Path:
