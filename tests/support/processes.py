@@ -25,10 +25,14 @@ REPO = Path(__file__).resolve().parents[2]
 def spawn(
     words: Iterable[object], *, cwd: Path = REPO, env: Mapping[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[Any]:
-    """Start a command in a session of its own; `env` is added to the environment."""
+    """Start a command in a session of its own; `env` is added to the environment.
+
+    It handles signals as if typed in a terminal: programs in the background of a shell ignore SIGINT, and those of
+    `nohup` SIGHUP, and what they start inherits that.
+    """
     options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | options
     environment = os.environ | dict(env or {})
-    command = [str(word) for word in words]
+    command = ["env", "--default-signal=INT,TERM,HUP", *map(str, words)]
     return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **options)
 
 
