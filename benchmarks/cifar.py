@@ -172,7 +172,6 @@ class Judge:
     def __init__(self, arguments: Arguments, data: DataSet) -> None:
         race = arguments.race
         cache = Cache(data.location.child(inputs.CACHE))
-        self.data = data
         self.reason = ""
         try:
             self.net = nets.build(race.features, data, cache, arguments.inception_weights)
@@ -193,8 +192,6 @@ class Judge:
         worker = partial(
             EvalWorker,
             candidates=[candidate.sampled_with(sample)],
-            train=self.data,
-            held_out=self.data,
             feature_net=self.net,
             settings=settings,
             held_out_label=None,

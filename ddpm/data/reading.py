@@ -27,6 +27,8 @@ PART_BYTES = 8 << 20
 """Bytes of decoded images sent to each rank at once: large enough that sending costs little."""
 HELD_OUT = "test"
 """The split held out from training."""
+FIXED_WINDOW_ROWS = 8192
+"""Images of a window of the fixed order, whatever the run's."""
 
 
 @dataclass(frozen=True)
@@ -95,51 +97,17 @@ class DataSet:
         row_groups = tuple(size for shard in self.rows.shards for size in shard.row_groups)
         return Plan(row_groups, seed, window_rows)
 
+    def fixed_order(self) -> "PlanReader":
+        """A reader of the images in the order in which they are measured, the same for all runs."""
+        return PlanReader(self, self.plan(0, FIXED_WINDOW_ROWS))
+
     def read(self, plan: Plan, start: int, stop: int) -> LabelledImages:
         """The images at positions [start, stop) of the plan, in order."""
-        images = self.empty(stop - start)
-        begin = 0
-        for part in self.parts(plan, start, stop, max(1, stop - start)):
-            end = begin + len(part.label)
-            images.image[begin:end] = part.image
-            images.label[begin:end] = part.label
-            begin = end
-        return images
+        return PlanReader(self, plan).read(start, stop)
 
     def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
-        """The images of `read`, in parts of at most `most` images (None: of PART_BYTES).
-
-        Each part lies in one window. The row groups of a window are read once and kept until the next window.
-        """
-        most = most or self.part_images()
-        for window in plan.windows(start, stop):
-            low = max(start - window.start, 0)
-            high = min(stop - window.start, len(window.rows))
-            indices = np.unique(window.row_groups[low:high]).tolist()
-            with ThreadPoolExecutor(READERS, thread_name_prefix="ddpm-read") as pool:
-                groups = dict(zip(indices, pool.map(self._row_group, indices), strict=True))
-            for begin in range(low, high, most):
-                yield self._part(window, begin, min(begin + most, high), groups)
-
-    def _part(self, window: Window, low: int, high: int, groups: dict[int, RowGroup]) -> LabelledImages:
-        """The images [low, high) of the window."""
-        images = self.empty(high - low)
-        row_groups = window.row_groups[low:high]
-        rows = window.rows[low:high]
-        for index in np.unique(row_groups).tolist():
-            offsets = np.flatnonzero(row_groups == index)
-            image, label = groups[index].rows(rows[offsets], self.scale)
-            images.image[offsets] = image
-            if label is not None:
-                images.label[offsets] = label
-        return images
-
-    def _row_group(self, index: int) -> RowGroup:
-        return retry_io(
-            lambda: open_row_group(self.location, self.manifest, self.split, index),
-            where=self.location.uri,
-            timeout_s=self.timeout_s,
-        )
+        """The images of `read`, in parts, as `PlanReader.parts`."""
+        return PlanReader(self, plan).parts(start, stop, most)
 
     def part_images(self, world_size: int = 1) -> int:
         """Images of a part that `world_size` ranks share."""
@@ -148,6 +116,71 @@ class DataSet:
     def empty(self, n: int) -> LabelledImages:
         """`n` images to be filled in."""
         return LabelledImages(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
+
+
+class PlanReader:
+    """The images of a data set in the order of a plan, one call at a time.
+
+    The row groups of the window that was read last stay open, so that reading on in it opens none of them again.
+    """
+
+    def __init__(self, data_set: DataSet, plan: Plan) -> None:
+        self._data_set = data_set
+        self._plan = plan
+        self._window_start = 0
+        self._row_groups: dict[int, RowGroup] = {}
+
+    def read(self, start: int, stop: int) -> LabelledImages:
+        """The images at positions [start, stop), in order."""
+        images = self._data_set.empty(stop - start)
+        begin = 0
+        for part in self.parts(start, stop, max(1, stop - start)):
+            end = begin + len(part.label)
+            images.image[begin:end] = part.image
+            images.label[begin:end] = part.label
+            begin = end
+        return images
+
+    def parts(self, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
+        """The images of `read`, in parts of at most `most` images (None: of PART_BYTES), each in one window."""
+        most = most or self._data_set.part_images()
+        for window in self._plan.windows(start, stop):
+            low = max(start - window.start, 0)
+            high = min(stop - window.start, len(window.rows))
+            self._open(window, low, high)
+            for begin in range(low, high, most):
+                yield self._part(window, begin, min(begin + most, high))
+
+    def _open(self, window: Window, low: int, high: int) -> None:
+        """Open the row groups of the images [low, high) of the window, and close those of another window."""
+        if window.start != self._window_start:
+            self._row_groups.clear()
+            self._window_start = window.start
+        indices = set(window.row_groups[low:high].tolist())
+        closed = sorted(indices - self._row_groups.keys())
+        with ThreadPoolExecutor(READERS, thread_name_prefix="ddpm-read") as pool:
+            self._row_groups.update(zip(closed, pool.map(self._row_group, closed), strict=True))
+
+    def _row_group(self, index: int) -> RowGroup:
+        of = self._data_set
+        return retry_io(
+            lambda: open_row_group(of.location, of.manifest, of.split, index),
+            where=of.location.uri,
+            timeout_s=of.timeout_s,
+        )
+
+    def _part(self, window: Window, low: int, high: int) -> LabelledImages:
+        """The images [low, high) of the window, whose row groups are open."""
+        images = self._data_set.empty(high - low)
+        row_groups = window.row_groups[low:high]
+        rows = window.rows[low:high]
+        for index in np.unique(row_groups).tolist():
+            offsets = np.flatnonzero(row_groups == index)
+            image, label = self._row_groups[index].rows(rows[offsets], self._data_set.scale)
+            images.image[offsets] = image
+            if label is not None:
+                images.label[offsets] = label
+        return images
 
 
 def cut(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.data.reading import DataSet
+from ddpm.data.reading import DataSet, PlanReader
 from ddpm.evaluation.features import Cache, digest_of, normalised
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -87,13 +87,13 @@ def build_net(channels: int, num_classes: int) -> nn.Sequential:
 def _train(net: nn.Sequential, train: DataSet, train_images: int) -> dict[str, Tensor]:
     """Adam with a one-cycle learning rate, in the order of the plan."""
     net.train()
-    plan = train.plan(SEED, CHUNK_IMAGES)
+    reader = PlanReader(train, train.plan(SEED, CHUNK_IMAGES))
     steps = -(-train_images // BATCH_SIZE)
     optimizer = torch.optim.Adam(net.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1)
     with Display("training a classifier", train_images) as display:
         for start in range(0, steps * BATCH_SIZE, CHUNK_IMAGES):
-            chunk = train.read(plan, start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE))
+            chunk = reader.read(start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE))
             batches = (torch.from_numpy(array).split(BATCH_SIZE) for array in (chunk.image, chunk.label))
             for image, label in zip(*batches, strict=True):
                 loss = F.cross_entropy(net(images.to_model(image)), label)

@@ -6,8 +6,8 @@ but the cache of features (inputs.py); save_results.py writes the results.
 Axes: N generated images, M held-out images.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ddpm.config import kinds
 from ddpm.config.tree import SampleConfig
-from ddpm.data.reading import DataSet
+from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.evaluation import bits_per_dim, memorisation
 from ddpm.evaluation.bits_per_dim import PIECE_IMAGES, NetErrors, bound_score
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE, score_features
@@ -39,15 +39,24 @@ from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track
 from ddpm.utils.seeding import GENERATOR
 
+P = TypeVar("P", bound="Piece")
 T = TypeVar("T")
 
 
-class Piece(NamedTuple):
-    """Images start..stop-1 of a candidate, sampled or held-out ones."""
+@dataclass(frozen=True)
+class Piece:
+    """Images start..stop-1 of a candidate."""
 
     candidate: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class HeldOutPiece(Piece):
+    """Held-out images whose bound is measured."""
+
+    images: LabelledImages = field(repr=False)
 
 
 class Sampled(NamedTuple):
@@ -60,12 +69,10 @@ class Sampled(NamedTuple):
 
 @dataclass
 class EvalWorker:
-    """The state of a worker: all candidates, and the data they are compared with."""
+    """The state of a worker: all candidates, and how they are measured. It reads no data set."""
 
     device: torch.device
     candidates: Sequence[Candidate]
-    train: DataSet
-    held_out: DataSet
     feature_net: FeatureNet
     settings: Settings
     held_out_label: NDArray[np.int64] | None
@@ -74,12 +81,11 @@ class EvalWorker:
         for candidate in self.candidates:
             candidate.net.to(self.device)
 
-    def measure_errors(self, piece: Piece) -> NetErrors:
+    def measure_errors(self, piece: Piece, train: LabelledImages) -> NetErrors:
         """Errors of the candidate of a piece, on training images that do not depend on the piece."""
-        train = images_of(self.train, 0, bits_per_dim.MEASURED_IMAGES)
         return bits_per_dim.measure_errors(self.candidates[piece.candidate], train)
 
-    def bound_terms(self, piece: Piece, errors: Mapping[int, NetErrors]) -> NDArray[np.float64]:
+    def bound_terms(self, piece: HeldOutPiece, errors: Mapping[int, NetErrors]) -> NDArray[np.float64]:
         """The bound of the held-out images of a piece.
 
         Args:
@@ -88,7 +94,7 @@ class EvalWorker:
         return bits_per_dim.bound_terms(
             self.candidates[piece.candidate],
             errors[piece.candidate],
-            images_of(self.held_out, piece.start, piece.stop),
+            piece.images,
             start=piece.start,
             num_draws=self.settings.num_draws,
             seed=self.settings.seed,
@@ -129,22 +135,18 @@ def evaluate(
     bounded = [
         i for i in everyone if bounds and kinds.objective(candidates[i].config.objective.process).has_bound
     ]
-    num_held_out = min(settings.num_images, reference.held_out.rows.num_rows)
     make_worker = partial(
         EvalWorker,
         candidates=sampled_with,
-        train=reference.train,
-        held_out=reference.held_out,
         feature_net=reference.feature_net,
         settings=settings,
         held_out_label=reference.label,
     )
     with WorkerPool(make_worker, num_workers) as pool:
-        measured = _results(pool, EvalWorker.measure_errors, bounded, 1, "measuring the nets")
-        errors = {i: parts[0] for i, parts in measured.items()}
-        bound_terms = partial(EvalWorker.bound_terms, errors=errors)
-        terms = _results(pool, bound_terms, bounded, num_held_out, "bits/dim")
-        drawn = _results(pool, EvalWorker.draw, everyone, settings.num_images, "images sampled")
+        terms = _bound_terms(pool, bounded, reference, settings.num_images) if bounded else {}
+        pieces = [Piece(i, start, stop) for i in everyone for start, stop in _ranges(settings.num_images)]
+        total = settings.num_images * len(candidates)
+        drawn = _results(pool, EvalWorker.draw, pieces, total, "images sampled")
     sampled = [_joined(drawn[i]) for i in everyone]
     memorised = _memorised(reference, sampled)
     results = []
@@ -155,24 +157,48 @@ def evaluate(
     return Report(_settings(reference, settings), tuple(results))
 
 
+def _bound_terms(
+    pool: WorkerPool[EvalWorker], candidates: Sequence[int], reference: Reference, num_images: int
+) -> dict[int, list[NDArray[np.float64]]]:
+    """Each candidate's bound of the held-out images, `num_images` at most, in parts."""
+    train = images_of(reference.train, 0, bits_per_dim.MEASURED_IMAGES)
+    measure_errors = partial(EvalWorker.measure_errors, train=train)
+    nets = [Piece(i, 0, 1) for i in candidates]
+    measured = _results(pool, measure_errors, nets, len(nets), "measuring the nets")
+    errors = {i: parts[0] for i, parts in measured.items()}
+    num_images = min(num_images, reference.held_out.rows.num_rows)
+    pieces = _held_out_pieces(reference.held_out, candidates, num_images)
+    bound_terms = partial(EvalWorker.bound_terms, errors=errors)
+    return _results(pool, bound_terms, pieces, num_images * len(candidates), "bits/dim")
+
+
+def _held_out_pieces(held_out: DataSet, candidates: Sequence[int], num_images: int) -> Iterator[HeldOutPiece]:
+    """The pieces of all candidates, in the order of the images: these are read once."""
+    reader = held_out.fixed_order()
+    for start, stop in _ranges(num_images):
+        images = reader.read(start, stop)
+        for i in candidates:
+            yield HeldOutPiece(i, start, stop, images)
+
+
+def _ranges(num_images: int) -> list[tuple[int, int]]:
+    starts = range(0, num_images, PIECE_IMAGES)
+    return [(start, min(start + PIECE_IMAGES, num_images)) for start in starts]
+
+
 def _results(
     pool: WorkerPool[EvalWorker],
-    work: Callable[[EvalWorker, Piece], T],
-    candidates: Sequence[int],
+    work: Callable[[EvalWorker, P], T],
+    pieces: Iterable[P],
     num_images: int,
     what: str,
 ) -> dict[int, list[T]]:
-    """The results of each candidate's pieces in order, with a display of how many images are done."""
-    pieces = {i: _pieces(i, num_images) for i in candidates}
-    every = [piece for of_candidate in pieces.values() for piece in of_candidate]
-    total = num_images * len(candidates)
-    done = dict(track(what, total, pool.map(work, every), lambda each: each[0].stop - each[0].start))
-    return {i: [done[piece] for piece in of_candidate] for i, of_candidate in pieces.items()}
-
-
-def _pieces(candidate: int, num_images: int) -> list[Piece]:
-    starts = range(0, num_images, PIECE_IMAGES)
-    return [Piece(candidate, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
+    """The results of each candidate's pieces in order, with a display of how many of all images are done."""
+    found: dict[int, dict[int, T]] = {}
+    done = pool.map(work, pieces)
+    for piece, result in track(what, num_images, done, lambda each: each[0].stop - each[0].start):
+        found.setdefault(piece.candidate, {})[piece.start] = result
+    return {i: [parts[start] for start in sorted(parts)] for i, parts in found.items()}
 
 
 def _joined(parts: Sequence[Sampled]) -> Sampled:

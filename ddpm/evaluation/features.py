@@ -30,8 +30,6 @@ CHECKSUM = "sha256"
 """Name of the tensor in a cache file that holds the digest of the others."""
 MAX_CACHE_BYTES = 1 << 32
 CHUNK_IMAGES = 4096
-WINDOW_ROWS = 8192
-"""Window size of the fixed order of images, independent of a run's window size."""
 
 Features = NDArray[np.float32]
 """[N, F], one row per image."""
@@ -95,19 +93,18 @@ class Cache:
 
 
 def images_of(data_set: DataSet, start: int, stop: int) -> LabelledImages:
-    """The images at these positions of the fixed order of `real_features`; fewer at the end of the split."""
-    stop = min(stop, data_set.rows.num_rows)
-    return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop)
+    """The images at these positions of the fixed order; fewer at the end of the split."""
+    return data_set.fixed_order().read(start, min(stop, data_set.rows.num_rows))
 
 
 def real_features(
     data_set: DataSet, net: FeatureNet, cache: Cache, num_images: int, device: torch.device
 ) -> Features:
-    """The features of the first `num_images` of the split, or of all if it has fewer, in a fixed order."""
+    """The features of the first `num_images` of the split, or of all if it has fewer, in the fixed order."""
     num_images = min(num_images, data_set.rows.num_rows)
 
     def compute() -> dict[str, Tensor]:
-        parts = data_set.parts(data_set.plan(0, WINDOW_ROWS), 0, num_images, CHUNK_IMAGES)
+        parts = data_set.fixed_order().parts(0, num_images, CHUNK_IMAGES)
         tracked = track("features of real images", num_images, parts, lambda part: len(part.image))
         features = [features_of(net, torch.from_numpy(part.image).to(device)) for part in tracked]
         return {"values": torch.from_numpy(np.concatenate(features))}
@@ -118,7 +115,7 @@ def real_features(
 
 def real_labels(data_set: DataSet, num_images: int) -> NDArray[np.int64]:
     """The classes of the images of `real_features`."""
-    parts = data_set.parts(data_set.plan(0, WINDOW_ROWS), 0, num_images, CHUNK_IMAGES)
+    parts = data_set.fixed_order().parts(0, num_images, CHUNK_IMAGES)
     return np.concatenate([part.label for part in parts])
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
-from ddpm.evaluation.features import WINDOW_ROWS, Features, images_of
+from ddpm.evaluation.features import Features, images_of
 from ddpm.evaluation.inputs import Reference
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.results import NearerShare
@@ -74,13 +74,14 @@ def search(
         queries = [values[:MAX_PAIRWISE] for values in (reference.real, *features)]
         spaces[reference.feature_net.name] = nearest(queries, blocks)
     held_out = images_of(reference.held_out, 0, min(len(reference.real), MAX_PAIRWISE)).image
-    parts = reference.train.parts(reference.train.plan(0, WINDOW_ROWS), 0, reference.num_train, BLOCK_IMAGES)
+    train = reference.train.fixed_order()
+    parts = train.parts(0, reference.num_train, BLOCK_IMAGES)
     tracked = track("training images searched", reference.num_train, parts, lambda part: len(part.image))
     spaces["pixels"] = nearest([held_out, *generated], (part.image for part in tracked))
     first = next(iter(spaces))
 
     def train_at(position: int) -> Pixels:
-        return images_of(reference.train, position, position + 1).image[0]
+        return train.read(position, position + 1).image[0]
 
     found = []
     for i, image in enumerate(generated, start=1):

@@ -148,8 +148,9 @@ class Evaluator:
         """This worker's batches of the first images of a split, each with the index of its first image."""
         n = min(self.num_images, data_set.rows.num_rows)
         starts: Sequence[int] = range(0, n, size)
+        reader = data_set.fixed_order()
         for start in starts[mine]:
-            yield start, images_of(data_set, start, min(start + size, n))
+            yield start, reader.read(start, min(start + size, n))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class WorkerPool(Generic[Held]):
 
         Args:
             work: a method of the held object, or an importable function; threads may run it concurrently.
-            pieces: small; consumed as needed.
+            pieces: consumed as needed.
 
         Raises:
             UserError: what `make` or `work` raised.

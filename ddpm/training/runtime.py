@@ -72,12 +72,11 @@ class Runtime:
         return self._train.manifest.class_names
 
     def held_out(self) -> LabelledImages | None:
-        """The first config.train.held_out_images held-out images, the same for every seed; None: there are none."""
+        """The first config.train.held_out_images held-out images, the same for every run; None: there are none."""
         if self._held_out is None or self._config.train.held_out_images == 0:
             return None
-        plan = self._held_out.plan(seed=0, window_rows=self._config.data.window_rows)
-        stop = min(self._config.train.held_out_images, plan.num_images)
-        return self._held_out.read(plan, 0, stop)
+        stop = min(self._config.train.held_out_images, self._held_out.rows.num_rows)
+        return self._held_out.fixed_order().read(0, stop)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the workers, elementwise."""

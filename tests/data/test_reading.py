@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from PIL import Image
 from support import damaged
 from support.damaged import NUM_IMAGES, PLAN
 
+from ddpm.data import reading
 from ddpm.data.manifest import make_manifest
-from ddpm.data.reading import DataSet, scale_of
-from ddpm.data.row_group import CorruptData
-from ddpm.data.shards import write_shard
+from ddpm.data.reading import DataSet, PlanReader, scale_of
+from ddpm.data.row_group import CorruptData, RowGroup
+from ddpm.data.shards import open_row_group, write_shard
 from ddpm.runs.storage import resolve
 
 
@@ -103,3 +105,28 @@ def test_parts_add_up_to_the_whole(tmp_path: Path) -> None:
         assert all(len(part.label) <= max_images for part in parts)
         assert np.array_equal(np.concatenate([part.image for part in parts]), whole.image)
         assert np.array_equal(np.concatenate([part.label for part in parts]), whole.label)
+
+
+def test_a_reader_opens_a_row_group_once_and_keeps_those_of_one_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set = damaged.opened(damaged.prepare(str(tmp_path)))
+    plan = data_set.plan(*damaged.PLAN)
+    whole = data_set.read(plan, 0, 2 * NUM_IMAGES)
+    opened: list[weakref.ref[RowGroup]] = []
+
+    def counted(*args: Any) -> RowGroup:
+        row_group = open_row_group(*args)
+        opened.append(weakref.ref(row_group))
+        return row_group
+
+    monkeypatch.setattr(reading, "open_row_group", counted)
+    reader = PlanReader(data_set, plan)
+    for start in range(0, 2 * NUM_IMAGES, 5):
+        images = reader.read(start, start + 5)
+        assert np.array_equal(images.image, whole.image[start : start + 5])
+        assert np.array_equal(images.label, whole.label[start : start + 5])
+        assert sum(row_group() is not None for row_group in opened) <= 4
+    assert len(opened) == 2 * 8  # of two epochs
+    again = reader.read(0, 5)  # back to another window
+    assert np.array_equal(again.image, whole.image[:5])

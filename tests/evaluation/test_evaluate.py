@@ -1,5 +1,6 @@
 """Evaluation of checkpoints: results against direct computation, for any division of the work."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
 from ddpm.config.json import override
 from ddpm.config.tree import SampleConfig
-from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
-from ddpm.data.prepare import options_of
-from ddpm.data.shards import write_shard
+from ddpm.data import reading
+from ddpm.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
+from ddpm.data.prepare import options_of, prepare
+from ddpm.data.row_group import RowGroup
+from ddpm.data.shards import open_row_group, write_shard
 from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import bits_per_dim, evaluate, inputs, memorisation
 from ddpm.evaluation.bits_per_dim import bound_score
@@ -92,6 +95,40 @@ def test_results_equal_those_of_one_batch(run: RunFolder, one_worker: Report, sh
     everything = chosen.train.read(chosen.train.plan(0, 8192), 0, 1500).image
     of_held_out, of_drawn = memorisation.nearest([held_out.image, image.numpy()], [everything])
     assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out)
+
+
+def test_row_groups_are_opened_once_for_all_pieces_and_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known answers: the bound of each image, from pieces that are read one by one."""
+    place = storage.resolve(str(tmp_path / "digits"))
+    prepare(Digits(), place, rows_per_row_group=16)
+    uris = names.checkpoints_of(make_run(tmp_path / "runs", place.uri).location.uri)[-2:]
+    candidates = inputs.read_checkpoints(uris)
+    settings = Settings(**FEW)  # type: ignore[arg-type]
+    evaluate.evaluate(candidates, settings, 1, bounds=False)  # caches the features of real images
+    opened: Counter[tuple[str, int]] = Counter()
+
+    def counted(location: storage.Location, manifest: Manifest, split: str, index: int) -> RowGroup:
+        opened[split, index] += 1
+        return open_row_group(location, manifest, split, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "open_row_group", counted)
+        report = evaluate.evaluate(candidates, settings)
+    # Once for the bound, and once for the nearest training images.
+    assert {split for split, _ in opened} == {"train", "test"} and max(opened.values()) == 2
+
+    chosen = inputs.prepare_reference(candidates, settings)
+    train = chosen.train.read(chosen.train.plan(0, 8192), 0, bits_per_dim.MEASURED_IMAGES)
+    for candidate, result in zip(candidates, report.results, strict=True):
+        measured = bits_per_dim.measure_errors(candidate, train)
+        bits: list[float] = []
+        for start in (0, 40, 80, 120):
+            piece = chosen.held_out.read(chosen.held_out.plan(0, 8192), start, min(start + 40, 150))
+            terms = bits_per_dim.bound_terms(candidate, measured, piece, start=start, num_draws=2)
+            bits += terms.sum(axis=1).round(6).tolist()
+        assert result.bits_of_image == tuple(bits)
 
 
 def test_num_train_images_limits_the_search(run: RunFolder, one_worker: Report, tmp_path: Path) -> None:
