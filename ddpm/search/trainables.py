@@ -132,15 +132,16 @@ def train_trial(proposal: dict[str, Any], spec: Spec) -> None:
             _train(config, spec, run)
             if (
                 last in recorded
-            ):  # a process that was killed has measured it, and may not have stored its checkpoint
+            ):  # a process that was killed has measured it, but may not have stored its checkpoint
                 tune.report(result(rung.read(run.location, last, timeout_s)))
     except UserError as error:
         tune.report(failure(error))
 
 
 def _train(config: Config, spec: Spec, run: RunFolder) -> None:
-    threads = config.cluster.threads_per_worker
-    if threads is not None:
+    began = run_folder.read_card(run.location).config.get("cluster", {})
+    threads = began.get("threads_per_worker") or config.cluster.threads_per_worker
+    if threads is not None:  # those that the trial began with: a search may continue on another machine
         torch.set_num_threads(threads)
     train = spec.rungs.evaluator.train
     store = RunStore(

@@ -77,6 +77,37 @@ class Watched(Runtime):
         return super().any_of(*flags, at_once=at_once)
 
 
+class Stopped(Runtime):
+    """Asked to stop in the third step; the fourth, in which a GPU's host learns of it, is bad."""
+
+    num_steps = 0
+
+    def agree(self, bad: Tensor, *, at_once: bool) -> tuple[Tensor, int, bool]:
+        self.num_steps += 1
+        return super().agree(bad | (self.num_steps == 4), at_once=at_once)
+
+    def wants_stop(self) -> bool:
+        return self.num_steps == 3
+
+
+def test_the_last_step_before_a_stop_is_counted_if_it_is_bad(
+    config: Config, train_set: DataSet, tmp_path: Path
+) -> None:
+    """It is in the last checkpoint; if no step may be skipped, it is an error."""
+    intervals = {
+        "train.log_every_images": 0,
+        "train.checkpoint_every_images": 0,
+        "train.sample_every_images": 0,
+    }
+    skipping = override(config, {"optim.skip_non_finite": 1, **intervals})
+    state = fit(skipping, train_set, tmp_path / "run", runtime=Stopped)
+    assert (state.step, state.skipped_steps) == (4, 1)
+    stored = max((tmp_path / "run").glob("checkpoint-*"))
+    assert checkpoint.read_state(stored)["skipped_steps"] == 1
+    with pytest.raises(loop.NonFinite):
+        fit(override(config, intervals), train_set, tmp_path / "other", runtime=Stopped)
+
+
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
     monkeypatch.setattr(recorder, "PROGRESS_INTERVAL_S", float("inf"))
