@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,17 +226,17 @@ def test_suspended_processes_wake_up_beside_their_successors(
     """Driver and workers are suspended at a random moment; another driver takes over; then they go on. Weights, curves
     and MLflow are those of the undisturbed run."""
     first, second = (Run("frozen", root_uri, digits_uri, tmp_path / f"{i}.log") for i in (1, 2))
-    with first.start() as frozen:
+    with ExitStack() as stack:
+        frozen = stack.enter_context(first.start())
         frozen.wait_for(first.past(0))
         time.sleep(random.Random(moment).uniform(0, 1.5))
         with processes.paused([psutil.Process(frozen.process.pid), *frozen.members(WORKER)]):
             as_of_another_machine(first.location)
             seen = first.images_seen()
-            successor = second.start()
+            successor = stack.enter_context(second.start())
             successor.wait_for(second.past(min(seen, TOTAL_OF_RUNS - 1)))
-        with successor:
-            assert frozen.wait() == 1, frozen.output
-            assert successor.wait() == 0, successor.output
+        assert frozen.wait() == 1, frozen.output
+        assert successor.wait() == 0, successor.output
     assert "taken over" in only_error(frozen)
     assert_same(second, undisturbed)
     assert_tracked_once(second)
