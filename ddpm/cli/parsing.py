@@ -83,7 +83,7 @@ def chosen(
     names: Mapping[str, str],
     description: str | None,
     field: str | None = None,
-    retired: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> str:
     """The first word of the command line; a request for help there prints what it may be, and exits the process.
 
@@ -91,7 +91,7 @@ def chosen(
         first: what it is, for messages: "PRESET".
         names: its valid values, and a line about each.
         field: the field of ddpm.config.kinds.TABLES, if they are names of kinds.
-        retired: values of earlier versions, and what to use instead.
+        elsewhere: values that examples have, and how those are used.
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in (*HELP, HELP_ALL):
@@ -102,8 +102,8 @@ def chosen(
     listed = ", ".join(names)
     if not word or word.startswith("-"):
         raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
-    if retired and word in retired:
-        raise UserError(f"there is no {first} {word}; {retired[word]}")
+    if elsewhere and word in elsewhere:
+        raise UserError(f"there is no {first} {word}; {elsewhere[word]}")
     if word not in names and field is not None:
         raise UserError(f"there is no {first} {word}; it must {kinds.expected(field, word)}")
     if word not in names:
@@ -118,7 +118,7 @@ def parse_preset(
 
     `folder PATH` is the config `of_folder` of that path.
     """
-    name = chosen("PRESET", presets.ABOUT, description, retired=presets.RETIRED)
+    name = chosen("PRESET", presets.ABOUT, description, elsewhere=presets.EXAMPLES)
     words = sys.argv[2:]
     preset = presets.PRESETS[name]
     if name == "folder" and words and not words[0].startswith("-"):

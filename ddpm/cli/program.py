@@ -19,11 +19,8 @@ COMMANDS = {
     "sync": "send a run to MLflow",
     "ui": "show the runs in MLflow",
 }
-RETIRED = {
-    "completion": "use `ddpm train digits --tyro-print-completion bash`",
-    "demo": "it is an example now: python examples/demo/demo.py RUN",
-}
-"""Commands of earlier versions, and what to use instead."""
+EXAMPLES = {"demo": "it is an example: python examples/demo/demo.py RUN"}
+"""Programs that are no commands, and how they are run."""
 
 
 def main() -> NoReturn:
@@ -43,7 +40,7 @@ def script(name: str) -> NoReturn:
 def _command() -> int | None:
     sys.argv[0] = "ddpm"
     description = "Train, sample and compare denoising diffusion models on Ray.\n"
-    name = parsing.chosen("COMMAND", COMMANDS, description, retired=RETIRED)
+    name = parsing.chosen("COMMAND", COMMANDS, description, elsewhere=EXAMPLES)
     sys.argv[:2] = [f"ddpm {name}"]
     code: int | None = importlib.import_module(f"ddpm.cli.{name}").main()
     return code

@@ -18,19 +18,6 @@ from ddpm.utils.errors import UserError
 _dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
 """JSON of values in Python, also of NumPy's numbers and of paths."""
 
-RETIRED_KEYS: dict[str, tuple[Any, str]] = {
-    "sample.dynamic_threshold": (
-        None,
-        "dynamic thresholding was removed; delete the key, and x_0_hat is clipped to [-1, 1]",
-    ),
-}
-"""Keys that earlier versions wrote: their default, and what to do about another value."""
-
-RETIRED_VALUES: dict[str, tuple[Any, str]] = {
-    "sample.variance": ("measured", "sampling with the measured variance was removed; use 'beta_tilde'"),
-}
-"""Values of keys that earlier versions wrote, and what to do about them."""
-
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
     """(dotted key, value, annotation, group) of each field, in the order of the tree."""
@@ -109,25 +96,7 @@ def to_json(config: Any) -> str:
 def from_json(text: str | bytes, where: str = "config.json", base: Config | None = None) -> Config:
     """The config that `to_json` wrote to the file `where`; keys that it lacks are those of `base`, or have defaults."""
     values = strict_json.parse(dict[str, Any], text, where)
-    return _parsed(without_retired(values, where), where, base)
-
-
-def without_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Nested `values` of the file `where` without RETIRED_KEYS; UserError if that would change what they mean."""
-    kept = dict(values)
-    for key, (gone, remedy) in RETIRED_VALUES.items():
-        group, name = key.split(".")
-        if isinstance(kept.get(group), dict) and kept[group].get(name) == gone:
-            raise UserError(f"{where}: {key} is {gone!r}; {remedy}")
-    for key, (default, remedy) in RETIRED_KEYS.items():
-        group, name = key.split(".")
-        if not isinstance(kept.get(group), dict) or name not in kept[group]:
-            continue
-        kept[group] = dict(kept[group])
-        value = kept[group].pop(name)
-        if value != default:
-            raise UserError(f"{where}: {key} is {reprlib.repr(value)}; {remedy}")
-    return kept
+    return _parsed(values, where, base)
 
 
 def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Config:

@@ -188,13 +188,13 @@ GROUPS = {
 """The groups of entry points that add to a table."""
 CLASSES: dict[str, type[Kind]] = {"objective.process": ObjectiveKind, "sample.sampler": SamplerKind}
 """The class of a table's kinds; `Kind` for the other tables."""
-RETIRED: dict[str, Mapping[str, str]] = {
+EXAMPLES: dict[str, Mapping[str, str]] = {
     "objective.process": {"consistency": "examples/consistency"},
     "sample.sampler": {"multistep": "examples/consistency"},
     "model.net": {"dit": "examples/dit"},
     "data.source": {"glyphs": "examples/glyphs"},
 }
-"""Names that were built in, by field, and the folder that adds them now."""
+"""Names of kinds that examples add, by field, and the folder of the example."""
 
 READ_BY_SOME = {key for table in TABLES.values() for kind in table.values() for key in kind.reads}
 """Settings that only some kinds read. All other settings always have an effect."""
@@ -250,9 +250,9 @@ def expected(field: str, name: object, also: tuple[str, ...] = ()) -> str:
     """What the value of a field must be instead of the unknown `name`: "be one of linear, ..."."""
     if not isinstance(name, str):
         name = ""
-    folder = RETIRED.get(field, {}).get(name)
+    folder = EXAMPLES.get(field, {}).get(name)
     if folder is not None:
-        return f"be on PYTHONPATH: it is an example now, in {folder}"
+        return f"be on PYTHONPATH: it is an example, in {folder}"
     known = [*also, *names(field)]
     text = f"be one of {', '.join(known)}"
     if field in GROUPS:

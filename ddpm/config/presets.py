@@ -109,8 +109,8 @@ ABOUT = {
 }
 """A line about each preset: its data, its cost, its result."""
 
-RETIRED = {"glyphs": "the source is an example now: examples/glyphs/README.md has the command"}
-"""Presets of earlier versions, and what to use instead."""
+EXAMPLES = {"glyphs": "it is an example: examples/glyphs/README.md has the command"}
+"""Presets that examples have, and how they are used."""
 
 
 @dataclass(frozen=True)

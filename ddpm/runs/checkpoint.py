@@ -55,7 +55,7 @@ class StateFile(BaseModel):
     """Empty for an imported checkpoint, which has no run."""
     data_fingerprint: str
     class_names: list[str] = []
-    """By label; empty: the net has no classes, or an earlier version wrote the file."""
+    """By label; empty: the net has no classes, or they have no names."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: boo
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the classes in state.json; empty: an earlier version wrote it, or the net has no classes."""
+    """The names of the classes in state.json; empty: the net has no classes, or they have no names."""
     file = folder / "state.json"
     return strict_json.parse(_ClassNames, read_bytes(file), f"{file} is damaged", extra="ignore").class_names
 

@@ -71,7 +71,6 @@ class SampleJob:
         keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
         flat = {key: value for key, value in flatten(config).items() if key in keys}
         asked = {
-            "format": "png",  # requests of 0.1 have a format
             "batch_size": batch_size,
             "generator": GENERATOR,
             "weights": _sha256(self.trained.net.state_dict()),

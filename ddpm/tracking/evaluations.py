@@ -23,8 +23,7 @@ class EvaluationPoints:
 class EvaluationFile:
     """What is read of an evaluation's file."""
 
-    points: EvaluationPoints | None = None
-    """None in version 0.1."""
+    points: EvaluationPoints
 
 
 def read_points(folder: Location, warn: Callable[[str], object]) -> dict[str, EvaluationPoints]:
@@ -41,8 +40,7 @@ def read_points(folder: Location, warn: Callable[[str], object]) -> dict[str, Ev
         except UserError as error:
             warn(str(error))
             continue
-        if evaluation.points is not None:
-            found[name] = evaluation.points
+        found[name] = evaluation.points
     return found
 
 

@@ -164,7 +164,7 @@ class _Push:
             return first, now or first
         if now is None:
             raise UserError(f"{self._location.uri} has no checkpoint yet, so nothing is known of the run")
-        return now, now  # version 0.1
+        return now, now  # the run was opened without a configuration
 
     def _mark(self, **parts: Any) -> None:
         """Store in MLflow what it has now."""

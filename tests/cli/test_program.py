@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.processes import REPO, run
 
-from ddpm.cli.program import COMMANDS, RETIRED, main
+from ddpm.cli.program import COMMANDS, EXAMPLES, main
 from ddpm.config import presets
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
@@ -23,15 +23,15 @@ def test_every_command_has_a_script_in_the_checkout() -> None:
     assert scripts == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", RETIRED)
-def test_a_retired_command_names_what_to_use(
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_command_that_is_an_example_names_what_to_use(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["ddpm", name, "bash"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: there is no COMMAND {name}; {RETIRED[name]}\n"
+    assert capsys.readouterr().err == f"error: there is no COMMAND {name}; {EXAMPLES[name]}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -119,6 +119,6 @@ def test_the_settings_without_an_effect(changes: dict[str, Any], without: set[st
 
 
 def test_a_kind_that_has_moved_is_one_line_with_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kinds.RETIRED, "objective.process", {"swirl": "examples/swirl"})
+    monkeypatch.setitem(kinds.EXAMPLES, "objective.process", {"swirl": "examples/swirl"})
     with pytest.raises(UserError, match=r"objective\.process is 'swirl'; .* examples/swirl"):
         from_json('{"objective": {"process": "swirl"}}')

@@ -41,15 +41,6 @@ def test_an_older_file_still_loads() -> None:
     assert config.model == UNetConfig(image_size=8, base_width=16)
 
 
-def test_retired_keys_are_dropped_at_their_defaults_and_else_refused() -> None:
-    config = from_json('{"sample": {"dynamic_threshold": null, "rho": 5.0}}')
-    assert config == override(Config(), {"sample.rho": 5.0})
-    with pytest.raises(UserError, match=r"^run/config\.json: sample\.dynamic_threshold is 0\.9; "):
-        from_json('{"sample": {"dynamic_threshold": 0.9}}', where="run/config.json")
-    with pytest.raises(UserError, match=r"^run/config\.json: sample\.variance is 'measured'; "):
-        from_json('{"sample": {"variance": "measured"}}', where="run/config.json")
-
-
 def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
     flat = flatten(Config())
     assert flat["model.base_width"] == 128

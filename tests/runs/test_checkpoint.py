@@ -213,7 +213,7 @@ def test_a_checkpoint_with_only_skipped_steps_can_be_resumed(tiny: Config, tmp_p
 
 
 def test_the_names_of_the_classes_are_kept(tiny: Config, tmp_path: Path) -> None:
-    """A checkpoint of an earlier version has none."""
+    """An imported net may have none."""
     conditional = override(tiny, {"model.num_classes": 2})
     for config, names in ((conditional, ("cats", "dogs")), (tiny, ())):
         folder = tmp_path / f"{config.model.num_classes}"
