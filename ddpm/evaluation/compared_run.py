@@ -1,6 +1,7 @@
 """Runs to compare, each read from its folder: settings, facts, curves, grids, evaluations."""
 
 import io
+import logging
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from ddpm.build import build_net
 from ddpm.config.json import from_json
 from ddpm.evaluation.plots import ChartPoint
-from ddpm.evaluation.results import Report
+from ddpm.evaluation.results import OtherFormat, Report
 from ddpm.runs import checkpoint, curves, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
 from ddpm.runs.curves import Point
@@ -24,6 +25,8 @@ from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 from ddpm.utils.retry import as_user_error
+
+log = logging.getLogger(__name__)
 
 RATE = "train/images_per_s"
 ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
@@ -183,8 +186,21 @@ def _shown(logged: Mapping[str, Sequence[Point]]) -> dict[str, list[ChartPoint]]
 
 
 def _evaluations(folder: Location) -> list[Report]:
-    files = [folder.child(name) for name in folder.files() if name.endswith(".json")]
-    return [_report_in(file, file.uri) for file in files]
+    """The reports in a run's folder, without those of other versions, which the log names."""
+    reports = []
+    left_out = []
+    for name in folder.files():
+        if not name.endswith(".json"):
+            continue
+        file = folder.child(name)
+        try:
+            reports.append(_report_in(file, file.uri))
+        except OtherFormat:
+            left_out.append(name)
+    if left_out:
+        which = printable(f"{folder.uri}: {', '.join(left_out)}")
+        log.warning("%s: left out, since another version's ddpm evaluate wrote it; evaluate again", which)
+    return reports
 
 
 def _report_in(file: Location, where: str) -> Report:

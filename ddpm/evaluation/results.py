@@ -5,15 +5,22 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, WrapValidator
 
 from ddpm.config.tree import SampleConfig
 from ddpm.utils import strict_json
+from ddpm.utils.errors import UserError
 
+FORMAT = "ddpm-evaluation/2"
+"""Of the JSON of a report."""
 SETTINGS = ("spacing", "sigma_min", "eta", "guidance_scale", "guidance_interval", "mean", "variance")
 """Settings of a sampler, besides its number of steps."""
+
+
+class OtherFormat(UserError):
+    """A report of another version's ddpm evaluate."""
 
 
 def _number(value: Any, parse: Any) -> float:
@@ -138,24 +145,36 @@ class Report:
 
     def to_json(self) -> str:
         """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
-        saved = _Saved("ddpm-evaluation/2", dict(self.settings), self.results)
+        saved = _Saved(FORMAT, dict(self.settings), self.results)
         pictures = {"checkpoints": {"__all__": {"drawn": {"nearest"}}}}
         return TypeAdapter(_Saved).dump_json(saved, indent=2, exclude=pictures).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
-        """The report that `to_json` wrote, without pictures."""
-        saved = strict_json.parse(
-            _Saved, text, f"{where} is not a result of this version's ddpm evaluate", extra="ignore"
-        )
+        """The report that `to_json` wrote, without pictures.
+
+        Raises:
+            OtherFormat: another version wrote it.
+        """
+        wrong = f"{where} is not a result of this version's ddpm evaluate"
+        stored = strict_json.parse(_Format, text, wrong, extra="ignore").format
+        if stored != FORMAT:
+            raise OtherFormat(f"{wrong}: its format is {stored[:40]!r}, not {FORMAT!r}; evaluate again")
+        saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
         return cls(saved.settings, saved.checkpoints)
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _Format:
+    """What every version's report has."""
+
+    format: str
+
+
+@dataclass(frozen=True)
+class _Saved(_Format):
     """A report's JSON."""
 
-    format: Literal["ddpm-evaluation/2"]
     settings: dict[str, Any]
     checkpoints: tuple[CheckpointResult, ...]
 

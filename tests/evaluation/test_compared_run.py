@@ -114,6 +114,26 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     assert both.evaluations == [report, report]  # that of the run has its points beside
 
 
+def test_an_evaluation_of_another_version_is_left_out_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri, key = make_run(str(tmp_path), "a")
+    report = made(result(3, run_key=key, checkpoint=f"{uri}/checkpoint-3"))
+    folder = Path(uri, run_folder.EVALUATIONS)
+    folder.mkdir()
+    (folder / "new.json").write_text(report.to_json())
+    for name in ("old.json", "older.json"):
+        (folder / name).write_text(
+            '{"format": "ddpm-evaluation/1", "settings": {}, "checkpoints": [{"density": 1}]}'
+        )
+    (run,) = read([uri])
+    assert run.evaluations == [report]
+    (line,) = caplog.messages
+    assert "old.json, older.json" in line and "new.json" not in line and "\n" not in line
+    with pytest.raises(UserError, match=r"--evaluations .*old\.json .*ddpm-evaluation/1"):
+        read([uri], [str(folder / "old.json")])
+
+
 def test_a_built_in_net_beside_a_run(tmp_path: Path) -> None:
     uri, _ = make_run(str(tmp_path), "a")
     name = "builtin:digits"
