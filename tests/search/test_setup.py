@@ -1,13 +1,11 @@
 """Setups that are rejected before anything starts, and whether the reasons in the error messages are true."""
 
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.processes import REPO
 
 from ddpm.cli import search
 from ddpm.cluster import ray_init, resources
@@ -81,13 +79,14 @@ def run_search(*flags: str) -> int:
         return search.main()
 
 
-def test_a_search_of_0_1_is_refused_before_a_cluster_is_joined(
+def test_a_damaged_search_is_refused_before_a_cluster_is_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_init, "connect", lambda verbose: pytest.fail("a cluster was joined"))
-    shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "s")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/search.json").write_text('{"trials": 3}')
     found = prepared(space=LR, name="s", storage=str(tmp_path))
-    with pytest.raises(UserError, match="of another version"):
+    with pytest.raises(UserError, match="is damaged, or of another version"):
         driver.run_search(found.arguments)
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["search.json"]
 

@@ -1,13 +1,11 @@
 """The record of a search: its settings, and the outcome of each trial beside its run."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support import searches
-from support.processes import REPO
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
@@ -87,12 +85,12 @@ def test_what_does_not_determine_the_trials_is_that_of_the_newest_command(place:
     assert found.search.search_key == first.search.search_key
 
 
-def test_a_folder_without_a_search_and_a_search_of_0_1_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_search_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.json"):
         Trials(storage.resolve(str(tmp_path)))
-    shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "old")
-    with pytest.raises(UserError, match="of another version") as raised:
-        searches.begin(storage.resolve(str(tmp_path / "old")), SETTINGS)
+    (tmp_path / "search.json").write_text('{"trials": 3}')
+    with pytest.raises(UserError, match="is damaged, or of another version") as raised:
+        searches.begin(storage.resolve(str(tmp_path)), SETTINGS)
     assert "\n" not in str(raised.value)
 
 

@@ -68,6 +68,7 @@ def assert_close(a: Path, b: Path) -> None:
 
 @pytest.fixture
 def without_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "with_workers", lambda config, began: config)
     monkeypatch.setattr(resources, "resources_per_worker", lambda config: {"CPU": 1.0})
     monkeypatch.setattr(resources, "check_storage", lambda config: None)
     monkeypatch.setattr(resources, "crowding", lambda config, per_worker: None)
@@ -146,6 +147,7 @@ def test_how_a_run_that_was_asked_to_stop_ended(
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
     ):
+        fit._claim(run, lock)
         fit._drive(tiny, run, monitor, Pusher(run), lock)
     written = run_folder.read_status(run.location)
     assert written is not None and written.ended_ms is not None and written.ended_ms > 10**12
@@ -356,7 +358,8 @@ def test_ctrl_c_before_the_first_step_exits_at_once(
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert "stopped     at 0 images" in job.output
     assert "latest.png" not in job.output, job.output
-    assert {path.name for path in (tmp_path / "runs/early").iterdir()} <= {"run.json", "status.json"}
+    files = {path.name for path in (tmp_path / "runs/early").iterdir()}
+    assert files <= {"run.json", "generations.json", "status.json"}
 
 
 HOLD = """

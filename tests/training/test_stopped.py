@@ -11,7 +11,7 @@ import pytest
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.data.reading import DataSet
-from ddpm.runs import run_folder
+from ddpm.runs import generations, run_folder
 from ddpm.training import fit
 
 TIMEOUT_S = 300
@@ -34,4 +34,4 @@ def test_a_run_stopped_before_its_first_step_takes_none(
         if thread.name == "ddpm-fit":
             thread.join(TIMEOUT_S)
             assert not thread.is_alive()
-    assert [file.name for file in (tmp_path / "runs/one").iterdir()] == [run_folder.CARD]
+    assert {file.name for file in (tmp_path / "runs/one").iterdir()} == {run_folder.CARD, generations.FILE}
