@@ -12,6 +12,7 @@ help:
 	@echo 'make test             install what tests need, and run all but the slow ones'
 	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers; installs gradio'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
+	@echo 'make test-lowest      install the lowest versions that pyproject.toml allows, and run the tests that use them all'
 	@echo 'make test-nightly     on the oldest Ray too: lost and preempted nodes, elastic runs, submitted jobs'
 	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
@@ -48,8 +49,13 @@ test-oldest-ray test-nightly: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
 	$(ON_OLDEST_RAY) -m pytest -m $(MARK) --numprocesses 2 --dist load --durations 10
 
+LOWEST := $(VENV)/lowest
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest -m lowest --numprocesses 2 --dist load --durations 10
+
 # All that `check`, `docs` and the tests need, so that .ci/run can repeat a failed download.
 install-all: $(VENV)/installed-check $(VENV)/installed-docs $(OLDEST_RAY_FOLDER)/installed $(GRADIO_FOLDER)/installed
+install-all: $(LOWEST)/installed
 
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu
@@ -110,6 +116,15 @@ $(OLDEST_RAY_FOLDER)/installed: $(VENV)/installed-test
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) 'ray==$(OLDEST_RAY).*'
 	@touch $@
 
+# PyTorch is not tried at its lowest version: an older one is another download of gigabytes.
+$(LOWEST)/installed: $(VENV)/installed-test
+	$(BIN)/uv venv --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/python -m pip --python $(LOWEST)/bin/python install $(PIP_ARGS) torch torchvision
+	$(BIN)/python -m pip --python $(LOWEST)/bin/python freeze | grep '^torch' > $(LOWEST)/torch.txt
+	$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --override $(LOWEST)/torch.txt \
+	    --editable '.[test]'
+	@touch $@
+
 # Debian keeps the pip of new environments in a package of its own (python3-venv). Where that is missing,
 # the pip of the system brings one.
 NO_PYTHON := Python 3.11 or newer is needed. If it is installed elsewhere: make PYTHON=/path/to/python
@@ -125,4 +140,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets check reference docs clean
+.PHONY: help train ui test test-all test-oldest-ray test-lowest test-nightly install-all gpu soak nets check reference docs clean

@@ -84,6 +84,7 @@ def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.config == changed
 
 
+@pytest.mark.lowest
 def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., Any]) -> None:
     keys = flatten(presets.DIGITS)
     assert keys.keys() >= parsing.SHOWN_FIRST

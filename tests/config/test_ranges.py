@@ -49,6 +49,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
 
 
 @pytest.mark.parametrize("key", BAD)
+@pytest.mark.lowest
 def test_the_line_is_the_same_from_flag_file_and_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str
 ) -> None:

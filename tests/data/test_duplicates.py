@@ -73,6 +73,7 @@ def found_in(source: Source, root: Path) -> list[Duplicate]:
     return duplicates.find(location, prepare.prepare(source, location, rows_per_row_group=8))
 
 
+@pytest.mark.lowest
 def test_planted_copies_are_found_and_no_digit_is(tmp_path: Path) -> None:
     assert found_in(planted(), tmp_path / "planted") == FOUND
     assert found_in(Digits(), tmp_path / "digits") == []

@@ -227,6 +227,7 @@ def test_a_bad_image_is_an_error_with_its_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8, 16])
+@pytest.mark.lowest
 def test_the_fast_jpeg_decoder_agrees_with_pillow(
     channels: int, scale: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def two_runs(tmp_path: Path) -> list[str]:
     return [make_run(str(tmp_path / "runs"), "a")[0], make_run(str(tmp_path / "runs"), "b", 90)[0]]
 
 
+@pytest.mark.lowest
 def test_the_job_writes_a_page(run_job: Callable[..., Any], two_runs: list[str], tmp_path: Path) -> None:
     done = run_job("compare", *two_runs, "--out", "pages/report.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

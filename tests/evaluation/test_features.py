@@ -29,6 +29,7 @@ def test_pixels_are_pixels() -> None:
     np.testing.assert_allclose(found, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.lowest
 def test_lite0_has_trained_weights_and_unit_scale() -> None:
     net = Lite0()
     grey = net.features(noise(3))

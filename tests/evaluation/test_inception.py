@@ -36,6 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3)])
+@pytest.mark.lowest
 def test_features_are_those_of_torch_fidelity_on_three_channels(
     weights: str, side: int, channels: int
 ) -> None:

@@ -55,6 +55,7 @@ def test_small_distances_of_features_are_exact() -> None:
     np.testing.assert_allclose(found.distance, 2**-10, rtol=0.01)
 
 
+@pytest.mark.lowest
 def test_copies_of_training_images_are_all_nearer() -> None:
     train = random_images(0, 200)
     held_out = random_images(1, 150)

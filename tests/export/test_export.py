@@ -176,6 +176,7 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
     ],
     ids=str,
 )
+@pytest.mark.lowest
 def test_export_and_import_is_a_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
     config = override(TINY, changes)
     trained = make_net(config)

@@ -24,6 +24,7 @@ def trainer(guarded_mlflow: guarded.GuardedMlflowServer) -> dict[str, str]:
     return guarded_mlflow.client_env("trainer", PASSWORD)
 
 
+@pytest.mark.lowest
 def test_access_needs_the_right_password(
     guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:

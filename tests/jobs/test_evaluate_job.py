@@ -23,6 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.mark.slow
+@pytest.mark.lowest
 def test_all_checkpoints_of_a_run_that_is_still_training(
     run_job: Callable[..., Any],
     run: RunFolder,

@@ -27,6 +27,7 @@ def folder(tiny: Config, tmp_path: Path) -> Path:
     return write_trained(tmp_path / "c", tiny)
 
 
+@pytest.mark.lowest
 def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
     state = State.create(tiny, CPU)
     state.restore(folder, tiny)

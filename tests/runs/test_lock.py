@@ -119,6 +119,7 @@ def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:
 
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("left", [None, foreign_lock_file()])
+@pytest.mark.lowest
 def test_only_one_of_many_concurrent_drivers_gets_the_lock(location: Location, left: bytes | None) -> None:
     if left is not None:
         location.child(driver_lock.FILE).write(left)

@@ -21,6 +21,7 @@ def root(root_uri: str) -> Location:
     return storage.resolve(root_uri)
 
 
+@pytest.mark.lowest
 def test_written_data_is_read_back(root: Location) -> None:
     data = bytes(range(256)) * 1000
     file = root.child("a").child("b.bin")

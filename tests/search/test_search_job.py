@@ -192,6 +192,7 @@ def test_a_stopped_trial_of_several_workers_leaves_nothing(ray_head: RayHead, tm
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
+@pytest.mark.lowest
 def test_a_search_of_few_timesteps_without_tracking(run_job: Callable[..., Any], tmp_path: Path) -> None:
     """The finalist is sampled in its 12 steps, and MLflow gets nothing."""
     flags = """digits --name s --num-trials 1 --max-concurrent 1 --num-rungs 1 --num-images 40 --finalists 1

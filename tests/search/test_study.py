@@ -151,6 +151,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
     return search(tmp_path_factory.mktemp("undisturbed")).trials.all()
 
 
+@pytest.mark.lowest
 def test_the_search_proposes_near_good_trials_and_stops_bad_ones(undisturbed: list[Trial]) -> None:
     status = Counter(trial.status for trial in undisturbed)
     assert len(undisturbed) == NUM_TRIALS and status[RunStatus.RUNNING] == 0

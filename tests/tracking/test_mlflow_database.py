@@ -76,6 +76,7 @@ def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
 
 
 @pytest.mark.slow
+@pytest.mark.lowest
 def test_concurrent_first_runs_share_one_database(forkserver: ForkServerContext, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     uri = f"sqlite:///{folder}/mlflow.db"

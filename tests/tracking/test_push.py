@@ -81,6 +81,7 @@ def unmark(uri: str, run: RunFolder) -> None:
 
 
 @on_both_kinds
+@pytest.mark.lowest
 def test_a_push_sends_everything(uri: str, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     pushed = push(run)
     found = tracked.run_with_key(uri, run.key)

@@ -70,6 +70,7 @@ def run_of(client: MlflowClient, folder: Path) -> str:
     return run.info.run_id
 
 
+@pytest.mark.lowest
 def test_a_registered_model_is_found_by_its_alias(
     mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
 ) -> None:

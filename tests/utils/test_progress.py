@@ -64,6 +64,7 @@ def test_a_delayed_update_is_printed_at_the_end(
     assert capsys.readouterr().out.splitlines() == ["images 1/100", "images 42/100  loss 0.5"]
 
 
+@pytest.mark.lowest
 def test_a_terminal_shows_one_progress_bar(tmp_path: Path) -> None:
     program = (
         "from ddpm.utils.progress import Display\n"

@@ -40,6 +40,7 @@ def test_a_permanent_failure_is_a_one_line_error() -> None:
     assert call.calls >= 2
 
 
+@pytest.mark.lowest
 def test_it_retries_until_the_call_succeeds_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "disk: full; trying again for up to 600 s"
     for times, warn_after_s, expected in ((1, 300.0, []), (4, 0.3, [line])):

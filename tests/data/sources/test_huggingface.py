@@ -57,6 +57,7 @@ def content(source: HuggingFace, split: str) -> list[tuple[int, str | None]]:
     return sorted(zip(greys, names, strict=True))
 
 
+@pytest.mark.lowest
 def test_parquet_files(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/train-00000-of-00002.parquet", [*range(5)], [0, 1, 0, 1, 0], NAMES)
     write_parquet(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], NAMES)
