@@ -1,5 +1,6 @@
 """Resolution of a name to a checkpoint: a folder of one or of a run, a model in MLflow's registry, or builtin:NAME."""
 
+import pkgutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +10,19 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from ddpm.runs import builtin_nets, checkpoint, run_folder, storage
+from ddpm.runs import checkpoint, run_folder, storage
 from ddpm.runs.run_folder import CheckpointName
 from ddpm.runs.storage import Location
-from ddpm.tracking import registry
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
 from ddpm.utils.retry import retry_io
 
-SCHEMES = (registry.SCHEME, builtin_nets.SCHEME)
+WRITERS = {
+    "builtin:": "ddpm.runs.builtin_nets:unpack",
+    "models:/": "ddpm.tracking.registry:download",
+}
+"""Scheme -> the function that writes such a checkpoint into a folder, imported when a name has this scheme."""
+SCHEMES = tuple(WRITERS)
 """Beginnings of the URIs of checkpoints that are not in a folder or bucket."""
 
 
@@ -31,7 +36,7 @@ def checkpoints_of(uri: str) -> list[str]:
 def name_of(uri: str) -> str:
     """The name of a run or a registered or built-in net, as a folder's name; for a checkpoint, that of its run."""
     if uri.startswith(SCHEMES):
-        return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-").replace(":", "-")
+        return uri.removeprefix("models:/").strip("/").replace("/", "-").replace(":", "-")
     path = Path(storage.resolve(uri).path)
     is_checkpoint = CheckpointName.parse(path.name) is not None
     return path.parent.name if is_checkpoint else path.name
@@ -44,13 +49,11 @@ def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
     A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder. Calls for its files are
     retried for `timeout_s`.
     """
-    if uri.startswith(SCHEMES):
-        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-            if uri.startswith(registry.SCHEME):
-                yield registry.download(uri, Path(folder))
-            else:
-                yield builtin_nets.unpack(uri, Path(folder))
-        return
+    for scheme, writer in WRITERS.items():
+        if uri.startswith(scheme):
+            with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+                yield pkgutil.resolve_name(writer)(uri, Path(folder))
+            return
     location = storage.resolve(uri)
     newest = retry_io(lambda: _checkpoints_at(location, uri)[-1], where=uri, timeout_s=timeout_s)
     with as_folder(newest, timeout_s) as local:
