@@ -15,9 +15,9 @@ from ddpm.config.json import override
 from ddpm.config.presets import PRESETS, PresetArguments
 from ddpm.config.tree import Config
 from ddpm.diffusion.samplers import Sampler
-from ddpm.runs import checkpoint
+from ddpm.runs import checkpoint, names
 from ddpm.sampling import generate, workers
-from ddpm.tracking import names, run_params
+from ddpm.tracking import run_params
 from ddpm.utils import command_line, images
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels

@@ -18,8 +18,7 @@ from ddpm.config.json import to_json
 from ddpm.config.tree import RunConfig
 from ddpm.evaluation.results import Report
 from ddpm.export import card
-from ddpm.runs import builtin_nets, checkpoint
-from ddpm.tracking import names
+from ddpm.runs import builtin_nets, checkpoint, names
 
 NAMES = ("digits", "fashion-mnist")
 STORAGE = Path("runs/builtin")

@@ -22,9 +22,8 @@ from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
 from ddpm.config.tree import Config
 from ddpm.data.ray_stream import open_configured
-from ddpm.runs import checkpoint, curves, run_folder
+from ddpm.runs import checkpoint, curves, names, run_folder
 from ddpm.sampling import generate
-from ddpm.tracking import names
 from ddpm.tracking.push import push
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime

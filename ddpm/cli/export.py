@@ -62,8 +62,8 @@ def main() -> None:
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     from ddpm.export import card, export
-    from ddpm.runs import checkpoint
-    from ddpm.tracking import names, registry
+    from ddpm.runs import checkpoint, names
+    from ddpm.tracking import registry
 
     with ExitStack() as stack:
         if kind == "checkpoint":

@@ -52,10 +52,10 @@ def main() -> None:
     from ddpm.cluster import job_folder
     from ddpm.config.json import flatten
     from ddpm.runs import checkpoint  # after parsing, so that --help and errors come at once
+    from ddpm.runs.names import local_checkpoint, name_of
     from ddpm.runs.storage import resolve
     from ddpm.sampling import generate, workers
     from ddpm.tracking import run_params
-    from ddpm.tracking.names import local_checkpoint, name_of
     from ddpm.utils.progress import Display
 
     job_folder.set_home()

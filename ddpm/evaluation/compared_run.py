@@ -14,13 +14,13 @@ from ddpm.build import build_net
 from ddpm.config.json import from_json
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import OtherFormat, Report
-from ddpm.runs import checkpoint, curves, run_folder, storage
+from ddpm.runs import checkpoint, curves, names, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
 from ddpm.runs.curves import Point
 from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.sampling import workers
-from ddpm.tracking import names, run_params
+from ddpm.tracking import run_params
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable

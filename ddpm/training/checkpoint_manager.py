@@ -22,11 +22,11 @@ import torch
 
 from ddpm.config.tree import Config
 from ddpm.runs import checkpoint, curves, generations, run_folder
+from ddpm.runs import names as resolve
 from ddpm.runs.checkpoint import Snapshot
 from ddpm.runs.generations import Generations
 from ddpm.runs.run_folder import BEST_PREFIX, CHECKSUMS, PREFIX, CheckpointName, RunFolder
 from ddpm.runs.storage import Location
-from ddpm.tracking import names as resolve
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError

@@ -26,9 +26,9 @@ from ddpm.config.tree import Config
 from ddpm.data import ray_stream
 from ddpm.data.plan import ReadOrder
 from ddpm.data.reading import DataSet, MicroBatch
+from ddpm.runs import names
 from ddpm.runs.checkpoint import images_seen_at
 from ddpm.runs.run_folder import RunFolder
-from ddpm.tracking import names
 from ddpm.training import run_state
 from ddpm.training.runtime import Runtime
 from ddpm.training.store import RunStore

@@ -25,10 +25,9 @@ from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import PixelFeatures
 from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
-from ddpm.runs import storage
+from ddpm.runs import names, storage
 from ddpm.runs.run_folder import RunFolder
 from ddpm.sampling import generate
-from ddpm.tracking import names
 from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")

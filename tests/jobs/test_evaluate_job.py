@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from support.evaluated import POSITIONS, make_data, make_run
 
+from ddpm.runs import names as resolve
 from ddpm.runs.run_folder import RunFolder
-from ddpm.tracking import names as resolve
 from ddpm.tracking.push import push
 
 FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")

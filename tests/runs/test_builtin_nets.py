@@ -12,8 +12,7 @@ from support import evaluated, reported
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS
 from ddpm.export import card
-from ddpm.runs import builtin_nets, checkpoint, run_folder
-from ddpm.tracking import names
+from ddpm.runs import builtin_nets, checkpoint, names, run_folder
 from ddpm.utils.errors import UserError
 
 

@@ -19,9 +19,9 @@ from support.proxy import FaultyProxy
 from ddpm.config.json import override
 from ddpm.config.tree import Config
 from ddpm.runs import generations, run_folder, storage
+from ddpm.runs import names as resolve
 from ddpm.runs.run_folder import Data, Facts, Search, Status
 from ddpm.runs.storage import Location
-from ddpm.tracking import names as resolve
 from ddpm.training import checkpoint_manager
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES

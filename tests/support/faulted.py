@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.runs import curves, run_folder, storage
+from ddpm.runs import names as resolve
 from ddpm.runs.run_folder import CheckpointName
 from ddpm.tracking import mlflow_pages
-from ddpm.tracking import names as resolve
 from ddpm.utils.images import time_ms_of
 from support import local, processes, tracked
 

@@ -15,8 +15,8 @@ from support import servers
 from support.tiny import TINY_NET
 
 from ddpm.config.json import override
-from ddpm.runs import checkpoint
-from ddpm.tracking import names, registry
+from ddpm.runs import checkpoint, names
+from ddpm.tracking import registry
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError

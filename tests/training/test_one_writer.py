@@ -21,12 +21,11 @@ from support.local import finished
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.runs import checkpoint, curves, generations, lock, run_folder, storage
+from ddpm.runs import checkpoint, curves, generations, lock, names, run_folder, storage
 from ddpm.runs.curves import CurveRow
 from ddpm.runs.generations import Superseded
 from ddpm.runs.run_folder import RunFolder
 from ddpm.runs.storage import Location
-from ddpm.tracking import names
 from ddpm.training import checkpoint_manager
 from ddpm.training.state import State
 from ddpm.training.store import RunStore

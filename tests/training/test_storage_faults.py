@@ -18,8 +18,7 @@ from support.processes import Job
 from support.proxy import FaultyProxy
 from support.servers import S3Server
 
-from ddpm.runs import checkpoint, storage
-from ddpm.tracking import names
+from ddpm.runs import checkpoint, names, storage
 
 WORKER = "ray::RayTrainWorker"
 READER = "ray::MapBatches(_ReadTask)"
