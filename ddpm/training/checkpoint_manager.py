@@ -21,8 +21,7 @@ import pyarrow.fs as pafs
 import torch
 
 from ddpm.config.tree import Config
-from ddpm.runs import checkpoint, curves, generations, run_folder
-from ddpm.runs import names as resolve
+from ddpm.runs import checkpoint, curves, generations, names, run_folder
 from ddpm.runs.checkpoint import Snapshot
 from ddpm.runs.generations import Generations
 from ddpm.runs.run_folder import BEST_PREFIX, CHECKSUMS, PREFIX, CheckpointName, RunFolder
@@ -72,9 +71,9 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
         copy = partial(pafs.copy_files, source, destination, destination_filesystem=target.filesystem)
         retry(copy, target)
 
-    names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
-    with ThreadPoolExecutor(len(names)) as pool:  # in parallel: a request may take seconds
-        list(pool.map(upload, names))
+    parts = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+    with ThreadPoolExecutor(len(parts)) as pool:  # in parallel: a request may take seconds
+        list(pool.map(upload, parts))
     checksums = (folder / CHECKSUMS).read_bytes()
     retry(lambda: target.child(CHECKSUMS).create(checksums), target)
 
@@ -106,7 +105,7 @@ def latest_valid(
     for location in reversed(stored):
         with contextlib.ExitStack() as stack:
             try:
-                folder = stack.enter_context(resolve.as_folder(location, timeout_s))
+                folder = stack.enter_context(names.as_folder(location, timeout_s))
                 checkpoint.verify(folder)
                 checkpoint.check_belongs(folder, run.key)
             except StorageError:
@@ -141,7 +140,7 @@ def begin(
     """
     assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
-    with resolve.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
+    with names.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)
     identity = checkpoint.identity(config, run.key, data_fingerprint, class_names)
     retry = partial(retry_in_folder, timeout_s=config.run.storage_timeout_s, warn=warn)

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from support.evaluated import POSITIONS, make_data, make_run
 
-from ddpm.runs import names as resolve
+from ddpm.runs import names
 from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.push import push
 
@@ -39,10 +39,10 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert {"bits/dim 180/180", "images sampled 180/180"} <= set(lines)
-    names = [f"found-nearest-{number}.png" for number in (1, 2, 3)]
+    pictures = [f"found-nearest-{number}.png" for number in (1, 2, 3)]
     assert [line for line in lines[-6:] if not line.startswith("run ")] == [
         f"results     {tmp_path}/found.json",
-        *(f"nearest     {tmp_path}/{name}" for name in names),
+        *(f"nearest     {tmp_path}/{name}" for name in pictures),
         f"MLflow      run {run_id} in {mlflow_server}",
     ]
     (kept,) = Path(run.location.path, "evaluations").glob("*.json")
@@ -59,7 +59,7 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
             f"[{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else f"± {score['error']:.4f}"
         )
         assert f"{score['value']:.4f} {uncertainty}" in done.stdout
-    for name in names:
+    for name in pictures:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
     history = client.get_metric_history(run_id, "eval/KID-pixels")
@@ -68,10 +68,10 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     low = client.get_metric_history(run_id, "eval_low/nearer_than_held_out-pixels")
     assert [point.step for point in low] == list(POSITIONS)
     paths = [file.path for file in client.list_artifacts(run_id, "evaluation")]
-    assert len([path for path in paths if "-nearest-" in path]) == len(names)
+    assert len([path for path in paths if "-nearest-" in path]) == len(pictures)
     assert client.get_run(run_id).info.status == "RUNNING"
 
-    newest = resolve.checkpoints_of(run.location.uri)[-1]
+    newest = names.checkpoints_of(run.location.uri)[-1]
     again = run_job("evaluate", newest, *FEW, "--out", "again.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]

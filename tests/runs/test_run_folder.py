@@ -18,8 +18,7 @@ from support.proxy import FaultyProxy
 
 from ddpm.config.json import override
 from ddpm.config.tree import Config
-from ddpm.runs import generations, run_folder, storage
-from ddpm.runs import names as resolve
+from ddpm.runs import generations, names, run_folder, storage
 from ddpm.runs.run_folder import Data, Facts, Search, Status
 from ddpm.runs.storage import Location
 from ddpm.training import checkpoint_manager
@@ -229,8 +228,8 @@ def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:
     for copy in copies:  # a user's
         run.child(f"{copy}/config.json").write(b"{}")
     run.child("samples/latest.png").write(b"")
-    names = [folder.uri.rpartition("/")[2] for folder in run_folder.checkpoints(run)]
-    assert names == [checkpoint_name(n) for n in (3_000, 20_000, 100_000)]
+    stored = [folder.uri.rpartition("/")[2] for folder in run_folder.checkpoints(run)]
+    assert stored == [checkpoint_name(n) for n in (3_000, 20_000, 100_000)]
     assert run_folder.checkpoints(storage.resolve(root_uri).child("never")) == []
     writer = generations.Writer(run, "driver", "writer")
     writer.claim()
@@ -253,7 +252,7 @@ def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root
     write_checkpoint(run, 100_000, whole=False)
     expected = {run.uri: newer, older.uri: older, older.uri + "/": older}
     for uri, location in expected.items():
-        with resolve.local_checkpoint(uri) as folder:
+        with names.local_checkpoint(uri) as folder:
             assert (folder / "net.safetensors").read_bytes() == location.child("net.safetensors").read()
             assert sorted(path.name for path in folder.iterdir()) == ["checksums.json", "net.safetensors"]
             # One on disk is used in place; a downloaded one is removed afterwards.
@@ -264,7 +263,7 @@ def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root
 def test_a_file_of_a_checkpoint_in_a_bucket_may_be_larger_than_what_is_read_whole(s3_bucket: str) -> None:
     folder = write_checkpoint(run_folder.open_run("a", s3_bucket).location, 3_000)
     folder.child("optimizer.safetensors").write(bytes(MAX_BYTES + 1))
-    with resolve.local_checkpoint(folder.uri) as local:
+    with names.local_checkpoint(folder.uri) as local:
         assert (local / "optimizer.safetensors").stat().st_size == MAX_BYTES + 1
 
 
@@ -276,10 +275,10 @@ def test_reading_a_checkpoint_waits_for_the_end_of_an_outage(
         run = run_folder.open_run("a", s3_bucket).location
         stored = write_checkpoint(run, 3_000)
         faulty.switch("down")
-        with pytest.raises(StorageError), resolve.as_folder(stored):
+        with pytest.raises(StorageError), names.as_folder(stored):
             pass
         threading.Timer(1.0, faulty.switch, ["pass"]).start()
-        with resolve.as_folder(stored, timeout_s=300) as folder:
+        with names.as_folder(stored, timeout_s=300) as folder:
             assert (folder / "net.safetensors").read_bytes() == b"net after 3000"
 
 
@@ -293,12 +292,12 @@ def test_reading_a_checkpoint_waits_for_the_end_of_an_outage(
     ],
 )
 def test_the_name_of_a_run_or_model(uri: str, name: str) -> None:
-    assert resolve.name_of(uri) == name
+    assert names.name_of(uri) == name
 
 
 def test_a_relative_path_starts_from_the_working_folder(tmp_path: Path) -> None:
     location = write_checkpoint(run_folder.open_run("a", str(tmp_path)).location, 1)
-    with resolve.local_checkpoint("a") as folder:  # every test runs in its tmp_path
+    with names.local_checkpoint("a") as folder:  # every test runs in its tmp_path
         assert folder == Path(location.path)
 
 
@@ -312,5 +311,5 @@ def test_a_relative_path_starts_from_the_working_folder(tmp_path: Path) -> None:
 )
 def test_what_is_not_a_checkpoint_is_a_user_error(root_uri: str, uri: str, message: str) -> None:
     write_checkpoint(run_folder.open_run("a", root_uri).location, 5, whole=False)
-    with pytest.raises(UserError, match=message), resolve.local_checkpoint(f"{root_uri}/{uri}"):
+    with pytest.raises(UserError, match=message), names.local_checkpoint(f"{root_uri}/{uri}"):
         pass

@@ -11,8 +11,7 @@ from sklearn.datasets import load_digits
 
 from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
-from ddpm.runs import curves, run_folder, storage
-from ddpm.runs import names as resolve
+from ddpm.runs import curves, names, run_folder, storage
 from ddpm.runs.run_folder import CheckpointName
 from ddpm.tracking import mlflow_pages
 from ddpm.utils.images import time_ms_of
@@ -57,7 +56,7 @@ class Run:
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
         """Tensors of the last checkpoint, which must be at `total` images."""
         assert self.images_seen() == total
-        with resolve.local_checkpoint(self.location.uri) as folder:
+        with names.local_checkpoint(self.location.uri) as folder:
             return local.stored(folder)
 
 
@@ -75,8 +74,8 @@ def write_digits(folder: Path) -> str:
         "train": [write("train/00000.parquet", 0, 350), write("train/00001.parquet", 350, 600)],
         "test": [write("test/00000.parquet", 600, 660)],
     }
-    names = [str(i) for i in range(10)]
-    manifest = make_manifest("digits", (8, 8, 1), "raw", names, shards, options="test")
+    classes = [str(i) for i in range(10)]
+    manifest = make_manifest("digits", (8, 8, 1), "raw", classes, shards, options="test")
     write_manifest(location, manifest)
     return location.uri
 
