@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -53,8 +53,12 @@ def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
         return replace(config, cluster=cluster)
     threads = began.get("threads_per_worker")
     if cluster.threads_per_worker is None:
-        if threads is None:
-            threads = 1 if is_auto else _share_of_cpus(cluster.world_sizes()[-1], have.get("CPU", 0.0))
+        if threads is None and is_auto:
+            threads = 1
+        elif threads is None:
+            share = have.get("CPU", 0.0) / cluster.world_sizes()[-1]
+            nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+            threads = max(1, int(min(share, max(nodes))))  # a worker is on one node
         cluster = replace(cluster, threads_per_worker=threads)
     elif threads not in (None, cluster.threads_per_worker):
         log.warning(
@@ -66,48 +70,37 @@ def with_workers(config: Config, began: Mapping[str, Any]) -> Config:
     return replace(config, cluster=cluster)
 
 
-def _share_of_cpus(workers: int, cpus: float) -> int:
-    """Threads of each of `workers` on a cluster of that many CPUs; no more than its largest node has CPUs."""
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    return max(1, int(min(cpus / workers, max(nodes))))
-
-
 def _auto_workers(config: Config, have: Mapping[str, float], on_gpus: bool) -> int | str:
-    """The number of workers of a new run, or a range such as "1:4"."""
+    """The number of workers of a new run, or a range such as "1:4".
+
+    The largest number that shares a step's micro-batches evenly, with a GPU or a CPU for each worker.
+    """
+    cpus = have.get("CPU", 0.0)
     gpus = have.get("GPU", 0.0)
-    most = _most_workers(config, have.get("CPU", 0.0), gpus if on_gpus else None)
-    if on_gpus and most < int(gpus):
-        micro_batches = config.train.batch_size // config.train.micro_batch_size
+    room = gpus if on_gpus else cpus
+    if config.cluster.cpus_per_worker is not None:
+        room = min(room, (cpus - ray_init.reading_cpus(cpus)) / config.cluster.cpus_per_worker)
+    micro_batches = config.train.batch_size // config.train.micro_batch_size
+    even = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+    workers = max(n for n in even if n <= max(room, 1))
+    if on_gpus and workers < int(gpus):
         log.warning(
             "%d of %d GPUs are unused: more than %d workers would share the %d micro-batches of a step unevenly; "
             "set --train.micro-batch-size lower, or --cluster.num-workers",
-            gpus - most,
+            gpus - workers,
             gpus,
-            most,
+            workers,
             micro_batches,
         )
-    return f"1:{most}" if ray_init.limits() and most > 1 else most
+    return f"1:{workers}" if ray_init.limits() and workers > 1 else workers
 
 
-def _most_workers(config: Config, cpus: float, gpus: float | None) -> int:
-    """The largest number of workers that share a step's micro-batches evenly, with a GPU or a CPU each.
-
-    Args:
-        gpus: None: workers use CPUs.
-    """
-    most = cpus if gpus is None else gpus
-    if config.cluster.cpus_per_worker is not None:
-        most = min(most, (cpus - ray_init.reading_cpus(cpus)) / config.cluster.cpus_per_worker)
-    micro_batches = config.train.batch_size // config.train.micro_batch_size
-    return max(n for n in range(1, micro_batches + 1) if micro_batches % n == 0 and n <= max(most, 1))
-
-
-def _is_all_there(state: tenacity.RetryCallState) -> bool:
-    """Whether to stop waiting for nodes; always for a cluster started here."""
+def _is_done_waiting(state: tenacity.RetryCallState) -> bool:
+    """Whether to stop waiting for nodes. A cluster that this process started has no others to wait for."""
     return "RAY_ADDRESS" not in os.environ or (state.seconds_since_start or 0.0) >= JOINING_S
 
 
-def _log_once(state: tenacity.RetryCallState) -> None:
+def _print_once(state: tenacity.RetryCallState) -> None:
     if state.attempt_number == 1 and state.outcome:
         error = state.outcome.exception()
         print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
@@ -115,53 +108,121 @@ def _log_once(state: tenacity.RetryCallState) -> None:
 
 _once_joined = tenacity.retry(
     retry=tenacity.retry_if_exception_type(TooSmall),
-    stop=_is_all_there,
+    stop=_is_done_waiting,
     wait=tenacity.wait_fixed(0.5),
-    before_sleep=_log_once,
+    before_sleep=_print_once,
     reraise=True,
 )
 
 
+@dataclass(frozen=True)
+class _Demand:
+    """Workers that are to run at the same time."""
+
+    who: str
+    """Their name in messages: "4 workers"."""
+    least: int
+    """The number of workers that must fit."""
+    largest: int
+    """The number of workers that should fit."""
+    flag: str
+    """What to lower for fewer of them."""
+    gpu_flag: str
+    """What to lower so that they need fewer GPUs."""
+    other_cpus: float
+    """CPUs that are not for workers."""
+    others: str
+    """The end of a message that says what has these CPUs."""
+
+
 @_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
-    """CPUs and GPUs of each worker, with `ray_init.reading_cpus` left for the tasks that read data."""
+    """CPUs and GPUs of each worker of a run, with `ray_init.reading_cpus` left for the tasks that read data."""
     have = ray_init.resources()
-    cluster = config.cluster
     sizes = config.cluster.world_sizes()
+    demand = _Demand(
+        who=f"{sizes[0]} workers",
+        least=sizes[0],
+        largest=sizes[-1],
+        flag="--cluster.num-workers",
+        gpu_flag="--cluster.num-workers",
+        other_cpus=ray_init.reading_cpus(have.get("CPU", 0.0)),
+        others=" to the tasks that read data",
+    )
+    return _per_worker(config, demand, have)
+
+
+@_once_joined
+def per_trial(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
+    """`config` with the CPUs and threads of each of `num_trials` concurrent trials, and what Ray reserves for a trial.
+
+    A trial of one worker (cluster.num_workers 1 or auto) reads its data itself. The workers of others are reserved by
+    their own worker group; CPUs are left for the tasks that read data.
+    """
+    have = ray_init.resources()
+    workers = config.cluster.world_sizes()[-1]
+    total_workers = num_trials * workers
+    is_group = workers > 1
+    other_cpus = 0.0
+    if is_group:
+        other_cpus = ray_init.reading_cpus(have.get("CPU", 0.0)) + DRIVER_CPUS * num_trials
+    demand = _Demand(
+        who=f"{num_trials} trials at a time of {workers} workers",
+        least=total_workers,
+        largest=total_workers,
+        flag="--max-concurrent or --cluster.num-workers" if is_group else "--max-concurrent",
+        gpu_flag="--max-concurrent or --cluster.gpus-per-worker",
+        other_cpus=other_cpus,
+        others=" to the tasks that read data" if is_group else "",
+    )
+    per_worker = _per_worker(config, demand, have)
+    threads = config.cluster.threads_per_worker
+    if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
+    cluster = replace(
+        config.cluster,
+        num_workers=workers if config.cluster.num_workers == AUTO else config.cluster.num_workers,
+        cpus_per_worker=per_worker["CPU"],
+        gpu="GPU" in per_worker,
+        threads_per_worker=threads,
+    )
+    return replace(config, cluster=cluster), {"CPU": DRIVER_CPUS} if is_group else per_worker
+
+
+def _per_worker(config: Config, demand: _Demand, have: Mapping[str, float]) -> dict[str, float]:
+    """CPUs and GPUs of each worker on a cluster of the resources `have`, as Ray names them."""
+    cluster = config.cluster
     cpus = have.get("CPU", 0.0)
     gpus = have.get("GPU", 0.0)
-    least = sizes[0]
-    most = sizes[-1]
-    room = cpus - ray_init.reading_cpus(cpus)
-    gpu = _on_gpus(config, least, gpus, f"{least} workers", "lower --cluster.num-workers")
+    on_gpus = cluster.gpu if cluster.gpu is not None else gpus > 0
+    need = demand.least * cluster.gpus_per_worker
+    if on_gpus and gpus < need:  # CPUs never stand in for GPUs
+        instead = "" if cluster.gpu else ", or --cluster.gpu False to train on CPUs"
+        raise TooSmall(
+            f"{demand.who} need {need:g} GPUs, the cluster has {gpus:g}; lower {demand.gpu_flag}{instead}"
+        )
+    room = cpus - demand.other_cpus
     share = cluster.cpus_per_worker
     if share is None:
         # A range such as 1:99 starts no more workers than are useful.
-        crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
-        if not gpu and cpus and least > crowd:
+        useful = demand.largest if on_gpus else min(demand.largest, int(MAX_WORKERS_PER_CPU * cpus))
+        if not on_gpus and cpus and demand.least > useful:
             raise TooSmall(
-                f"{least} workers are too many for the cluster's {cpus:g} CPUs: they would wait for each other at "
-                f"every step; set --cluster.num-workers to at most {crowd} ({MAX_WORKERS_PER_CPU} per CPU), better "
+                f"{demand.who} are too many for the cluster's {cpus:g} CPUs: they would wait for each other at "
+                f"every step; lower {demand.flag} to at most {useful} workers ({MAX_WORKERS_PER_CPU} per CPU), better "
                 f"{max(1, int(cpus))} or fewer, or set --cluster.cpus-per-worker to run this many anyway"
             )
-        share = max(min(1.0, int(100 * room / max(crowd, 1)) / 100), 0.01)
-    if least * share > room:
-        right = room / least
+        share = max(min(1.0, int(100 * room / max(useful, 1)) / 100), 0.01)
+    if demand.least * share > room:
         remedy = "a CPU is needed"
-        if right > 0:
-            remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or lower --cluster.num-workers"
+        if room > 0:
+            remedy = (
+                f"set --cluster.cpus-per-worker to at most {room / demand.least:g}, or lower {demand.flag}"
+            )
         raise TooSmall(
-            f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
-            f"data; {remedy}"
+            f"{demand.who} of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs{demand.others}; {remedy}"
         )
-    return _reservation(share, cluster.gpus_per_worker if gpu else None)
-
-
-def _reservation(cpus: float, gpus: float | None) -> dict[str, float]:
-    """CPUs and GPUs as Ray names them; None: without a GPU."""
-    if gpus is None:
-        return {"CPU": cpus}
-    return {"CPU": cpus, "GPU": gpus}
+    return {"CPU": share, "GPU": cluster.gpus_per_worker} if on_gpus else {"CPU": share}
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
@@ -169,9 +230,9 @@ def possible_workers(config: Config, per_worker: dict[str, float], workers: int)
     have = ray.cluster_resources()
     free = ray.available_resources()
     cpus = have.get("CPU", 0.0)
-    most = int((cpus - ray_init.reading_cpus(cpus)) / per_worker["CPU"])
+    fitting = int((cpus - ray_init.reading_cpus(cpus)) / per_worker["CPU"])
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
-    return min(config.cluster.world_sizes()[-1], most, workers + more)
+    return min(config.cluster.world_sizes()[-1], fitting, workers + more)
 
 
 def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str | None:
@@ -206,56 +267,6 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
     return (
         f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
     )
-
-
-def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
-    """Whether workers have GPUs: cluster.gpu, else whether the cluster has any; CPUs never stand in for them."""
-    cluster = config.cluster
-    need = workers * cluster.gpus_per_worker
-    on_gpus = cluster.gpu if cluster.gpu is not None else have > 0
-    if on_gpus and have < need:
-        without = "" if cluster.gpu else ", or --cluster.gpu False to train on CPUs"
-        raise TooSmall(f"{who} need {need:g} GPUs, the cluster has {have:g}; {remedy}{without}")
-    return on_gpus
-
-
-@_once_joined
-def per_trial(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
-    """`config` with the CPUs and threads of each of `num_trials` concurrent trials, and what Ray reserves for a trial.
-
-    A trial of one worker (cluster.num_workers 1 or auto) reads its data itself. The workers of others are reserved by
-    their own worker group; CPUs are left for the tasks that read data.
-    """
-    have = ray_init.resources()
-    workers = config.cluster.world_sizes()[-1]
-    cpus = have.get("CPU", 0.0)
-    total_workers = num_trials * workers
-    is_group = workers > 1
-    who = f"{num_trials} trials at a time of {workers} workers"
-    remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
-    gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)
-    room = cpus - (ray_init.reading_cpus(cpus) + DRIVER_CPUS * num_trials if is_group else 0)
-    share = config.cluster.cpus_per_worker
-    is_crowd = share is None and not gpu and not is_group and num_trials > MAX_WORKERS_PER_CPU * cpus
-    if share is None:
-        share = max(min(1.0, int(100 * room / total_workers) / 100), 0.01)
-    if is_crowd or total_workers * share > room:
-        left = " to the tasks that read data" if is_group else ""
-        raise TooSmall(
-            f"{who} of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs{left}; use a smaller --max-concurrent "
-            "or --cluster.cpus-per-worker"
-        )
-    threads = config.cluster.threads_per_worker
-    if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
-    cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
-    if cluster.num_workers == AUTO:
-        cluster = replace(cluster, num_workers=workers)
-    if is_group:
-        reserved = _reservation(DRIVER_CPUS, None)
-    else:
-        reserved = _reservation(share, cluster.gpus_per_worker if gpu else None)
-    return replace(config, cluster=cluster), reserved
 
 
 def remove_placement_group(hex_id: str) -> None:

@@ -71,10 +71,11 @@ def test_a_trial_of_one_worker_has_its_gpu(cluster: Cluster) -> None:
     ("flags", "num_trials", "message"),
     [
         ({"cpus_per_worker": 1.5, "gpu": False}, 2, "of 1.5 CPUs leave none of the cluster's 2"),
-        ({"num_workers": 2, "cpus_per_worker": 0.3, "gpu": False}, 2, "use a smaller --max-concurrent"),
+        ({"num_workers": 2, "cpus_per_worker": 0.3, "gpu": False}, 2, "or lower --max-concurrent"),
         ({"gpu": False}, 100, "100 trials at a time of 1 workers"),
+        ({"num_workers": 4, "gpu": False}, 2, "at most 4 workers"),
         ({"gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
-        ({}, 2, "use a smaller --max-concurrent or --cluster.gpus-per-worker, or --cluster.gpu False"),
+        ({}, 2, "lower --max-concurrent or --cluster.gpus-per-worker, or --cluster.gpu False"),
         ({"gpu": True, "gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
     ],
 )
