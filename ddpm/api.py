@@ -10,7 +10,6 @@ from PIL import Image
 
 from ddpm.build import TrainedNet, with_sampler
 from ddpm.cli import parsing
-from ddpm.cli.train import launch
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS, PresetArguments
 from ddpm.config.tree import Config
@@ -18,6 +17,7 @@ from ddpm.diffusion.samplers import Sampler
 from ddpm.runs import checkpoint, names
 from ddpm.sampling import generate, workers
 from ddpm.tracking import run_params
+from ddpm.training.launch import launch
 from ddpm.utils import command_line, images
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels

@@ -80,8 +80,8 @@ def _shown(changed: Mapping[str, Any], key: str) -> str:
     return str(changed[key]) if key in changed else "as in the preset"
 
 
-def typed_in_vain(config: Config, preset: Config, trained: Config) -> list[str]:
-    """The chosen flags of `config` that a finished run, whose config is `trained`, was trained without."""
+def flags_without_effect(config: Config, preset: Config, trained: Config) -> list[str]:
+    """The flags of `config` that differ from a finished run's config, `trained`: they have no effect any more."""
     now = flatten(config)
     before = flatten(preset)
     have = flatten(trained)

@@ -111,5 +111,5 @@ def test_flags_that_a_finished_run_was_trained_without() -> None:
     trained = override(presets.DIGITS, {"optim.lr": 0.5, "run.name": "a"})
     typed = {"optim.lr": 0.5, "train.log_every_images": 64, "sample.sampler": "ddpm", "run.name": "a"}
     config = override(presets.DIGITS, typed | {"run.storage": "elsewhere", "data.shards": "there"})
-    flags = settings.typed_in_vain(config, presets.DIGITS, trained)
+    flags = settings.flags_without_effect(config, presets.DIGITS, trained)
     assert flags == ["--train.log-every-images 64", "--sample.sampler ddpm"]
