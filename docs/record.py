@@ -26,6 +26,8 @@ from rich.text import Text
 
 REPO = Path(__file__).resolve().parent.parent
 WORDS = ["jobs/train.py", "digits", "--workers", "2"]
+HOME = "/home/you"
+"""What stands for the folder of the recording."""
 COLUMNS = 96
 ROWS = 19
 SEEN = re.compile(r"([\d,]+) of ([\d,]+) ")
@@ -88,7 +90,7 @@ def screens(words: list[str], folder: str, *, kill: bool) -> list[tuple[float, s
     """
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    shown = []
+    shown = list[tuple[float, str]]()
     terminal = Terminal(f"$ python {' '.join(words)}")
     typed = ""
     process = subprocess.Popen(
@@ -118,8 +120,8 @@ def screens(words: list[str], folder: str, *, kill: bool) -> list[tuple[float, s
 
 def digests(folder: Path) -> str:
     """A command that prints the digests of the final weights of all runs, and what it printed: they must be equal."""
-    final = max((folder / "runs/killed").glob("checkpoint-*")).name
-    command = f"md5sum runs/*/{final}/ema.safetensors"
+    final = max((folder / "runs/undisturbed").glob("checkpoint-*")).name.partition("-g")[0]
+    command = f"md5sum runs/*/{final}-*/ema.safetensors"
     printed = subprocess.check_output(command, shell=True, cwd=folder, text=True).rstrip()
     if len({line.split()[0] for line in printed.splitlines()}) != 1:
         raise SystemExit(printed)
@@ -165,6 +167,8 @@ def main() -> None:
         began, _ = shown[0]
         ended, last = shown[-1]
         last += "\n" + digests(Path(folder))
+    shown = [(at, screen.replace(folder, HOME)) for at, screen in shown]
+    last = last.replace(folder, HOME)
     times = [began + (ended - began) * i / (arguments.num_frames - 1) for i in range(arguments.num_frames)]
     frames = [[screen for at, screen in shown if at <= moment][-1] for moment in times[:-1]]
     arguments.out.write_text(animation([*frames, *[last] * 5], arguments.frame_s))
