@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -26,7 +26,6 @@ from ddpm.utils.exits import leave
 from ddpm.utils.files import read_whole
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable, shortened
-from ddpm.utils.streams import lossy
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
@@ -57,8 +56,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     bound_spinning()
     # Ray, when it is imported: hide its warning that a node has many processes, most of which are idle in a search.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
-    sys.stdout = lossy(sys.stdout)
-    sys.stderr = lossy(sys.stderr)
+    sys.stdout = _lossy(sys.stdout)
+    sys.stderr = _lossy(sys.stderr)
     try:
         code = main() or 0
     except UserError as error:
@@ -256,3 +255,32 @@ def starting_point(config: Config) -> Config:
             raise UserError(f"--config {typed.config} cannot be read: {error}") from None
         config = from_json(text, typed.config, config)
     return config if typed.net is None else override(config, {"model.net": typed.net})
+
+
+def _lossy(stream: TextIO | None) -> TextIO:
+    """Wrap `stream` so that writing never fails."""
+    if stream is None:  # closed before the job started
+        return open(os.devnull, "w")
+    try:
+        number = stream.fileno()
+    except OSError:  # a stream in memory
+        return stream
+    stream.flush()
+    file = io.BufferedWriter(_LossyFile(number, "wb", closefd=False))
+    return io.TextIOWrapper(
+        file,
+        encoding=stream.encoding,
+        errors="backslashreplace",  # for characters that the terminal cannot show
+        line_buffering=stream.isatty() or stream is sys.stderr,
+    )
+
+
+class _LossyFile(io.FileIO):
+    """A file that drops what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return memoryview(data).nbytes if written is None else written  # None: the write would block

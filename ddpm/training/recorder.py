@@ -17,14 +17,18 @@ from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.runs import run_folder
-from ddpm.training import held_out, pictures
+from ddpm.sampling import generate
+from ddpm.training import held_out
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import Interval, State, lr_at
 from ddpm.utils import devices, images
+from ddpm.utils.images import Pixels
 from ddpm.utils.progress import Progress
 
 PROGRESS_INTERVAL_S = 0.5
+STRIP_IMAGES = 4
+"""Images of the denoising strip, and of the pictures of the finished run."""
 OVERFITTED = 1.02
 """A warning is shown when the held-out loss exceeds its minimum by this factor; its noise is the same each time."""
 UNIT = 2.0**-30
@@ -234,7 +238,7 @@ class Recorder:
 
     def _record_samples(self) -> None:
         """Record the grid of samples, and a denoising strip."""
-        grid = pictures.sample_grid(self._averaged, self._runtime)
+        grid = self._sample_grid()
         if self._store is None:
             return
         seen = self._state.images_seen
@@ -246,12 +250,33 @@ class Recorder:
         seen = seen // every * every  # rounded: runs of any batch size are shown side by side
         self._store.picture(run_folder.SAMPLES, grid, seen)
         if self._held_out is not None:
-            strip = pictures.denoising_strip(self._averaged, self._held_out)
+            some = self._held_out[:STRIP_IMAGES]
+            x_0, label = self._averaged.inputs(some.image, some.label)
+            strip = generate.denoising_strip(self._averaged, x_0, label)
             self._store.picture(run_folder.DENOISING, strip, seen)
 
+    def _sample_grid(self) -> Pixels:
+        """Sample a grid of the same seeds every time, with a column for each class.
+
+        Every rank calls it, and generates its share.
+        """
+        runtime = self._runtime
+        num_images = self._config.sample.num_images
+        per_rank = -(-num_images // runtime.world_size)
+        mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
+        drawn = runtime.gather(generate.draw(self._averaged, mine))
+        order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
+        return generate.grid(self._averaged, drawn.cpu()[order][:num_images].numpy())
+
     def _publish_pictures(self) -> None:
-        """Publish the pictures of the finished run."""
+        """Publish the pictures of the finished run: forward noising, and the reverse trajectory."""
         if self._store is None:
             return
-        for name, data in pictures.final_pictures(self._averaged, self._held_out).items():
-            self._store.publish(f"{run_folder.PICTURES}/{name}", data)
+        if self._held_out is not None:
+            some = self._held_out[:STRIP_IMAGES]
+            x_0, _ = self._averaged.inputs(some.image, some.label)
+            noising = generate.noising_strip(self._config, x_0)
+            self._store.publish(f"{run_folder.PICTURES}/forward_noising.png", images.png_bytes(noising))
+        strip, gif = generate.trajectory(self._averaged, range(STRIP_IMAGES))
+        self._store.publish(f"{run_folder.PICTURES}/reverse_trajectory.png", images.png_bytes(strip))
+        self._store.publish(f"{run_folder.PICTURES}/reverse_trajectory.gif", gif)
