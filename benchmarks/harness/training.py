@@ -12,7 +12,7 @@ from ddpm.config.tree import Config
 from ddpm.data import prepare_for_run, ray_stream
 from ddpm.training import fit, worker_group
 
-_work = worker_group.work
+_work = worker_group.train_worker
 
 
 def tick(folder: str) -> None:
@@ -63,6 +63,6 @@ def train(
     own = {"run.storage": folder, "run.name": "bench", "cluster.num_workers": 1}
     config = override(config, {**own, **values})
     config = prepare_for_run.prepared(config)
-    worker_group.work = partial(work, folder)
+    worker_group.train_worker = partial(work, folder)
     fit.fit(config, ray_stream.open_configured(config))
     return config

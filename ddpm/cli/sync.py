@@ -37,7 +37,7 @@ def main() -> None:
     from ddpm.utils.progress import printable
 
     folder = storage.resolve(arguments.run)
-    if run_folder.begun(folder) is None and folder.child(SEARCH).exists():
+    if run_folder.find_card(folder) is None and folder.child(SEARCH).exists():
         from ddpm.search import publish  # seconds: PyTorch
 
         for line in publish.sync(folder, arguments.timeout_s):

@@ -1,7 +1,6 @@
 """Reading, writing, checking and changing config trees (tree.py). Unknown keys are errors; nothing is executed."""
 
 import dataclasses
-import functools
 import json
 import re
 import reprlib
@@ -15,19 +14,16 @@ from ddpm.config.tree import Affects, Config, ModelConfig, UNetConfig
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 
-_dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
-"""JSON of values in Python, also of NumPy's numbers and of paths."""
-
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
     """(dotted key, value, annotation, group) of each field, in the order of the tree."""
-    kinds = typing.get_type_hints(type(config), include_extras=True)
+    annotations = typing.get_type_hints(type(config), include_extras=True)
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value, kinds[f.name], config
+            yield f"{prefix}{f.name}", value, annotations[f.name], config
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -38,9 +34,12 @@ def flatten(config: Any) -> dict[str, Any]:
 def keys_that_affect(config: Config, what: Affects) -> set[str]:
     """The dotted keys that affect any of `what`."""
     keys = set()
-    for key, _, kind, group in _leaves(config):
-        own = [mark for mark in typing.get_args(kind) if isinstance(mark, Affects)]
-        if (own[0] if own else group.affects) & what:
+    for key, _, annotation, group in _leaves(config):
+        affects = group.affects
+        for mark in typing.get_args(annotation):
+            if isinstance(mark, Affects):  # the field's own
+                affects = mark
+        if affects & what:
             keys.add(key)
     return keys
 
@@ -84,8 +83,8 @@ def check_values(config: Any) -> None:
 
     The fields of a command line's `config`, `source` and `settings` are flags without that prefix.
     """
-    for key, value, kind, _ in _leaves(config):
-        strict_json.check(kind, value, re.sub(r"^(config|source|settings)\.", "", key))
+    for key, value, annotation, _ in _leaves(config):
+        strict_json.check(annotation, value, re.sub(r"^(config|source|settings)\.", "", key))
 
 
 def to_json(config: Any) -> str:
@@ -107,15 +106,20 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
         tree[group] = tree[group] | value if both else value
     model = tree.pop("model", {})
     given = values.get("model", {})
-    config = strict_json.parse(Config, _dumps(tree), where)
+    config = strict_json.parse(Config, json.dumps(tree, default=_as_json), where)
     kind: type[ModelConfig] = UNetConfig
     if isinstance(model, dict):
         kind = net_named(model.get("net", "unet"), where)
         if base is not None and type(base.model) is not kind:  # keeps what all nets have
             common = {f.name for f in dataclasses.fields(ModelConfig)}
             model = {key: value for key, value in model.items() if key in common or key in given}
-    net = strict_json.parse(kind, _dumps(model), where, within="model")
+    net = strict_json.parse(kind, json.dumps(model, default=_as_json), where, within="model")
     return dataclasses.replace(config, model=net)
+
+
+def _as_json(value: Any) -> Any:
+    """A number of NumPy as Python's; any other value, such as a path, as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def net_named(name: Any, where: str) -> type[ModelConfig]:

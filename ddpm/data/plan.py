@@ -108,14 +108,14 @@ class Plan:
         """Images in an epoch."""
         return sum(self.row_groups)
 
-    def tasks(self, start: int, stop: int, most: int = CHUNK_IMAGES) -> Iterator[tuple[int, int]]:
-        """Cut the positions [start, stop) into reading tasks of at most `most` images, or of one window.
+    def tasks(self, start: int, stop: int, max_images: int = CHUNK_IMAGES) -> Iterator[tuple[int, int]]:
+        """Cut the positions [start, stop) into reading tasks of at most `max_images` images, or of one window.
 
         Only the first task may begin and only the last may end inside a window, so a row group is read once per epoch.
         """
         while start < stop:
             end = self._window_end(start)
-            while end < stop and (further := self._window_end(end)) - start <= most:
+            while end < stop and (further := self._window_end(end)) - start <= max_images:
                 end = further
             yield start, min(end, stop)
             start = end

@@ -197,15 +197,15 @@ class _SchedulingPause:
     """
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self._step_at = time.monotonic()
 
     def before_execution_starts(self, executor: Any) -> None: ...
     def after_execution_succeeds(self, executor: Any) -> None: ...
     def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(max(0.0, self._begun + LOOP_STEP_S - time.monotonic()))
-        self._begun = time.monotonic()
+        time.sleep(max(0.0, self._step_at + LOOP_STEP_S - time.monotonic()))
+        self._step_at = time.monotonic()
 
 
 class _ReadTask:
@@ -227,8 +227,8 @@ class _ReadTask:
         stop = int(batch["stop"][0])
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
         try:
-            most = data_set.part_images(self._world_size)
-            for images in data_set.parts(plan, start, stop, most):
+            max_images = data_set.part_images(self._world_size)
+            for images in data_set.parts(plan, start, stop, max_images):
                 yield from self._rows(images, start)
                 start += len(images.label)
         except tuple(_ERRORS.values()) as failure:

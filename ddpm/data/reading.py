@@ -105,9 +105,11 @@ class DataSet:
         """The images at positions [start, stop) of the plan, in order."""
         return PlanReader(self, plan).read(start, stop)
 
-    def parts(self, plan: Plan, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
+    def parts(
+        self, plan: Plan, start: int, stop: int, max_images: int | None = None
+    ) -> Iterator[LabelledImages]:
         """The images of `read`, in parts, as `PlanReader.parts`."""
-        return PlanReader(self, plan).parts(start, stop, most)
+        return PlanReader(self, plan).parts(start, stop, max_images)
 
     def part_images(self, world_size: int = 1) -> int:
         """Images of a part that `world_size` ranks share."""
@@ -141,15 +143,15 @@ class PlanReader:
             begin = end
         return images
 
-    def parts(self, start: int, stop: int, most: int | None = None) -> Iterator[LabelledImages]:
-        """The images of `read`, in parts of at most `most` images (None: of PART_BYTES), each in one window."""
-        most = most or self._data_set.part_images()
+    def parts(self, start: int, stop: int, max_images: int | None = None) -> Iterator[LabelledImages]:
+        """The images of `read`, in parts of at most `max_images` images (None: of PART_BYTES), each in one window."""
+        max_images = max_images or self._data_set.part_images()
         for window in self._plan.windows(start, stop):
             low = max(start - window.start, 0)
             high = min(stop - window.start, len(window.rows))
             self._open(window, low, high)
-            for begin in range(low, high, most):
-                yield self._part(window, begin, min(begin + most, high))
+            for begin in range(low, high, max_images):
+                yield self._part(window, begin, min(begin + max_images, high))
 
     def _open(self, window: Window, low: int, high: int) -> None:
         """Open the row groups of the images [low, high) of the window, and close those of another window."""
@@ -193,19 +195,20 @@ def cut(
         share: the rank's `plan.ReadOrder.share`.
     """
     indices = itertools.cycle(share)
-    begun: list[LabelledImages] = []  # parts of the next micro-batch
+    held: list[LabelledImages] = []
+    """Parts of the next micro-batch."""
     for images in batches:
-        first = micro_batch_size - sum(len(part.label) for part in begun)
+        first = micro_batch_size - sum(len(part.label) for part in held)
         edges = [0, *range(first, len(images.label) + 1, micro_batch_size)]
         for low, high in itertools.pairwise(edges):
-            parts = [*begun, images[low:high]]
+            parts = [*held, images[low:high]]
             # Copies: `images` may be a read-only view of a block in shared memory, which is freed earlier this way.
             image = np.concatenate([part.image for part in parts])
             label = np.concatenate([part.label for part in parts])
             yield MicroBatch(image, label, next(indices))
-            begun = []
+            held = []
         if edges[-1] < len(images.label):
-            begun.append(images[edges[-1] :])
+            held.append(images[edges[-1] :])
 
 
 def scale_of(manifest: Manifest, image_size: int) -> int:

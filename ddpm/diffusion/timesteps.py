@@ -140,10 +140,10 @@ def check(timesteps: Sequence[int], num_timesteps: int) -> None:
         raise ValueError(f"timesteps are {list(timesteps)}; they must fall, within {num_timesteps - 1}..0")
 
 
-def check_num_sample_steps(num_sample_steps: int, most: int | None = None) -> None:
-    """Raise ValueError if `num_sample_steps` is not in 1..most."""
-    if not 1 <= num_sample_steps <= (most or num_sample_steps):
-        allowed = f"1..{most}, the timesteps of the schedule" if most else "1, 2, ..."
+def check_num_sample_steps(num_sample_steps: int, num_timesteps: int | None = None) -> None:
+    """Raise ValueError if `num_sample_steps` is not in 1..num_timesteps."""
+    if not 1 <= num_sample_steps <= (num_timesteps or num_sample_steps):
+        allowed = f"1..{num_timesteps}, the timesteps of the schedule" if num_timesteps else "1, 2, ..."
         raise ValueError(f"num_sample_steps is {num_sample_steps}; it must be in {allowed}")
 
 

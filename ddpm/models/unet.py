@@ -192,8 +192,8 @@ def _requirements(c: UNetConfig) -> Iterator[Requirement]:
     yield "width_multipliers", min(multipliers, default=0) >= 1, "one or more integers >= 1"
     yield "width_multipliers", max(multipliers) <= MAX_SIZE, f"at most {MAX_SIZE}"
     yield "base_width", c.base_width >= 4 and c.base_width % 2 == 0, "even and at least 4"
-    most = MAX_SIZE // max(multipliers)
-    yield "base_width", c.base_width <= most, f"at most {most}: no width may exceed {MAX_SIZE}"
+    max_width = MAX_SIZE // max(multipliers)
+    yield "base_width", c.base_width <= max_width, f"at most {max_width}: no width may exceed {MAX_SIZE}"
     widths = [c.base_width * multiplier for multiplier in multipliers]
     divides = c.norm_groups >= 1 and all(width % c.norm_groups == 0 for width in widths)
     yield "norm_groups", divides, f"a divisor of each of the widths {widths}"

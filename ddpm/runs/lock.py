@@ -115,7 +115,7 @@ class DriverLock:
             if (still_runs and not self._waits) or not self._is_wanted():
                 raise self._refusal(version)
             time.sleep(self._beat_s / 4)
-            asked = time.monotonic()
+            read_at = time.monotonic()
             before = version
             version = self._file.read()
             if version is None or _process(version) == "gone":
@@ -123,7 +123,7 @@ class DriverLock:
             now = time.monotonic()
             changed = now if version != before else changed
             # On slow storage a beat takes longer by two requests (read and write).
-            patience = max(patience, 4 * (self._beat_s + 2 * (now - asked)))
+            patience = max(patience, 4 * (self._beat_s + 2 * (now - read_at)))
         if _is_other(version):  # stopped, for example by Ctrl-Z
             raise self._refusal(version)
         return version

@@ -63,8 +63,8 @@ class RunStatus(StrEnum):
     STOPPED: the same command resumes the run. PRUNED: a search stopped it early, and never resumes it.
 
     Attributes:
-        in_mlflow: MLflow's status. Its pages show KILLED in red, as they do FAILED, so a run that can be resumed is
-            SCHEDULED there.
+        in_mlflow: MLflow's status. A run that can be resumed is SCHEDULED there: MLflow's pages show KILLED in red,
+            like a failure.
         text: the status in words.
     """
 
@@ -192,8 +192,8 @@ def with_storage(config: Config) -> Config:
     return replace(config, run=replace(config.run, storage=uri))
 
 
-def begun(run: Location) -> Card | None:
-    """run.json of the run in this folder; None: the run has not begun."""
+def find_card(run: Location) -> Card | None:
+    """run.json of the run in this folder; None: there is none yet."""
     with as_user_error(f"cannot read {run.child(CARD).uri}"):
         return read_card(run) if run.child(CARD).exists() else None
 
@@ -223,7 +223,7 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
     _check_name(name)
     location = storage.resolve(uri).child(name)
     with as_user_error(f"cannot write to run.storage {uri}"):
-        card = begun(location)
+        card = find_card(location)
         if card is not None:
             return RunFolder(name, location, card.run_key)
         key = uuid.uuid4().hex
@@ -239,7 +239,7 @@ def open_run(name: str, uri: str, facts: Facts | None = None) -> RunFolder:
 def existing_run(uri: str) -> RunFolder:
     """The run in the folder or bucket `uri`."""
     location = storage.resolve(uri)
-    card = begun(location)
+    card = find_card(location)
     if card is None:
         raise UserError(
             f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"

@@ -81,11 +81,11 @@ def _new_client(server: Server) -> Any:
     return boto3.client("s3", config=config, region_name=region, endpoint_url=server.endpoint)
 
 
-def get(server: Server, path: str, most: int) -> tuple[bytes, str]:
+def get(server: Server, path: str, max_bytes: int) -> tuple[bytes, str]:
     """Content and ETag of the object at bucket/key: one version of it, in one request.
 
     Raises:
-        UserError: it has more than `most` bytes.
+        UserError: it has more than `max_bytes` bytes.
         FileNotFoundError: there is none.
         OSError: S3 does not answer, or with another error.
     """
@@ -93,7 +93,7 @@ def get(server: Server, path: str, most: int) -> tuple[bytes, str]:
 
     def request() -> tuple[bytes, str]:
         answer = client(server).get_object(**where)
-        files.check_length(answer["ContentLength"], most, f"s3://{path}")
+        files.check_length(answer["ContentLength"], max_bytes, f"s3://{path}")
         return answer["Body"].read(), answer["ETag"]
 
     status, found = ask(request)

@@ -56,11 +56,11 @@ class Location:
         """Names of the files inside, sorted; empty if this folder does not exist or is a file."""
         return self._names(pafs.FileType.File)
 
-    def read(self, most: int = MAX_BYTES) -> bytes:
-        """The content of this file, one version of it; UserError if it has more than `most` bytes."""
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The content of this file, one version of it; UserError if it has more than `max_bytes` bytes."""
         if self.server is None:
-            return files.read_whole(Path(self.path), most)
-        data, _ = s3.get(self.server, self.path, most)
+            return files.read_whole(Path(self.path), max_bytes)
+        data, _ = s3.get(self.server, self.path, max_bytes)
         return data
 
     def write(self, data: bytes, *, durable: bool = False) -> None:

@@ -62,7 +62,7 @@ class SampleJob:
         """The first images of the job, uint8 [N, H, W, C], as one RGB image."""
         return generate.grid(self.trained, drawn, self.label)
 
-    def asked(self, batch_size: int) -> dict[str, Any]:
+    def request(self, batch_size: int) -> dict[str, Any]:
         """Everything that determines image i and its file, as flat JSON."""
         if self.sampler is not None:
             raise ValueError("sampler is given; images by it are drawn with `in_memory`")
@@ -70,13 +70,13 @@ class SampleJob:
         config = replace(config, sample=resolve_sample(config.sample, config.objective))
         keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
         flat = {key: value for key, value in flatten(config).items() if key in keys}
-        asked = {
+        request = {
             "batch_size": batch_size,
             "generator": GENERATOR,
             "weights": _sha256(self.trained.net.state_dict()),
             "label": self.label,
         }
-        return asked | flat
+        return request | flat
 
 
 class SampleWorker:
@@ -121,7 +121,7 @@ def draw(
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size, pieces = _pieces(job, pool, num_images)
         with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):
-            writers.begin(out, job.asked(size))
+            writers.begin(out, job.request(size))
             writer = PngWriter(out, num_images, size, job.grid)
             before = writer.num_kept
             done = before

@@ -32,14 +32,14 @@ RESERVED_NAMES = (IMAGES, GRID)
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 
 
-def begin(location: Location, asked: Mapping[str, Any]) -> None:
+def begin(location: Location, request: Mapping[str, Any]) -> None:
     """Write the request at `location`, or check that it is the same as before.
 
     Args:
-        asked: everything that determines the images, as flat JSON.
+        request: everything that determines the images, as flat JSON.
     """
     note = location.child(REQUEST)
-    text = json.dumps(asked, indent=2) + "\n"
+    text = json.dumps(request, indent=2) + "\n"
     location.sweep()
     if not note.exists():
         if taken := [name for name in RESERVED_NAMES if location.child(name).exists()]:

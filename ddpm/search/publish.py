@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,9 @@ def runs(trials: Trials) -> Iterator[tuple[Trial, RunFolder]]:
     """The trials with their runs, without those whose driver was killed before it created the run."""
     for trial in trials.all():
         location = trials.folder.child(trial.name)
-        if location.child(run_folder.CARD).exists():
-            yield trial, run_folder.existing_run(location.uri)
+        card = run_folder.find_card(location)
+        if card is not None:
+            yield trial, RunFolder(trial.name, location, card.run_key)
 
 
 def params(trials: Trials) -> dict[str, Any]:
@@ -182,9 +182,15 @@ def status(trials: Trials) -> RunStatus:
 
 def comparison(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
-    own = (row for row in rows if row.trial.last and row.trial.repeats is None)
-    begun = (row for row in own if folder.child(row.trial.name).child(run_folder.CARD).exists())
-    shown = list(islice(begun, COMPARED))
+    shown = list[Row]()
+    for row in rows:
+        is_own = row.trial.last is not None and row.trial.repeats is None
+        if (
+            is_own
+            and len(shown) < COMPARED
+            and run_folder.find_card(folder.child(row.trial.name)) is not None
+        ):
+            shown.append(row)
     if not shown:
         return None
     by_trainings = any(row.by_trainings for row in shown)

@@ -138,7 +138,7 @@ def begin(
     Args:
         driver: id of the driver's lock, which has claimed the run.
     """
-    assert config.train.init_from is not None, "asked for"
+    assert config.train.init_from is not None, "the caller checks it"
     state = State.create(config, torch.device("cpu"))
     with names.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)

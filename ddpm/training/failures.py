@@ -62,7 +62,7 @@ class Fail:
 
 
 def decide(
-    died: Mapping[str, BaseException], values: Mapping[str, Any], config: Config, was_asked: bool = False
+    died: Mapping[str, BaseException], values: Mapping[str, Any], config: Config, stop_requested: bool = False
 ) -> Restart | Done | Fail:
     """What follows for a run without workers.
 
@@ -72,16 +72,16 @@ def decide(
     Args:
         died: the error of each process that failed, by its name; empty: all workers exited normally.
         values: the run's state by subject, as in run_state.py.
-        was_asked: the run was asked to stop early.
+        stop_requested: the run is to stop early.
     """
     ended = values.get(run_state.ENDED)
     if (error := values.get(run_state.FAILURE)) is not None:
         return Fail(error)
-    if ended is not None and (ended >= config.train.total_images or was_asked):
+    if ended is not None and (ended >= config.train.total_images or stop_requested):
         return Done(ended)
-    if was_asked and is_idle(values):
+    if stop_requested and is_idle(values):
         return Done(None)
-    again: dict[str, Any] = {run_state.WORKERS: None, run_state.BEGUN: None}
+    again: dict[str, Any] = {run_state.WORKERS: None, run_state.STEPPING: None}
     if values.get(run_state.STOP) in run_state.ENDS_GROUP:
         again |= {run_state.STOP: None, run_state.ENDED: None}
     if died:
@@ -95,15 +95,20 @@ def decide(
 
 def is_idle(values: Mapping[str, Any]) -> bool:
     """Whether no step is under way, so that a run that is to stop waits for nothing."""
-    return values.get(run_state.BEGUN) is None
+    return values.get(run_state.STEPPING) is None
 
 
 def _after_failures(
     died: Mapping[str, BaseException], values: Mapping[str, Any], again: dict[str, Any], limits: ClusterConfig
 ) -> Restart | Fail:
-    deaths = {name: death for name, error in died.items() if (death := _death(error))}
-    # A death causes the other processes' errors: their collectives fail.
-    name, cause = next(iter(deaths.items() or died.items()))
+    deaths = dict[str, BaseException]()
+    for process, error in died.items():
+        death = _death(error)
+        if death is not None:
+            deaths[process] = death
+    causes = deaths or died  # a death causes the other processes' errors: their collectives fail
+    name = next(iter(causes))
+    cause = causes[name]
     line = f"{name} failed; resuming from the last checkpoint: {last_line(cause)}"
     if any(getattr(death, "preempted", False) for death in deaths.values()):
         return _after_preemption(line, values, again, limits)
@@ -157,22 +162,29 @@ def _death(error: BaseException) -> BaseException | None:
     """The death of a process; None: the process raised an error."""
     # Ray Train wraps the death of a worker, and of an actor that its controller asked (Ray 2.60); without these
     # attributes a death counts as any other failure.
-    for wrapped in ("controller_failure", "health_check_failure", "cause"):
-        error = getattr(error, wrapped, None) or error
+    for attribute in ("controller_failure", "health_check_failure", "cause"):
+        inner = getattr(error, attribute, None)
+        if inner is not None:
+            error = inner
     return error if isinstance(error, DEATHS) else None
 
 
 def last_line(error: BaseException) -> str:
     """The last line of a failure's message, or of its first failed worker's; for a kill by Ray's memory monitor, what
     was killed, and what to lower."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
-    if memory := OUT_OF_MEMORY.search(str(cause)):
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    message = str(error)
+    memory = OUT_OF_MEMORY.search(message)
+    if memory is not None:
         node, used, limit = memory.groups()
-        killed = [f"{name} ({size})" for name, size in KILLED.findall(str(cause))[:MAX_KILLED]]
+        killed = [f"{name} ({size})" for name, size in KILLED.findall(message)[:MAX_KILLED]]
         return (
             f"out of memory: {used} of {limit} on {node} were in use, so Ray killed {', '.join(killed) or 'it'}; "
             "lower --train.forward-images, --data.window-rows or --cluster.num-workers"
         )
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes ")[0][:SHOWN] if lines else repr(cause)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return repr(error)
+    return lines[-1].partition(" Some common causes ")[0][:SHOWN]

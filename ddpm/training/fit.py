@@ -103,7 +103,7 @@ def fit(
     if origin is None:
         preset, changed = run_params.nearest_preset(config)
         origin = Origin(preset, changed)
-    before = run_folder.begun(folder)
+    before = run_folder.find_card(folder)
     config = resources.with_workers(config, before.config.get("cluster", {}) if before else {})
     if before is None:
         resources.resources_per_worker(config)  # checks them before anything is written
@@ -202,7 +202,7 @@ def _drive(
             ended = monitor.supervise()
         lock.check()
         status = RunStatus.FINISHED
-        if monitor.was_asked and ended < config.train.total_images:
+        if monitor.stop_requested and ended < config.train.total_images:
             status = RunStatus.PRUNED if monitor.ended_early else RunStatus.STOPPED
     except ray.exceptions.RayError as error:
         gone = f"the Ray cluster is gone: {last_line(error)}"

@@ -65,17 +65,17 @@ def train(config: Config, runtime: Runtime) -> State:
     weights = list(state.net.parameters())
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
-    most = passes.images_that_fit(state, loss_of, config, dropouts, runtime)
-    passes.fix_buckets(model, most, loss_of, config, dropouts, runtime.world_size)
+    max_images = passes.images_that_fit(state, loss_of, config, dropouts, runtime)
+    passes.fix_buckets(model, max_images, loss_of, config, dropouts, runtime.world_size)
     recorder = Recorder(config, runtime, state)
-    batches = _begun(recorder.timed(batches))
+    batches = _wait_for_first(recorder.timed(batches))
     to_device = HostToDevice(runtime.device)
     stop = not runtime.may_begin()
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
         micro_batches = [next(batches) for _ in range(share)]
-        for part in passes.split(micro_batches, most):
+        for part in passes.split(micro_batches, max_images):
             noise = passes.draws(part, config, state.step, runtime.device)
             x_0, label = passes.inputs(part, config, noise, to_device)
             with (
@@ -138,8 +138,8 @@ def _as_user_error() -> Iterator[None]:
         ) from error
 
 
-def _begun(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """`batches`, after the first one has arrived, which may take long."""
+def _wait_for_first(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Wait until the first of `batches` has arrived, which may take long; returns all of them."""
     first = list(islice(batches, 1))
     return chain(first, batches)
 

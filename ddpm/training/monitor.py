@@ -17,8 +17,7 @@ from ddpm.config.tree import Config
 from ddpm.tracking.pusher import Pusher
 from ddpm.training import run_state
 from ddpm.training.failures import CONTROLLER, DEATHS, STATE, Done, Fail, Restart, decide, is_idle
-from ddpm.training.gauges import Gauges
-from ddpm.training.screen import Screen
+from ddpm.training.screen import Gauges, Screen
 from ddpm.training.worker_group import WorkerGroup
 from ddpm.utils.progress import printable
 
@@ -118,8 +117,8 @@ class DriverMonitor(StopSignals):
         super().__exit__()
 
     @property
-    def was_asked(self) -> bool:
-        """Whether training was asked to stop early."""
+    def stop_requested(self) -> bool:
+        """Whether training is to stop early."""
         return self.signal is not None or self.ended_early
 
     def supervise(self) -> int:
@@ -133,7 +132,7 @@ class DriverMonitor(StopSignals):
             died = self._watch(workers)
             if self._group.error is not None:
                 died[CONTROLLER] = self._group.error
-            match decide(died, self._state.values, self._config, self.was_asked):
+            match decide(died, self._state.values, self._config, self.stop_requested):
                 case Fail(error):
                     raise error
                 case Done(images_seen):
@@ -180,7 +179,7 @@ class DriverMonitor(StopSignals):
             return True
         if self.signal is None or values.get(run_state.ENDED) is None:
             return False
-        return not isinstance(decide({}, values, self._config, self.was_asked), Restart)
+        return not isinstance(decide({}, values, self._config, self.stop_requested), Restart)
 
     def _look(self) -> Mapping[str, Any]:
         """Read the run's state, show it, and act on it."""

@@ -47,12 +47,12 @@ def largest(config: Config, world_size: int) -> int:
     return min(num_images, config.train.forward_images or num_images)
 
 
-def split(micro_batches: Sequence[MicroBatch], most: int) -> Iterator[Pass]:
-    """The passes of a step, of at most `most` images each."""
+def split(micro_batches: Sequence[MicroBatch], max_images: int) -> Iterator[Pass]:
+    """The passes of a step, of at most `max_images` images each."""
     size = len(micro_batches[0].image)
     num_images = size * len(micro_batches)
-    for start in range(0, num_images, most):
-        stop = min(start + most, num_images)
+    for start in range(0, num_images, max_images):
+        stop = min(start + max_images, num_images)
         first = start // size
         held = micro_batches[first : -(-stop // size)]
         yield Pass(held, slice(start - first * size, stop - first * size), is_last=stop == num_images)
@@ -116,10 +116,10 @@ def images_that_fit(
     Each worker tries a pass of empty images, on the bare net: a pass that fails half-way would leave the other workers
     waiting for its gradients. On a CPU the largest is not tried.
     """
-    most = largest(config, runtime.world_size)
+    limit = largest(config, runtime.world_size)
     if runtime.device == devices.CPU:
-        return most
-    num_images = most
+        return limit
+    num_images = limit
     while not _fits(num_images, state, loss_of, config, layers):
         if num_images == 1:
             raise UserError(
@@ -128,9 +128,9 @@ def images_that_fit(
             )
         num_images = -(-num_images // 2)
     num_images = int(runtime.gather(torch.tensor([num_images], device=runtime.device)).min())
-    if num_images < most and runtime.store is not None:
+    if num_images < limit and runtime.store is not None:
         runtime.store.warn(
-            f"a pass of {most} images does not fit into the memory of every GPU, so passes take {num_images}; the "
+            f"a pass of {limit} images does not fit into the memory of every GPU, so passes take {num_images}; the "
             "images and the noise of every step are the same"
         )
     return num_images

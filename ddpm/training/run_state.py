@@ -34,7 +34,7 @@ PLACEMENT_GROUP = "placement group"
 """The placement group that the workers were last started in."""
 WORKERS = "workers"
 """The number of workers that train; None while a group starts again."""
-BEGUN = "begun"
+STEPPING = "stepping"
 """True once the workers may take steps (`RunState.begin`); None while a group starts."""
 FAILURES = "failures"
 """Failures in a row without a new checkpoint, and COMMITTED at the last of them."""
@@ -68,13 +68,13 @@ class RunState:
             self._values[subject] = value
 
     def begin(self) -> bool:
-        """Let the workers take steps, unless the run was asked to stop; returns whether they may.
+        """Let the workers take steps, unless the run is to stop; returns whether they may.
 
-        A driver that finds STOP set and BEGUN not set need not wait for the workers: they will take no step.
+        A driver that finds STOP set and STEPPING not set need not wait for the workers: they take no step.
         """
         if self._values.get(STOP) not in (None, *ENDS_GROUP):
             return False
-        self._values[BEGUN] = True
+        self._values[STEPPING] = True
         return True
 
     def snapshot(self) -> dict[str, Any]:

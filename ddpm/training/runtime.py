@@ -14,7 +14,7 @@ from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.evaluation.rung import Evaluation, Rungs
 from ddpm.training.store import RunStore
-from ddpm.training.transfers import LateFlags, stack_flags
+from ddpm.training.transfers import LateFlags
 from ddpm.utils import devices
 
 
@@ -115,7 +115,11 @@ class Runtime:
         Returns:
             [n] bool on the device, and the counts of `LateFlags.read` for this step and those before.
         """
-        agreed = stack_flags(flags, self.device)
+        # Filled on the device: the host does not wait for it.
+        tensors = [
+            flag if isinstance(flag, Tensor) else torch.full((), flag, device=self.device) for flag in flags
+        ]
+        agreed = torch.stack(tensors)
         if self.world_size > 1:
             counts = agreed.float()
             torch.distributed.all_reduce(counts)

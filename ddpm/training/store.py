@@ -104,7 +104,7 @@ class RunStore:
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
-        threading.Thread(target=self._work, name="ddpm-store", daemon=True).start()
+        threading.Thread(target=self._run_jobs, name="ddpm-store", daemon=True).start()
 
     @contextmanager
     def latest_checkpoint(self, reached: int = 0) -> Iterator[Path | None]:
@@ -119,7 +119,9 @@ class RunStore:
             at = checkpoint.images_seen_at(folder)
             self._images_seen = at
             self._retry(lambda: checkpoint_manager.clean_up(run, self._writer.generation), run)
-            self._stored = self._retry(self._positions, run)
+            names = self._retry(partial(run_folder.checkpoint_names, run), run)
+            found = self._retry(self._writer.read, run)
+            self._stored = [name.images_seen for name in names if name.counts(found)]
             self._read_curves(at)
             before = self._read_status()
             if before is not None:
@@ -146,26 +148,22 @@ class RunStore:
                 return folder
             stack.close()  # workers that were taken for dead have stored something meanwhile
 
-    def _positions(self) -> list[int]:
-        found = self._writer.read()
-        named = run_folder.checkpoint_names(self._location)
-        return [name.images_seen for name in named if name.counts(found)]
-
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Record values measured at `images_seen`, except those that are recorded already."""
+        """Record values measured at `images_seen`, except those that are recorded already, and show them.
+
+        The goodput is shown with them, also while it is not recorded.
+        """
         now_ms = int(time.time() * 1000)
         for name, value in values.items():
             if (name, images_seen) not in self._recorded:
                 self._rows.append(CurveRow(name, images_seen, float(value), now_ms))
-        self._notify(run_state.METRICS, (dict(values), images_seen))
+        shown = {**values, "train/goodput": self.goodput()}
+        self._notify(run_state.METRICS, (shown, images_seen))
 
     def goodput(self) -> float:
         """The share of the images trained on that no crash has lost."""
         trained = self._images_seen + self._images_lost
-        goodput = self._images_seen / trained if trained else 1.0
-        # Even if it is not logged.
-        self._notify(run_state.METRICS, ({"train/goodput": goodput}, self._images_seen))
-        return goodput
+        return self._images_seen / trained if trained else 1.0
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is."""
@@ -275,7 +273,7 @@ class RunStore:
 
     # The methods below run in the thread.
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while (job := self._todo.get()) is not None:
             try:
                 if self._failure is None:

@@ -4,7 +4,7 @@ On a CPU there is nothing to overlap, and everything is done at once. tests/gpu 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from numpy.typing import NDArray
@@ -70,13 +70,6 @@ def _copies(parts: Parts, pin_memory: bool = False) -> Parts:
         return empty.copy_(tensor, non_blocking=pin_memory)
 
     return {part: {name: copy(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
-
-
-def stack_flags(flags: Sequence[Tensor | bool], device: torch.device) -> Tensor:
-    """Stack flags of host and device as [n] bool on the device; the host does not wait for the device."""
-    return torch.stack(
-        [flag if isinstance(flag, Tensor) else torch.full((), flag, device=device) for flag in flags]
-    )
 
 
 class LateFlags:

@@ -74,7 +74,7 @@ class RayRuntime(Runtime):
             assert config.cluster.threads_per_worker is not None, "resources.with_workers sets it"
             torch.set_num_threads(config.cluster.threads_per_worker)
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
-        self.has_begun = False
+        self.takes_steps = False
         """Whether the workers take steps."""
         self._reported = ""
         self._reported_at = time.monotonic()
@@ -137,8 +137,8 @@ class RayRuntime(Runtime):
 
     def may_begin(self) -> bool:
         allowed = self.store is None or ray.get(self._state.begin.remote())
-        self.has_begun = bool(ray.train.collective.broadcast_from_rank_zero(allowed))
-        return self.has_begun
+        self.takes_steps = bool(ray.train.collective.broadcast_from_rank_zero(allowed))
+        return self.takes_steps
 
     def wants_stop(self) -> bool:
         if self.store is not None:

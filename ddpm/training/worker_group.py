@@ -110,8 +110,11 @@ class WorkerGroup:
         call into Ray.
         """
         if self._workers is None or not self._workers.is_alive():
-            if self._workers is not None:
-                self._free_placement_group()
+            # Data tasks would wait forever for the CPUs of a dead controller's workers: Ray's own cleanup asks the
+            # dashboard whether the controller lives, and does nothing without one (Ray 2.60).
+            placement_group = self.state.values.get(run_state.PLACEMENT_GROUP)
+            if self._workers is not None and placement_group is not None:
+                ray.util.remove_placement_group(placement_group)
             self.error = None
             self._workers = threading.Thread(target=self._fit, name="ddpm-fit", daemon=True)
             exits.calls.append(self._workers)
@@ -132,7 +135,7 @@ class WorkerGroup:
         config = self._config
         sizes = config.cluster.world_sizes()
         return TorchTrainer(
-            work,
+            train_worker,
             train_loop_config={
                 "task": self._task,
                 "state": self.state.actor,
@@ -158,18 +161,9 @@ class WorkerGroup:
             ),
         )
 
-    def _free_placement_group(self) -> None:
-        """Remove the placement group of a dead controller's workers: data tasks would wait forever for its CPUs.
 
-        Ray's own cleanup asks the dashboard whether the controller lives, and does nothing without one (Ray 2.60).
-        """
-        placement_group = self.state.values.get(run_state.PLACEMENT_GROUP)
-        if placement_group is not None:
-            ray.util.remove_placement_group(placement_group)
-
-
-def work(given: dict[str, Any]) -> None:
-    """The main function of a worker: train the run."""
+def train_worker(given: dict[str, Any]) -> None:
+    """Ray Train's `train_loop_per_worker`: train the run."""
     if not given["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
     state = given["state"]
@@ -199,7 +193,9 @@ def train_run(task: Task, state: Any, folder: str) -> int | None:
         if not runtime.is_wanted():
             return None
         images_seen = loop.train(task.config, runtime).images_seen
-        if not runtime.has_begun:  # the driver may have left, and another one have the run
+        if (
+            not runtime.takes_steps
+        ):  # stopped before the first step: another driver may have the run's folder by now
             return None
         if store is not None:
             store.flush()

@@ -34,21 +34,21 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{process.token()}.{uuid.uuid4().hex[:8]}{SUFFIX}")
 
 
-def read_whole(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a file of at most `most` bytes.
+def read_whole(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a file of at most `max_bytes` bytes.
 
     Raises:
         UserError: it is larger.
         OSError: it cannot be read.
     """
-    check_length(path.stat().st_size, most, str(path))
+    check_length(path.stat().st_size, max_bytes, str(path))
     return path.read_bytes()
 
 
-def check_length(num_bytes: int, most: int, where: str) -> None:
+def check_length(num_bytes: int, max_bytes: int, where: str) -> None:
     """Raise UserError if a file is too large to be read whole."""
-    if num_bytes > most:
-        raise UserError(f"{where} is larger than {most:,} bytes, the most that is read")
+    if num_bytes > max_bytes:
+        raise UserError(f"{where} is larger than {max_bytes:,} bytes, the most that is read")
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:

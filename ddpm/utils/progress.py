@@ -30,10 +30,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def shortened(line: str, most: int) -> str:
-    """`line` in at most so many characters: without its middle, since its ends name the file and the reason."""
-    half = (most - 5) // 2
-    return line if len(line) <= most else f"{line[:half]} ... {line[-half:]}"
+def shortened(line: str, max_length: int) -> str:
+    """`line`, with "..." in place of its middle if it is longer: its ends name the file and the reason."""
+    half = (max_length - 5) // 2
+    return line if len(line) <= max_length else f"{line[:half]} ... {line[-half:]}"
 
 
 class LiveText:

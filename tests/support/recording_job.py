@@ -23,7 +23,7 @@ from support.processes import REPO
 FOLDER = Path(sys.argv[1]).absolute()
 FLUSH_AFTER_S = float(os.environ.get("FLUSH_AFTER_S", "0"))
 BAD = [tuple(map(int, word.split(":"))) for word in sys.argv[2 : sys.argv.index("--")]]
-work = worker_group.work
+work = worker_group.train_worker
 
 
 class Recording:
@@ -80,7 +80,7 @@ def recording_work(spec: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True)
-    worker_group.work = recording_work
+    worker_group.train_worker = recording_work
     job = str(REPO / "jobs" / "train.py")
     sys.argv = [job, *sys.argv[sys.argv.index("--") + 1 :]]
     runpy.run_path(job, run_name="__main__")

@@ -43,7 +43,7 @@ class Wrapped(Exception):
 
 
 @pytest.mark.parametrize(
-    ("values", "was_asked", "expected"),
+    ("values", "stop_requested", "expected"),
     [
         ({"ended": 640}, False, Done(640)),
         ({"ended": 320}, True, Done(320)),
@@ -58,9 +58,9 @@ class Wrapped(Exception):
 )
 @pytest.mark.parametrize("died", [{}, {CONTROLLER: ActorDiedError()}, {STATE: ActorDiedError()}])
 def test_a_run_that_has_ended_is_not_restarted(
-    died: dict[str, Exception], values: dict[str, Any], was_asked: bool, expected: Any
+    died: dict[str, Exception], values: dict[str, Any], stop_requested: bool, expected: Any
 ) -> None:
-    assert decide(died, values, CONFIG, was_asked) == expected
+    assert decide(died, values, CONFIG, stop_requested) == expected
 
 
 RESUMES = "failed; resuming from the last checkpoint: "
@@ -117,7 +117,7 @@ def test_new_workers_resume(
     assert isinstance(restart, Restart) and restart.line.startswith(line)
     # Else the new group would leave as well, or a later signal end the run where the old one left.
     left = {run_state.STOP: None, run_state.ENDED: None} if "stop" in values else {}
-    assert restart.values == {run_state.WORKERS: None, run_state.BEGUN: None, **left, **counted}
+    assert restart.values == {run_state.WORKERS: None, run_state.STEPPING: None, **left, **counted}
 
 
 @pytest.mark.parametrize(

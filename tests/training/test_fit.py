@@ -115,7 +115,7 @@ class AfterASignal(StopSignals):
     """Stands for a monitor whose run was asked to stop, and then ended."""
 
     signal = signal.SIGTERM
-    was_asked = True
+    stop_requested = True
 
     def __init__(self, end: int | BaseException, ended_early: bool) -> None:
         self._end = end

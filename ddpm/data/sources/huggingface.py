@@ -41,7 +41,9 @@ class HuggingFace(ImageFiles):
     name: str = field(default="parquet", init=False)
 
     def __post_init__(self) -> None:
-        _ = self.splits, self.class_names
+        # Images that cannot be used are an error here.
+        _ = self.splits
+        _ = self.class_names
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the data: each machine has a cache of its own."""

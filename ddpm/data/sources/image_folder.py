@@ -94,7 +94,9 @@ class Folder(ImageFiles):
             raise UserError(
                 f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or one of its splits holds none{also}"
             )
-        _ = self.class_names, self.splits
+        # Images that cannot be used are an error here.
+        _ = self.class_names
+        _ = self.splits
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -141,12 +143,12 @@ class Folder(ImageFiles):
         part, rows = self._rows[split]
         return str(self._files[part][rows[index]])
 
-    def probe(self, most: int) -> tuple[int, Literal[1, 3]]:
-        """The median of the shorter sides of at most `most` images, and 1 channel if all of them are grey, else 3."""
+    def probe(self, max_images: int) -> tuple[int, Literal[1, 3]]:
+        """The median of the shorter sides of at most `max_images` images; 1 channel if all of them are grey, else 3."""
         sides = list[int]()
         channels: Literal[1, 3] = 1
         files = self._files["train"]
-        every = math.ceil(len(files) / most)
+        every = math.ceil(len(files) / max_images)
         for file in files[::every]:
             with contextlib.suppress(Exception), file.open("rb") as data, open_image(data, FORMATS) as image:
                 sides.append(min(image.size))
