@@ -183,13 +183,9 @@ def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: boo
     net = build_net(config)
     load_weights(net, folder / ("ema.safetensors" if ema else "net.safetensors"))
     net.to(device).eval().requires_grad_(False)
-    return TrainedNet(net, config, class_names=_class_names(folder))
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the classes in state.json; empty: the net has no classes, or they have no names."""
     file = folder / "state.json"
-    return strict_json.parse(_ClassNames, read_bytes(file), f"{file} is damaged", extra="ignore").class_names
+    state = strict_json.parse(_ClassNames, read_bytes(file), f"{file} is damaged", extra="ignore")
+    return TrainedNet(net, config, class_names=state.class_names)
 
 
 def write_net(trained: TrainedNet, state: dict[str, Any], folder: Path) -> None:

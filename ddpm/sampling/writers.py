@@ -77,7 +77,8 @@ class PngWriter:
         self._images.sweep()
         numbers = (int(name[:-4]) for name in self._images.files() if NAME.fullmatch(name))
         counts = Counter(i // batch_size for i in numbers if i < num_images)
-        self._whole = {k for k, count in counts.items() if count == len(_piece(k, batch_size, num_images))}
+        # A piece has batch_size images, the last one perhaps fewer.
+        self._whole = {k for k, n in counts.items() if n == min(batch_size, num_images - k * batch_size)}
         self.num_kept = sum(counts[k] for k in self._whole)
 
     def missing(self, piece: range) -> bool:
@@ -94,10 +95,6 @@ class PngWriter:
         first = range(min(self._num_images, GRID_IMAGES))
         pixels = [images.from_png(self._images.child(_name(i)).read()) for i in first]
         self._location.child(GRID).write(images.png_bytes(self._grid(np.stack(pixels))))
-
-
-def _piece(k: int, size: int, num_images: int) -> range:
-    return range(k * size, min((k + 1) * size, num_images))
 
 
 def _name(i: int) -> str:

@@ -34,7 +34,7 @@ def run_search(arguments: Arguments) -> int:
     # A folder of other settings, or of another version, is refused before a cluster is joined.
     before = read_search(setup.folder, setup.base.run.storage_timeout_s)
     if before is not None:
-        before.check_settings(setup.search.settings, setup.folder.child(FILE).uri)
+        before.check_settings(setup.file.settings, setup.folder.child(FILE).uri)
     with DriverLock(setup.folder, "search", "--name", print) as lock:
         return _run_search(setup, lock)
 
@@ -46,7 +46,7 @@ def _run_search(setup: Setup, lock: DriverLock) -> int:
     config, reserved = resources.per_trial(setup.base, arguments.max_concurrent)
     resources.check_storage(config)
     # This binds the name to its settings, so wrong flags must be found before.
-    trials = begin_search(setup.folder, setup.search, config.run.storage_timeout_s)
+    trials = begin_search(setup.folder, setup.file, config.run.storage_timeout_s)
     search_run = SearchRun(trials)
     pusher = Pusher() if config.run.tracking == "mlflow" else NoPusher()
     pusher.add(search_run.name, search_run.push)
@@ -56,7 +56,7 @@ def _run_search(setup: Setup, lock: DriverLock) -> int:
         preset=arguments.preset,
         base=arguments.base or setup.base,
         rungs=setup.rungs,
-        search=Search(search_run.name, trials.search.search_key),
+        search=Search(search_run.name, trials.file.search_key),
         verbose=arguments.verbose,
     )
     with Interruption(lambda: lock.is_lost) as interruption:

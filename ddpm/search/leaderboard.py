@@ -138,8 +138,8 @@ def ranked(trials: Trials) -> list[Row]:
     ]
 
 
-def _by_name(names: Iterable[str], ranks: Iterable[Rank]) -> dict[str, Rank]:
-    return dict(zip(names, ranks, strict=True))
+def _by_name(names: Iterable[str], own_ranks: Iterable[Rank]) -> dict[str, Rank]:
+    return dict(zip(names, own_ranks, strict=True))
 
 
 def _ranks_by_kid(order: Sequence[Trial], trials: Trials) -> dict[str, Rank]:
@@ -157,7 +157,7 @@ def _ranks_by_kid(order: Sequence[Trial], trials: Trials) -> dict[str, Rank]:
 def _score(trials: Trials, trial: Trial) -> Score | None:
     """The trial's KID, if it is as the newest command asks: an earlier one may have had another feature net."""
     score = trial.score
-    if score is None or (score.name, score.n) != (trials.search.kid, trials.search.kid_images):
+    if score is None or (score.name, score.n) != (trials.file.kid, trials.file.kid_images):
         return None
     return score
 

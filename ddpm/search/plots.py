@@ -40,7 +40,11 @@ def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain]) -> bytes:
 def scatter(trials: Sequence[Trial]) -> bytes:
     """Likelihood against sample quality of the finalists, with intervals of 95 %. A PNG."""
     scored = [(trial, trial.last, trial.score) for trial in trials if trial.last and trial.score]
-    figure, axes = _figure("bits/dim", scored[0][2].name)
+    figure = Figure((4.6, 3.6), layout="constrained")
+    axes: Any = figure.subplots()
+    axes.set_xlabel("bits/dim", fontsize=8)
+    axes.set_ylabel(scored[0][2].name, fontsize=8)
+    axes.tick_params(labelsize=7)
     for trial, last, score in scored:
         axes.errorbar(
             last.bits_per_dim.value,
@@ -57,12 +61,3 @@ def scatter(trials: Sequence[Trial]) -> bytes:
 
 def _name(key: str) -> str:
     return key if len(key) <= 20 else key.rpartition(".")[2]  # Optuna cuts off more than 20 characters
-
-
-def _figure(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure((4.6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=7)
-    return figure, axes

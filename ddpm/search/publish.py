@@ -62,7 +62,7 @@ class SearchRun:
         uri = tracking_uri()
         mlflow = Connection(uri, accepted)
         experiment = trials.config.run.experiment
-        key = trials.search.search_key
+        key = trials.file.search_key
         run = mlflow_run.open_run(mlflow, experiment, key, self.name, source="ddpm search", warn=warn)
         run.log_params(params(trials))
         points = []
@@ -93,7 +93,7 @@ def runs(trials: Trials) -> Iterator[tuple[Trial, RunFolder]]:
 
 def params(trials: Trials) -> dict[str, Any]:
     """The params of a search in MLflow: the config that trials change, and the settings."""
-    settings = trials.search.settings
+    settings = trials.file.settings
     config = trial_config(trials.config, settings["rungs"], trials.folder)
     own = {f"search.{key}": value for key, value in settings.items() if key not in ("config", "space")}
     space = {f"space.{key}": value for key, value in settings["space"].items()}
@@ -149,7 +149,7 @@ def write(trials: Trials, rows: Sequence[Row]) -> Iterator[str]:
     best = results.best_config(rows, trials.config)
     if best is not None:
         files["best.json"] = best.encode()
-        files["parallel.png"] = plots.parallel(shown, domains_from_json(trials.search.settings["space"]))
+        files["parallel.png"] = plots.parallel(shown, domains_from_json(trials.file.settings["space"]))
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:

@@ -31,7 +31,7 @@ class Setup:
     """The config that trials change."""
     space: Space
     rungs: Rungs
-    search: SearchFile
+    file: SearchFile
     """search.json, if the search is new."""
 
 
@@ -80,7 +80,7 @@ def prepare(arguments: Arguments) -> Setup:
         base=base,
         space=space,
         rungs=Rungs(tuple(rungs), Evaluator(train, held_out, arguments.num_images, seed=arguments.seed)),
-        search=SearchFile.new(settings, config, kid, min(arguments.drawn_images, MAX_PAIRWISE)),
+        file=SearchFile.new(settings, config, kid, min(arguments.drawn_images, MAX_PAIRWISE)),
     )
 
 

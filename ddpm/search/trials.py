@@ -125,24 +125,28 @@ class Trials:
 
     Attributes:
         folder: of the search.
-        search: the content of search.json.
+        file: the content of search.json.
     """
 
     def __init__(self, folder: Location, timeout_s: float = 0.0) -> None:
-        search = read_search(folder, timeout_s)
-        if search is None:
+        file = read_search(folder, timeout_s)
+        if file is None:
             raise UserError(f"{folder.uri} is not a search's folder: it has no {FILE}")
         self.folder = folder
-        self.search = search
+        self.file = file
         self._timeout_s = timeout_s
-        names = retry_io(folder.folders, where=folder.uri, timeout_s=timeout_s)
-        read = [read_trial(folder.child(name), timeout_s) for name in names]
-        self._trials = {trial.name: self._with_rungs(trial) for trial in read if trial is not None}
+        self._trials = dict[str, Trial]()
+        for name in retry_io(folder.folders, where=folder.uri, timeout_s=timeout_s):
+            run = folder.child(name)
+            trial = read_trial(run, timeout_s)
+            if trial is not None:
+                rungs = [rung.read(run, at, timeout_s) for at in rung.recorded_at(run, timeout_s)]
+                self._trials[trial.name] = replace(trial, rungs=tuple(rungs))
 
     @cached_property
     def config(self) -> Config:
         """The search's config before `trial_config`."""
-        return from_json(json.dumps(self.search.config), self.folder.child(FILE).uri)
+        return from_json(json.dumps(self.file.config), self.folder.child(FILE).uri)
 
     def all(self) -> list[Trial]:
         """All trials, in the order in which they began."""
@@ -182,11 +186,6 @@ class Trials:
         self._trials[trial.name] = trial
         return trial
 
-    def _with_rungs(self, trial: Trial) -> Trial:
-        run = self.folder.child(trial.name)
-        found = [rung.read(run, at, self._timeout_s) for at in rung.recorded_at(run, self._timeout_s)]
-        return replace(trial, rungs=tuple(found))
-
 
 def begin_search(folder: Location, search: SearchFile, timeout_s: float = 0.0) -> Trials:
     """The trials of the search in a folder, which is created if there is none.
@@ -206,9 +205,8 @@ def begin_search(folder: Location, search: SearchFile, timeout_s: float = 0.0) -
 def read_search(folder: Location, timeout_s: float = 0.0) -> SearchFile | None:
     """search.json in a search's folder; None: there is none."""
     file = folder.child(FILE)
-    try:
-        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
-    except FileNotFoundError:
+    text = _read(file, timeout_s)
+    if text is None:
         return None
     damaged = f"{file.uri} is damaged, or of another version (use another --name)"
     return strict_json.parse(SearchFile, text, damaged, extra="ignore")
@@ -217,11 +215,16 @@ def read_search(folder: Location, timeout_s: float = 0.0) -> SearchFile | None:
 def read_trial(run: Location, timeout_s: float = 0.0) -> Trial | None:
     """trial.json in a run's folder, without its rungs; None: there is none."""
     file = run.child(CARD)
+    text = _read(file, timeout_s)
+    return None if text is None else strict_json.parse(Trial, text, f"{file.uri} is damaged")
+
+
+def _read(file: Location, timeout_s: float) -> bytes | None:
+    """The content of a file; None: there is none."""
     try:
-        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
+        return retry_io(file.read, where=file.uri, timeout_s=timeout_s)
     except FileNotFoundError:
         return None
-    return strict_json.parse(Trial, text, f"{file.uri} is damaged")
 
 
 def _write(file: Location, content: Mapping[str, Any], timeout_s: float) -> None:

@@ -84,7 +84,9 @@ class Connection:
         except MlflowError:
             raise
         except Exception as error:
-            kind = Refused if _is_refusal(error) else MlflowError
+            code = getattr(error, "error_code", None)  # of an MlflowException
+            is_refused = code in REFUSED or _http_status(error, otherwise=0) == 400
+            kind = Refused if is_refused else MlflowError
             raise kind(reason(error, self.uri), _is_temporary(error)) from None
 
 
@@ -161,10 +163,6 @@ def _is_temporary(error: BaseException) -> bool:
         return code not in PERMANENT
     status = _http_status(error, otherwise=500)
     return isinstance(error, OSError) and (status >= 500 or status in (408, 429))
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return getattr(error, "error_code", None) in REFUSED or _http_status(error, otherwise=0) == 400
 
 
 def _http_status(error: BaseException, otherwise: int) -> int:

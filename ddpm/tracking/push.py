@@ -136,7 +136,8 @@ class _Push:
         self._push_series(run_folder.DENOISING)
         self._push_pictures()
         self._push_evaluations()
-        self._push_status()
+        if self._status is not None:
+            self._mlflow.set_status(self._status.status, self._status.ended_ms)
         self._describe()
         return Pushed(
             uri=mlflow_client.without_password(uri),
@@ -255,10 +256,6 @@ class _Push:
         for name in names:
             self._mlflow.log_file(f"evaluation/{name}", folder.child(name).read())
         self._mark(evaluations=digest)
-
-    def _push_status(self) -> None:
-        if self._status is not None:
-            self._mlflow.set_status(self._status.status, self._status.ended_ms)
 
     def _describe(self) -> None:
         """The description, unless somebody has written another one."""

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm.utils import process
@@ -57,27 +58,15 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     Args:
         durable: return when the file is on disk; otherwise a power cut may remove or empty it.
     """
-    make_folder(path.parent)
-    staged = temporary(path)
-    try:
-        staged.write_bytes(data)
-        if durable:
-            sync(staged)
+    with _staged(path, data, durable) as staged:
         staged.replace(path)
         if durable:
             sync(path.parent)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def create_whole(path: Path, data: bytes, *, durable: bool = True) -> bool:
     """`write_whole` of a file that does not exist yet; returns False, and changes nothing, if it does."""
-    make_folder(path.parent)
-    staged = temporary(path)
-    try:
-        staged.write_bytes(data)
-        if durable:
-            sync(staged)
+    with _staged(path, data, durable) as staged:
         try:
             os.link(staged, path)
         except FileExistsError:
@@ -91,6 +80,18 @@ def create_whole(path: Path, data: bytes, *, durable: bool = True) -> bool:
         if durable:
             sync(path.parent)
         return True
+
+
+@contextlib.contextmanager
+def _staged(path: Path, data: bytes, durable: bool) -> Iterator[Path]:
+    """A context with `data` in a temporary file beside `path`, on disk if `durable`; the file is removed at its end."""
+    make_folder(path.parent)
+    staged = temporary(path)
+    try:
+        staged.write_bytes(data)
+        if durable:
+            sync(staged)
+        yield staged
     finally:
         staged.unlink(missing_ok=True)
 

@@ -265,7 +265,7 @@ def test_the_results_are_files_in_the_folder(place: Location, without_finalists:
 def test_the_search_s_own_run_in_mlflow_has_all_results(place: Location, without_finalists: Trials) -> None:
     lines = list(publish.sync(place, 60))
     assert "MLflow" in lines[-1]
-    run = tracked.run_with_key(tracking_uri(), without_finalists.search.search_key)
+    run = tracked.run_with_key(tracking_uri(), without_finalists.file.search_key)
     client = MlflowClient(tracking_uri())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert names == {"results.md", "results.parquet", "best.json", "parallel.png"}

@@ -49,7 +49,7 @@ def trials(tmp_path: Path) -> Trials:
 
 def add_trial(trials: Trials, name: str, status: RunStatus = RunStatus.PRUNED) -> RunFolder:
     """A trial at its first rung, and its run."""
-    run = tracked.begin(trials.folder.uri, name, search=Search("search", trials.search.search_key))
+    run = tracked.begin(trials.folder.uri, name, search=Search("search", trials.file.search_key))
     tracked.train(run, 64)
     trials.begin(name, {})
     searches.measure(trials, name, RUNG)
@@ -94,7 +94,7 @@ def test_a_trial_that_was_deleted_in_mlflow_is_told_once_and_the_others_go_on(
     assert delivery is not None and delivery.pushed is not None and not delivery.is_complete
     (line,) = warnings_of(caplog)
     assert "deleted" in line and "restore it there" in line and "\n" not in line
-    assert delivery.pushed.run_id == in_mlflow(uri, trials.search.search_key).info.run_id
+    assert delivery.pushed.run_id == in_mlflow(uri, trials.file.search_key).info.run_id
 
 
 def test_a_search_that_was_deleted_in_mlflow_stops_no_trial(
@@ -102,7 +102,7 @@ def test_a_search_that_was_deleted_in_mlflow_stops_no_trial(
 ) -> None:
     pusher = pusher_of(trials)
     wait_for(lambda: pusher.is_complete)
-    MlflowClient(uri).delete_run(in_mlflow(uri, trials.search.search_key).info.run_id)
+    MlflowClient(uri).delete_run(in_mlflow(uri, trials.file.search_key).info.run_id)
     run = add_trial(trials, "one")
     pusher.add_run(run)
     pusher.notify("search")
@@ -125,7 +125,7 @@ def test_everything_is_sent_once_mlflow_answers(
     wait_for(lambda: pusher.is_complete)
     (line,) = warnings_of(caplog)
     assert "\n" not in line
-    parent = in_mlflow(uri, trials.search.search_key)
+    parent = in_mlflow(uri, trials.file.search_key)
     assert (parent.info.status, parent.data.params["search.rungs"]) == ("RUNNING", "[64, 128]")
     child = in_mlflow(uri, run.key)
     assert (child.info.status, child.data.tags[PARENT_TAG]) == ("KILLED", parent.info.run_id)
@@ -151,7 +151,7 @@ def test_an_interrupted_search_pushes_only_what_is_new(trials: Trials, uri: str)
         "ended": 0,
         "unfinished": 1,
     }
-    for key in (trials.search.search_key, unfinished.key):
+    for key in (trials.file.search_key, unfinished.key):
         assert in_mlflow(uri, key).info.status == RunStatus.STOPPED.in_mlflow
 
 
@@ -174,7 +174,7 @@ def test_a_search_is_sent_from_its_folder_alone(
     runs = [add_trial(trials, "one"), add_trial(trials, "two", RunStatus.RUNNING)]
     done = run_job("sync", trials.folder.uri, env={"MLFLOW_TRACKING_URI": uri})
     assert done.returncode == 0, done.stderr
-    parent = in_mlflow(uri, trials.search.search_key)
+    parent = in_mlflow(uri, trials.file.search_key)
     assert parent.info.run_id in done.stdout
     assert (parent.info.run_name, parent.info.status) == ("search", "RUNNING")
     assert [in_mlflow(uri, run.key).info.status for run in runs] == ["KILLED", "RUNNING"]
@@ -185,7 +185,7 @@ def test_a_search_is_sent_from_its_folder_alone(
     trials.end("two", RunStatus.FINISHED)
     tracked.set_status(runs[1], RunStatus.FINISHED, 64)
     list(publish.sync(trials.folder, 60))
-    assert in_mlflow(uri, trials.search.search_key).info.status == "FINISHED"
+    assert in_mlflow(uri, trials.file.search_key).info.status == "FINISHED"
 
 
 def test_a_search_of_which_mlflow_refuses_a_trial_is_an_error(trials: Trials, uri: str) -> None:

@@ -115,7 +115,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """The search's own MLflow run, followed by its children."""
-    key = Trials(storage.resolve(str(place))).search.search_key
+    key = Trials(storage.resolve(str(place))).file.search_key
     parent = tracked.run_with_key(tracking_uri(), key)
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     client = MlflowClient(tracking_uri())

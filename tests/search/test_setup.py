@@ -32,15 +32,15 @@ def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     assert found.base.train.keep_checkpoints == 9  # jobs/evaluate.py can evaluate every rung
     assert found.folder.uri == found.base.run.storage == str(tmp_path / "s")
     assert prepared(space=LR, num_rungs=1).rungs.at == (1152,)
-    determining = set(found.search.settings["config"])
+    determining = set(found.file.settings["config"])
     assert not {"run", "cluster", "sample"} & {key.partition(".")[0] for key in determining}
     assert {"train.init_from", "optim.lr"} <= determining and "train.log_every_images" not in determining
-    assert found.search.settings["rungs"] == [128, 384, 1152]
+    assert found.file.settings["rungs"] == [128, 384, 1152]
 
 
 def test_kid_is_of_the_images_that_it_compares(tmp_path: Path) -> None:
     found = prepared(space=LR, storage=str(tmp_path), drawn_images=20_000, features="pixels")
-    assert (found.search.kid, found.search.kid_images) == ("KID-pixels", MAX_PAIRWISE)
+    assert (found.file.kid, found.file.kid_images) == ("KID-pixels", MAX_PAIRWISE)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

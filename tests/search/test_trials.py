@@ -46,7 +46,7 @@ def test_a_new_driver_finds_every_trial_and_its_outcome(place: Location) -> None
     place.child("data").child("manifest.json").write(b"{}")  # no trial
 
     after = searches.begin(place, SETTINGS)
-    assert after.search == before.search
+    assert after.file == before.file
     assert after.all() == before.all()
     first, second, third = after.all()
     assert (first.changes, first.status, first.wall_s) == (changes, RunStatus.FINISHED, 2.5)
@@ -81,8 +81,8 @@ def test_what_does_not_determine_the_trials_is_that_of_the_newest_command(place:
     first = searches.begin(place, SETTINGS)
     searches.begin(place, SETTINGS, override(DIGITS, {"run.experiment": "other"}), kid="KID-lite0")
     found = Trials(place)
-    assert (found.config.run.experiment, found.search.kid) == ("other", "KID-lite0")
-    assert found.search.search_key == first.search.search_key
+    assert (found.config.run.experiment, found.file.kid) == ("other", "KID-lite0")
+    assert found.file.search_key == first.file.search_key
 
 
 def test_a_folder_without_a_search_and_a_damaged_one_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ MANY_BYTES = 1 << 30
 RECENT_NS = 2 * 10**9
 """A file that changed this recently is not in the cache: the next change could leave the same time."""
 UNREADABLE = "unreadable"
-"""The digest of a file that cannot be read; who reads its image says why."""
+"""The digest of a file that cannot be read; the error of reading its image gives the reason."""
 State = tuple[int, int, int]
 """Size, and the times of the last change of the content and of the last change of anything, in nanoseconds. Programs
 that edit an image can restore the first time, but not the second."""
