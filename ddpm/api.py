@@ -80,16 +80,22 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
         name, _ = run_params.nearest_preset(config)
     elif preset in PRESETS:
         config = PRESETS[preset]
-        typed = name = preset
+        typed = preset
+        name = preset
     else:
         raise UserError(f"there is no preset {preset}; it must be one of {', '.join(PRESETS)}")
     short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in parsing.SHORT.items()}
     data = str(data) if isinstance(data, Path) else data
-    values = {"data.shards": data} if isinstance(data, str) else {}
+    values: dict[str, Any] = {"data.shards": data} if isinstance(data, str) else {}
     for key, value in settings.items():
-        group = {f"{key}.{name}": value[name] for name in value} if isinstance(value, Mapping) else {}
-        values |= group or {short.get(key, key): value}
-    given = [repr(typed), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{field}": value[field] for field in value}
+        else:
+            values[short.get(key, key)] = value
+    given = [repr(typed)]
+    if data is not None:
+        given.append("data=...")
+    given += [f"{key}={value!r}" for key, value in settings.items()]
     token = command_line.CALL.set(f"ddpm.train({', '.join(given)})")
     try:
         result = launch(

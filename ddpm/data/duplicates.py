@@ -170,7 +170,8 @@ def images_at(location: Location, manifest: Manifest, rows: Sequence[RowKey]) ->
         begins = np.cumsum([0, *sizes])
         row_group = int(np.searchsorted(begins, index, "right")) - 1
         inside = np.array([index - begins[row_group]])
-        images.append(read_row_group(location, manifest, split, row_group, inside)[0][0])
+        pixels, _ = read_row_group(location, manifest, split, row_group, inside)
+        images.append(pixels[0])
     return np.stack(images)
 
 

@@ -197,7 +197,7 @@ def _folder(config: Config) -> tuple[str, Source]:
 
 
 def _about_labels(class_names: tuple[str, ...], num_classes: int) -> str:
-    """What the subfolders mean for a net with so many classes, for the user."""
+    """What the subfolders mean for a net of `num_classes` classes, for the user."""
     listed = printable(", ".join(class_names[:NUM_LISTED]))
     if len(class_names) > NUM_LISTED:
         listed += ", ..."

@@ -79,7 +79,7 @@ def write_shard(
 
 
 def kept_shard(location: Location, path: str, num_rows: int) -> Shard | None:
-    """The shard `path` of an earlier call, if it is there, whole and of so many rows; reads all of it.
+    """The shard `path` of an earlier call, if it is there, whole and of `num_rows` rows; reads all of it.
 
     Its pages have checksums, so damage since it was written is detected.
     """

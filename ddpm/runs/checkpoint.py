@@ -83,7 +83,7 @@ class Snapshot:
 def identity(
     config: Config, run_key: str, data_fingerprint: str, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """What state.json tells of a run and its data; the names of the classes only if the net has classes."""
+    """The part of state.json that identifies a run and its data; names of classes only if the net has classes."""
     found: dict[str, Any] = {"run_key": run_key, "data_fingerprint": data_fingerprint}
     if config.model.num_classes:
         found["class_names"] = list(class_names)

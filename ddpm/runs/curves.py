@@ -86,7 +86,8 @@ def read_rows(run: Location, first: int = 0, damaged: Callable[[str], object] | 
         damaged: called with a line for each damaged part, whose rows are left out; None: such a part raises UserError.
     """
     for tries_left in reversed(range(TRIES)):
-        parts = _parts(run, generations.read(run))
+        found = generations.read(run)
+        parts = _parts(run, found, found.num_final)
         missing = _missing(parts, first)
         if missing and tries_left:
             continue
@@ -107,10 +108,15 @@ def to_rows(table: pa.Table) -> list[CurveRow]:
     return [CurveRow(name, images_seen, value, time_ms) for name, images_seen, value, time_ms in values]
 
 
-def num_rows(run: Location, found: Generations | None = None) -> int:
-    """The number of final rows; with `found`, that of all rows stored which a next generation can go on from."""
-    parts = _parts(run, generations.read(run)) if found is None else _parts(run, found, stored=True)
-    return max((part.end for part in parts), default=0)
+def num_rows(run: Location) -> int:
+    """The number of final rows."""
+    found = generations.read(run)
+    return max((part.end for part in _parts(run, found, found.num_final)), default=0)
+
+
+def num_stored(run: Location, found: Generations) -> int:
+    """The number of rows, final or not, from which the next generation can continue."""
+    return max((part.end for part in _parts(run, found)), default=0)
 
 
 def part(first: int, rows: list[CurveRow], generation: int) -> tuple[str, bytes]:
@@ -142,12 +148,11 @@ def _name(first: int, end: int, generation: int) -> str:
     return f"{FOLDER}/{first:09d}-{end:09d}{generations.suffix(generation)}.parquet"
 
 
-def _parts(run: Location, found: Generations, stored: bool = False) -> list[Part]:
-    """The parts that count, ascending and disjoint; if `stored`, also rows that are not final yet.
+def _parts(run: Location, found: Generations, limit: float = float("inf")) -> list[Part]:
+    """The parts that count, up to the row `limit`, ascending and disjoint.
 
     What a generation merged has the rows of those before it, so where parts overlap they are the same.
     """
-    limit = float("inf") if stored or not found.driver else found.num_rows
     counting = list[Part]()
     for file in _files(run):
         end = int(min(file.end, found.last_row(file.generation), limit))

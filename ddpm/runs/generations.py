@@ -52,6 +52,11 @@ class Generations:
     began: tuple[tuple[NonNegative, NonNegative], ...] = ()
     """Of each generation: images_seen and number of rows at its beginning."""
 
+    @property
+    def num_final(self) -> float:
+        """The number of rows of the curves that are final; without a driver all are."""
+        return self.num_rows if self.driver else float("inf")
+
     def last_checkpoint(self, generation: int) -> float:
         """images_seen beyond which a generation's checkpoints do not count."""
         return min((images_seen for images_seen, _ in self.began[generation:]), default=float("inf"))

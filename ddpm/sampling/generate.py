@@ -84,7 +84,7 @@ def labels(config: Config, indices: Sequence[int], label: Label = None) -> NDArr
 def grid(trained: TrainedNet, drawn: Pixels, label: Label = None) -> Pixels:
     """Images 0..N-1 that `draw` drew with `label`, uint8 [N, H, W, C], as one RGB image.
 
-    If they are of several classes in turn, each has a column under its name.
+    If the classes take turns, each has a column under its name.
     """
     classes = trained.config.model.num_classes
     if label is not None or not 1 < classes <= MAX_COLUMNS:

@@ -46,7 +46,7 @@ class Row:
     by_bits: Rank | None
     """Rank of this net among the search's own with the most images seen; None: it has fewer, failed, or repeats one."""
     by_kid: Rank | None
-    """Rank of this net among those whose KID is known, of the feature net that was asked for."""
+    """Rank of this net among those whose KID is known, by the search's feature net."""
     bits: NDArray[np.float64] | None
     """[K, M]: bits/dim of the trainings of its configuration, its own first; None where by_bits is."""
     by_trainings: Rank | None

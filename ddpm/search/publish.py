@@ -115,7 +115,7 @@ def send(search_run: SearchRun, rows: Sequence[Row], pusher: Pusher, patience_s:
 
 
 def sync(folder: Location, timeout_s: float) -> Iterator[str]:
-    """Write the results of the search in a folder, as far as it is, and send it to MLflow; yields lines that say where.
+    """Write the results so far of the search in a folder, and send them to MLflow; yields lines for the user.
 
     Raises:
         MlflowError: MLflow lacks a part.

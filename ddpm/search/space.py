@@ -146,7 +146,7 @@ def parse(flags: Sequence[str], base: Config) -> Space:
 
 
 def _check(space: Space, base: Config) -> None:
-    """Raise UserError if the space's trials are not comparable, or a key of the schedule or a trial is of no use."""
+    """Raise UserError if trials are not comparable, a key has no effect, or a corner of the space cannot be trained."""
     classes = ends(space.domains[NUM_CLASSES]) if NUM_CLASSES in space.domains else (0,)
     if min(classes) == 0 < max(classes):
         raise UserError(

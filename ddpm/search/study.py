@@ -195,7 +195,7 @@ class Study:
         return points[:num_trials]
 
     def _new_trials(self, unfinished: Sequence[Mapping[str, Any]], ended: Sequence[Trial]) -> NewTrials:
-        """Optuna with what is known of the trials that have ended, which proposes the unfinished ones first."""
+        """The searcher: Optuna, which is told of the trials that have ended, and proposes the unfinished ones first."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = InMemoryStorage()
         study = optuna.create_study(storage=storage, study_name=STUDY, direction="minimize")

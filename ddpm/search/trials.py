@@ -39,7 +39,7 @@ CARD = "trial.json"
 
 @dataclass(frozen=True)
 class SearchFile:
-    """Content of search.json. The format, the key and the settings never change; the rest is the newest command's."""
+    """Content of search.json. The newest command sets what follows the settings; the rest never changes."""
 
     format: Literal["ddpm-search/4"]
     search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]

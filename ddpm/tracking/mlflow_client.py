@@ -126,7 +126,7 @@ def database_file(uri: str) -> Path | None:
 
 def _connect(uri: str) -> Any:
     """An MlflowClient of MLflow at `uri`."""
-    # One quick attempt per call: whoever calls tries again. URLs may hold a password.
+    # One quick attempt per call: the caller tries again. URLs may hold a password.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

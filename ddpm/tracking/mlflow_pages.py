@@ -78,10 +78,13 @@ def description(facts: Described) -> str:
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
     """Bits/dim and KID with their errors; those of an evaluation replace those of training."""
-    bits = [name for name in ("eval/bits_per_dim", "held_out/bits_per_dim") if name in metrics][:1]
-    kid = [name for name in sorted(metrics) if re.fullmatch(r"eval/KID-\w+", name)]
+    names = [name for name in sorted(metrics) if re.fullmatch(r"eval/KID-\w+", name)]
+    if "eval/bits_per_dim" in metrics:
+        names.insert(0, "eval/bits_per_dim")
+    elif "held_out/bits_per_dim" in metrics:
+        names.insert(0, "held_out/bits_per_dim")
     scores = []
-    for name in bits + kid:
+    for name in names:
         group, _, score = name.partition("/")
         error = metrics.get(f"{group}_error/{score}")
         plus_minus = "" if error is None else f" ± {error:.4f}"

@@ -26,7 +26,7 @@ MAX_PER_CALL = 100
 METRICS_PER_CALL = 1000
 THUMBNAIL_SIDE = 256
 REFUSALS = 3
-"""A value is skipped after so many refusals: MLflow also answers BAD_REQUEST when two processes insert one row."""
+"""A value is skipped after this many refusals: MLflow also answers BAD_REQUEST when two processes insert one row."""
 REFUSAL_PAUSE_S = 0.3
 
 

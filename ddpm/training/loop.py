@@ -129,7 +129,7 @@ def _in_one_precision(config: Config, runtime: Runtime) -> Config:
 
 @contextmanager
 def _as_user_error() -> Iterator[None]:
-    """Raise UserError for a ValueError or TypeError of the set-up: a restart would meet it again."""
+    """Raise UserError for a ValueError or TypeError of the set-up: a restart would fail, too."""
     try:
         yield
     except (TypeError, ValueError) as error:

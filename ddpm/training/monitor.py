@@ -174,7 +174,7 @@ class DriverMonitor(StopSignals):
         return {}
 
     def _may_leave(self, values: Mapping[str, Any]) -> bool:
-        """Whether to go on before the workers have left."""
+        """Whether the driver need not wait until the workers have left."""
         if self._announced and is_idle(values):  # STOP was set before `values` were read
             return True
         if self.signal is None or values.get(run_state.ENDED) is None:

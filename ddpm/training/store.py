@@ -142,11 +142,11 @@ class RunStore:
             newest = checkpoint_manager.latest_valid(self._run, found, self._timeout_s, self.warn)
             folder = stack.enter_context(newest)
             at = checkpoint.images_seen_at(folder)
-            num_rows = self._retry(partial(curves.num_rows, run, found), run)
+            num_rows = self._retry(partial(curves.num_stored, run, found), run)
             begin = partial(self._writer.begin, found, at, num_rows)
             if self._retry(begin, run):
                 return folder
-            stack.close()  # workers that were taken for dead have stored something meanwhile
+            stack.close()  # workers that seemed dead have stored something in the meantime
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         """Record values measured at `images_seen`, except those that are recorded already, and show them.
@@ -214,7 +214,7 @@ class RunStore:
 
     def flush(self) -> None:
         """Return when everything is stored; the curves of a finished run are then one file."""
-        if self._next_row is not None:  # else what was recorded before is not known
+        if self._next_row is not None:  # the recorded points have been read
             self._write_status()
         if self._images_seen >= self._config.train.total_images:
             self._todo.put(self._merge_curves)

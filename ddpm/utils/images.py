@@ -144,7 +144,7 @@ def gif_bytes(frames: Sequence[Pixels]) -> bytes:
 
 
 def _header(captions: Sequence[str], width: int) -> Pixels:
-    """Captions beside each other, each in so many pixels."""
+    """Captions beside each other, each `width` pixels wide."""
     height = 14
     header = Image.new("RGB", (len(captions) * width + PADDING, height), (BACKGROUND,) * 3)
     font = ImageFont.load_default(size=10)

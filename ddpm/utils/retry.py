@@ -93,7 +93,8 @@ def as_user_error(what: str) -> Iterator[None]:
 def error_line(error: BaseException | None) -> str:
     """The error message of storage: one line, of bounded length, without credentials."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        error = OSError(error.args[0][0][-1])  # (source, destination, reason) of each file not copied
+        _, _, reason = error.args[0][0]  # source and destination of the first file that was not copied
+        error = OSError(reason)
     text = " ".join(str(error).split()) or type(error).__name__
     for name in _SECRETS:
         if secret := os.environ.get(name):

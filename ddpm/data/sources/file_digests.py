@@ -1,4 +1,4 @@
-"""The digest of files by which a source knows its images again, and a cache that spares reading them each time.
+"""The digest that identifies the files of a source, and a cache that spares reading them each time.
 
 The content counts, not the times: after a copy, an unzip or a checkout it is the same data set, after an image was
 edited it is another one, even if the image's size in bytes is the same. The cache has, for each file of a folder, the

@@ -57,7 +57,7 @@ class ImageFiles(Square, InParts, ABC):
 
     def identity(self) -> dict[str, Any]:
         identity = asdict(self) | {"files": digest_of_files(self._top, self._all_files)}
-        del identity["path"], identity["held_out_images"]  # the sizes of the splits tell the second
+        del identity["path"], identity["held_out_images"]  # the sizes of the splits imply held_out_images
         return identity
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:

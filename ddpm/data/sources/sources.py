@@ -27,7 +27,7 @@ HELD_OUT_SHARE_OF_FEW = 0.1
 MOST_OF_FEW = 100
 """Held-out images above which the share falls to HELD_OUT_SHARE."""
 LEAST_HELD_OUT = 20
-"""Images that an evaluation needs; 100 images have so many held out."""
+"""Images that an evaluation needs; of 100 images this many are held out."""
 MAX_EXAMINED = 500_000
 """More images are not searched for duplicates: it takes minutes."""
 PARTS = {
