@@ -18,7 +18,7 @@ from ddpm.config.json import to_json
 from ddpm.config.tree import RunConfig
 from ddpm.evaluation.results import Report
 from ddpm.export import card
-from ddpm.runs import builtin_nets, checkpoint, names
+from ddpm.runs import checkpoint, names
 
 NAMES = ("digits", "fashion-mnist")
 STORAGE = Path("runs/builtin")
@@ -33,7 +33,7 @@ def pack(uri: str, name: str) -> Path:
     with names.local_checkpoint(uri) as folder:
         trained = checkpoint.load_net(folder)
         position = checkpoint.read_state(folder) | {"run_key": ""}
-    packed = builtin_nets.FOLDER / name
+    packed = names.NETS / name
     run = RunConfig(name=name, storage="runs")
     packed.mkdir(parents=True, exist_ok=True)
     half = {key: tensor.half().contiguous() for key, tensor in trained.net.state_dict().items()}
@@ -52,7 +52,7 @@ def main() -> None:
     for name in sys.argv[1:] or NAMES:
         run = str(STORAGE / name)
         scores = STORAGE / f"{name}.json"
-        uri = f"{builtin_nets.SCHEME}{name}"
+        uri = f"{names.BUILTIN}{name}"
         on_cpus = ("--workers", "2", "--cluster.gpu", "False")
         job("train", name, *on_cpus, "--name", name, "--storage", str(STORAGE))
         packed = pack(run, name)

@@ -7,14 +7,14 @@ from markupsafe import Markup
 
 from ddpm.evaluation import compared_run, results_table
 from ddpm.evaluation.results import Report
-from ddpm.runs import builtin_nets
+from ddpm.runs import names
 from ddpm.utils.progress import printable
 
 
 def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> str:
     """The card of the run at `uri`, with code that uses it, and its evaluations (None: those in the run's folder)."""
-    if uri.startswith(builtin_nets.SCHEME):
-        return (builtin_nets.folder_of(uri) / "README.md").read_text()
+    if uri.startswith(names.BUILTIN):
+        return (names.builtin_folder(uri) / "README.md").read_text()
     (run,) = compared_run.read([uri])
     if reports is None:
         at = {(run.key, run.images_seen)}

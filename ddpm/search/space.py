@@ -73,11 +73,11 @@ class Space:
     """The flat config that trials change."""
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Optuna's value for each key that has an effect; kinds are asked for first."""
+        """Optuna's value for each key that has an effect; kinds come first."""
         suggested: dict[str, Any] = {}
         for key, domain in self.domains.items():
             if self._has_effect(key, suggested):
-                suggested[key] = _ask(trial, key, domain)
+                suggested[key] = _suggested(trial, key, domain)
         return suggested
 
     def check_grid(self) -> None:
@@ -222,7 +222,7 @@ def _range(key: str, form: str, low: str, high: str, base: Config) -> Domain:
     return FloatDistribution(bounds[0], bounds[1], log=is_log)
 
 
-def _ask(trial: optuna.Trial, key: str, domain: Domain) -> Any:
+def _suggested(trial: optuna.Trial, key: str, domain: Domain) -> Any:
     match domain:
         case CategoricalDistribution():
             return trial.suggest_categorical(key, domain.choices)

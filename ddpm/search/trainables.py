@@ -117,7 +117,7 @@ class TrialRuntime(Runtime):
 
 def train_trial(proposal: dict[str, Any], spec: Spec) -> None:
     """Train a trial in this process."""
-    _set_up(spec)
+    _set_log_levels(spec)
     config = spec.config_of(proposal)
     timeout_s = config.run.storage_timeout_s
     last = spec.rungs.at[-1]
@@ -169,7 +169,7 @@ class GroupTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
         assert spec is not None, "the search gives it"
-        _set_up(spec)
+        _set_log_levels(spec)
         self._spec = spec
         self._config = spec.config_of(config)
         self._timeout_s = self._config.run.storage_timeout_s
@@ -246,8 +246,8 @@ class GroupTrial(tune.Trainable):
         return self._wanted
 
 
-def _set_up(spec: Spec) -> None:
-    """Set this process up."""
+def _set_log_levels(spec: Spec) -> None:
+    """Hide Ray's own messages in this process, unless they are wanted."""
     if not spec.verbose:
         for name in ("ray.train", "ray.data", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm.runs import checkpoint
+from ddpm.runs.names import MODELS
 from ddpm.tracking import mlflow_client, mlflow_run
 from ddpm.utils.retry import as_user_error
 
-SCHEME = "models:/"
 FOLDER = "artifacts"
-"""Folder of what we store in a model; models of version 0.1 have it too."""
+"""Folder of what we store in a model."""
 
 
 def register(
@@ -56,7 +56,7 @@ def register(
             version = register_model(model.model_uri, name).version
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version)
-    return f"{SCHEME}{name}/{version}", mlflow_client.without_password(uri)
+    return f"{MODELS}{name}/{version}", mlflow_client.without_password(uri)
 
 
 def download(uri: str, folder: Path) -> Path:

@@ -12,14 +12,14 @@ from support import evaluated, reported
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS
 from ddpm.export import card
-from ddpm.runs import builtin_nets, checkpoint, names, run_folder
+from ddpm.runs import checkpoint, names, run_folder
 from ddpm.utils.errors import UserError
 
 
 def test_a_packed_net_is_a_checkpoint_without_a_run(
     tmp_path: Path, digits_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builtin_nets, "FOLDER", tmp_path / "nets")
+    monkeypatch.setattr(names, "NETS", tmp_path / "nets")
     run = evaluated.make_run(tmp_path, digits_uri).location.uri
     program.pack(run, "tiny")
     with names.local_checkpoint(run) as folder, names.local_checkpoint("builtin:tiny") as unpacked:
@@ -33,7 +33,7 @@ def test_a_packed_net_is_a_checkpoint_without_a_run(
         names.local_checkpoint("builtin:large").__enter__()
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in builtin_nets.FOLDER.glob("*/README.md")))
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in names.NETS.glob("*/README.md")))
 def test_each_net_fits_its_preset_and_its_card_has_scores_and_licences(name: str) -> None:
     with names.local_checkpoint(f"builtin:{name}") as folder:
         config = checkpoint.read_config(folder)
