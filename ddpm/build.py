@@ -57,6 +57,7 @@ class TrainedNet:
 
 def build_net(config: Config) -> nn.Module:
     """The net that `config` describes, with weights drawn from the run's seed."""
+    settings = {"num_conditions": augmentation.CONDITIONS} if config.data.augment else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.train.seed, Purpose.INIT))
         try:
@@ -66,7 +67,7 @@ def build_net(config: Config) -> nn.Module:
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
                 out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
-                **({"num_conditions": augmentation.CONDITIONS} if config.data.augment else {}),
+                **settings,
             )
             return net
         except ValueError as error:

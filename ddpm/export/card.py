@@ -17,8 +17,12 @@ def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> st
         return (names.builtin_folder(uri) / "README.md").read_text()
     (run,) = compared_run.read([uri])
     if reports is None:
-        at = {(run.key, run.images_seen)}
-        reports = [v for v in run.evaluations if at & {(r.run_key, r.images_seen) for r in v.results}]
+        newest = (run.key, run.images_seen)
+        reports = [
+            report
+            for report in run.evaluations
+            if newest in [(result.run_key, result.images_seen) for result in report.results]
+        ]
     environment = Environment(
         loader=PackageLoader("ddpm.export"),
         undefined=StrictUndefined,
@@ -28,5 +32,8 @@ def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> st
     return environment.get_template("card.md").render(
         run=run,
         use=use or f"ddpm sample {uri}",
-        reports=[(Markup(results_table.table(v).markdown()), results_table.remarks(v, uri)) for v in reports],
+        reports=[
+            (Markup(results_table.table(report).markdown()), results_table.remarks(report, uri))
+            for report in reports
+        ],
     )

@@ -300,8 +300,12 @@ def replace_status(run: Location, change: Callable[[Status | None], Status | Non
 def pictures(run: Location, series: str) -> dict[int, Location]:
     """The pictures of the series SAMPLES or DENOISING by images_seen, ascending."""
     folder = run.child(series)
-    named = [(match, folder.child(name)) for name in folder.files() if (match := PICTURE.fullmatch(name))]
-    return {int(match["images_seen"]): file for match, file in named}
+    found = dict[int, Location]()
+    for name in folder.files():
+        match = PICTURE.fullmatch(name)
+        if match is not None:
+            found[int(match["images_seen"])] = folder.child(name)
+    return found
 
 
 def checkpoints(run: Location, found: Generations | None = None) -> list[Location]:

@@ -122,7 +122,9 @@ def ranked(trials: Trials) -> list[Row]:
     rest = [trial for trial in everything if trial.name not in bits]
     rest.sort(key=lambda trial: (-trial.images_seen, trial.bits_per_dim))
 
-    by_bits = _by_name(bits, paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else [])
+    by_bits = dict[str, Rank]()
+    if bits:
+        by_bits = _by_name(bits, paired_ranks([each[0, RANKING] for each in bits.values()]))
     by_kid = _ranks_by_kid(order, trials)
     by_trainings = _by_name(several, configuration_ranks(list(several.values())))
     return [

@@ -174,8 +174,11 @@ class Pusher:
 
         The first failure of an outage is a warning.
         """
-        due = [run for run in list(self._runs.values()) if run.is_due]
-        errors = [error for run in due if (error := self._push(run)) is not None]
+        errors = list[Exception]()
+        for run in list(self._runs.values()):
+            error = self._push(run) if run.is_due else None
+            if error is not None:
+                errors.append(error)
         if errors and not self._has_warned:
             log.warning(
                 "MLflow at %s does not accept data, which is sent later: %s", self._uri, _line(errors[0])

@@ -49,10 +49,11 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     """The preset with the fewest differences from `config`, and these differences, without where data lies."""
     flat = params(config)
     locations = keys_that_affect(config, Affects.LOCATION)
-    changes = {
-        name: {key: value for key, value in flat.items() if key not in locations and value != known.get(key)}
-        for name, known in ((name, flatten(preset)) for name, preset in presets.PRESETS.items())
-    }
+    compared = {key: value for key, value in flat.items() if key not in locations}
+    changes = {}
+    for name, preset in presets.PRESETS.items():
+        known = flatten(preset)
+        changes[name] = {key: value for key, value in compared.items() if value != known.get(key)}
     return min(changes.items(), key=lambda item: len(item[1]))
 
 
