@@ -226,7 +226,7 @@ def resources() -> dict[str, float]:
 
 
 def reading_cpus(cpus: float) -> float:
-    """CPUs of a task that reads data, on a cluster of that many: one, but half of a single one, which workers share."""
+    """CPUs of a task that reads data: 1, or half of the cluster's `cpus` if it has fewer than 2."""
     return min(1.0, cpus / 2)
 
 

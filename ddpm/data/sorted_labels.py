@@ -51,7 +51,7 @@ def warning(data_set: DataSet, window_rows: int) -> str | None:
     same_of_groups = ((counts.sum(0) ** 2).sum() - (counts**2).sum()) / pairs_of_groups
 
     def classes_in(groups: int) -> float:
-        """The classes of images from so many row groups, of which 1 / groups of the pairs lie in one."""
+        """The number of classes in `groups` row groups; 1 / groups of the pairs of images lie in one row group."""
         same = same_in_groups / groups + same_of_groups * (1 - 1 / groups)
         return float(1 / max(same, 1 / num_classes))
 

@@ -97,7 +97,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Data:
-    """The images that a run was begun with."""
+    """The images that a run began with."""
 
     source: str
     fingerprint: str

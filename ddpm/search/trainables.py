@@ -97,7 +97,7 @@ def result(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def failure(error: UserError) -> dict[str, Any]:
-    """What a trial reports to Tune that has failed for good: it would fail again."""
+    """What a trial reports to Tune if it has failed, and another attempt would fail, too."""
     return {IMAGES_SEEN: 0, VALUE: float("nan"), FAILED: str(error)}
 
 
@@ -205,14 +205,14 @@ class GroupTrial(tune.Trainable):
             self._training.join()
 
     def _train(self, for_s: float | None = None) -> None:
-        """Wait for the training, which is begun if it has not."""
+        """Wait `for_s` seconds for the training (None: for its end); the first call starts it."""
         if self._training is None:
             self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
             self._training.start()
         self._training.join(for_s)
 
     def _failed(self) -> dict[str, Any]:
-        """The result of a trial that would fail again; any other error is raised, and Tune starts the trial again."""
+        """The result of a trial with a UserError; any other error is raised, and Tune starts the trial again."""
         if isinstance(self._error, UserError):
             return {**failure(self._error), "done": True}
         raise self._error or RuntimeError(f"{self._folder.uri}: training ended before its last rung")

@@ -99,7 +99,7 @@ class Trial:
 
     @property
     def outcome(self) -> str:
-        """Its status in a table of trials, none of which is stopped in order to be resumed."""
+        """Its status in a table of trials, where `stopped` means PRUNED."""
         return "stopped" if self.status == RunStatus.PRUNED else self.status.text
 
     @property

@@ -44,7 +44,7 @@ class Delivery:
 
 @dataclass
 class _Tracked:
-    """A run and how far it is sent; the numbers count its news."""
+    """A run, and how much of its news was sent, counted."""
 
     name: str
     call: Callable[..., Pushed]
@@ -254,7 +254,7 @@ def push_patiently(run: RunFolder, timeout_s: float) -> Pushed:
 
 
 def refusal(uri: str, name: str, error: Exception) -> str:
-    """The line that MLflow at `uri` does not accept a run."""
+    """The message that MLflow at `uri` does not accept a run."""
     return f"MLflow at {uri} does not accept {name}, whose folder keeps everything: {error}"
 
 

@@ -46,7 +46,7 @@ def flag(name: str) -> str:
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences from `config`, and these differences, without where data lies."""
+    """The preset with the fewest differences from `config`, and these differences, without the locations of data."""
     flat = params(config)
     locations = keys_that_affect(config, Affects.LOCATION)
     compared = {key: value for key, value in flat.items() if key not in locations}

@@ -94,7 +94,7 @@ def _saved_bytes(net: nn.Module, config: Config, num_images: int) -> int | None:
 
 
 def _size(num_bytes: int) -> str:
-    """Such as 7.2 MB."""
+    """A number of bytes as text, such as 7.2 MB."""
     if num_bytes < 1e9:
         return f"{num_bytes / 1e6:,.1f} MB"
     return f"{num_bytes / 1e9:,.1f} GB"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def checked(arguments: PresetArguments) -> Config:
-    """The config of a run that is only shown, with its name unless that depends on data."""
+    """The config that `launch` would train, checked; its run has a name unless that depends on the data."""
     plan.check_batches(arguments.config)
 
     from ddpm.runs import run_folder

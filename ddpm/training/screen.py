@@ -106,7 +106,7 @@ class Screen:
         return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
 
     def _tracked(self) -> str:
-        """How far MLflow is."""
+        """How many checkpoints MLflow is behind."""
         waiting = self._waiting()
         if waiting is None:
             return ""

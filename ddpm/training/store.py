@@ -231,7 +231,7 @@ class RunStore:
         self._todo.put(None)
 
     def _read_curves(self, at: int) -> None:
-        """Merge the curves' parts, and learn which points beyond `at` are recorded."""
+        """Merge the curves' parts, and note which points beyond `at` are recorded."""
         table = self._retry(self._merge, self._location)
         beyond = table.filter(pc.field("images_seen") > at).to_pylist()
         self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
@@ -283,7 +283,7 @@ class RunStore:
             self._todo.task_done()
 
     def _cause(self, error: BaseException) -> BaseException:
-        """Superseded if these workers have been: `error` may come of what their successors removed; else `error`."""
+        """`error`, or Superseded if these workers were: their successors may have removed what `error` is about."""
         with contextlib.suppress(OSError):
             try:
                 self._writer.check()
