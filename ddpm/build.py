@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import numpy as np
@@ -51,7 +51,7 @@ class TrainedNet:
 
     def inputs(self, image: NDArray[np.uint8], label: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """x_0 [N, C, H, W] of images [N, H, W, C], and their labels [N] if the net takes them, on its device."""
-        x_0 = images.to_model(torch.tensor(image).to(self.device))
+        x_0 = images.to_model(torch.tensor(image).to(self.device), self.config.data.x_0_max)
         return x_0, torch.tensor(label).to(self.device) if self.config.model.num_classes else None
 
 
@@ -95,6 +95,7 @@ def build_objective(config: Config) -> Objective:
             schedule=build_schedule(config.schedule),
             labels=LabelConditioning(config.model.num_classes, own.label_dropout),
             prediction=kinds.find("objective.predict", own.predict).load(),
+            x_0_max=config.data.x_0_max,
         )
         return objective
     except ValueError as error:
@@ -154,15 +155,22 @@ def build_sampler(config: Config) -> Sampler:
     function = kinds.sampler(sample.sampler).load()
     try:
         guidance.check_interval(sample.guidance_interval)
-        return bind_sampler(function, sample, build_schedule(config.schedule), config.model.num_dims)
+        return bind_sampler(
+            function, sample, build_schedule(config.schedule), config.model.num_dims, config.data.x_0_max
+        )
     except ValueError as error:
         raise UserError(f"sample: {error}") from None
 
 
 def bind_sampler(
-    function: Callable[..., Tensor], sample: SampleConfig, schedule: Schedule, num_dims: int
+    function: Callable[..., Tensor],
+    sample: SampleConfig,
+    schedule: Schedule,
+    num_dims: int,
+    x_0_max: float = 1.0,
 ) -> Sampler:
-    """The sampler `function` with the settings of a resolved `sample`, for images of num_dims numbers.
+    """The sampler `function` with the settings of a resolved `sample`, for x_0 of num_dims numbers in
+    [-x_0_max, x_0_max].
 
     Its parameters get, by their names, the settings that its kind reads, and: num_sample_steps, schedule, timesteps (if
     it reads sample.spacing), variance (sample.variance), threshold (sample.clip_x_0 or sample.mean). They are checked
@@ -175,14 +183,15 @@ def bind_sampler(
     available = {name: getattr(sample, name) for name in read}
     available["num_sample_steps"] = n
     available["schedule"] = schedule
+    clip_x_0 = partial(clip, x_0_max=x_0_max)
     if "eta" in read:
         samplers.check_eta(sample.eta)
     if "spacing" in read:
         available["timesteps"] = build_timesteps(sample, schedule, num_dims)
     if "mean" in read:
-        available["threshold"] = clip if sample.mean == "clipped" else None
+        available["threshold"] = clip_x_0 if sample.mean == "clipped" else None
     if "clip_x_0" in read:
-        available["threshold"] = clip if sample.clip_x_0 else None
+        available["threshold"] = clip_x_0 if sample.clip_x_0 else None
     if "variance" in read and sample.variance == "learned":
         available["variance"] = None
     elif "variance" in read:

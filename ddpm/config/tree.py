@@ -69,6 +69,10 @@ class Affects(enum.Flag):
     ANYTHING = EXECUTION | WEIGHTS | SAMPLING | LOCATION
 
 
+MEANING = Affects.NOISE | Affects.NET | Affects.SAMPLING
+"""What the net's input and output mean."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The images to train on, and their order."""
@@ -90,6 +94,9 @@ class DataConfig:
     augment: Annotated[Share, Affects.NOISE] = 0.0
     """Augmentation for few images: flip, scale, rotate and shift, each with this probability. The net is conditioned on
     it, and samples are not augmented (Karras et al. 2022, Appendix F.2)."""
+    x_0_max: Annotated[PositiveFloat, MEANING] = 1.0
+    """The largest value of x_0 for the net: x_0 = x_0_max (stored / 127.5 - 1). 1 for images; a set of latents says its
+    own, with which latents have a standard deviation of 0.5."""
     stall_timeout_s: Annotated[Seconds, Affects.NOTHING] = 120.0
     """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
     skip_unreadable: Annotated[bool, Affects.EXECUTION] = False
@@ -124,9 +131,6 @@ class ScheduleConfig:
     """geometric: the first sigma."""
     sigma_max: PositiveFloat = 80.0
     """geometric: the last sigma."""
-
-
-MEANING = Affects.NOISE | Affects.NET | Affects.SAMPLING
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,7 @@ class SampleConfig:
     variance: SampleVariance = "auto"
     """ddpm: sigma_t^2. auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
-    """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
+    """All samplers but ddpm: clip x_0_hat to the range of images."""
     guidance_scale: NonNegativeFloat = 1.0
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None

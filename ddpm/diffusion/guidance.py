@@ -1,4 +1,4 @@
-"""Functions between net and sampler: guidance, and clipping of an x_0_hat outside [-1, 1].
+"""Functions between net and sampler: guidance, and clipping of an x_0_hat outside the range of images.
 
 A sampler sees the net as `denoise(x_t, t) -> Denoised`. Every function here keeps the two predictions consistent: x_t
 is x_0_hat noised with eps_hat.
@@ -39,9 +39,9 @@ def predict(
     return denoised._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)
 
 
-def clip(x_0_hat: Tensor) -> Tensor:
-    """x_0_hat clipped to [-1, 1]."""
-    return x_0_hat.clamp(-1, 1)
+def clip(x_0_hat: Tensor, x_0_max: float = 1.0) -> Tensor:
+    """x_0_hat clipped to [-x_0_max, x_0_max]."""
+    return x_0_hat.clamp(-x_0_max, x_0_max)
 
 
 def guided(

@@ -13,7 +13,8 @@ as far as they need it:
 
     denoise       the net, `denoise(x_t, t) -> Denoised`, as for the samplers
     schedule      the one the net was trained with
-    x_0           [B, C, H, W] float32, 8-bit images in [-1, 1]
+    x_0           [B, C, H, W] float32, 8-bit images in [-x_0_max, x_0_max]
+    x_0_max       1 for images; latents have a range of their own
     x_0_hat       [B, C, H, W], a prediction of x_0 from x_t
     noise         standard normal [B, C, H, W]; drawn once for each call of `denoise`, from t = 0 on
     variance      of p, [T] float64 (`reverse.fixed_variance`); None: the one that the net learned
@@ -35,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.guidance import Denoise
+from ddpm.diffusion.guidance import Denoise, clip
 from ddpm.diffusion.process import broadcast, gather, q_sample, same_t
 from ddpm.diffusion.reverse import LEVELS, gaussian_kl, learned_log_variance, log_prob_of_level
 from ddpm.diffusion.samplers import Noise
@@ -60,11 +61,27 @@ class Bound(NamedTuple):
     """[B]."""
 
 
-def exact(denoise: Denoise, schedule: Schedule, x_0: Tensor, noise: Noise, variance: Tensor | None) -> Bound:
+class Timesteps(NamedTuple):
+    """The timesteps at which `estimate` measures the bound of each image."""
+
+    t: Tensor
+    """[B, K] int64 in 1..T-1."""
+    share: Tensor | float
+    """[B, K], K times the probability of each t."""
+
+
+def exact(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: Noise,
+    variance: Tensor | None,
+    x_0_max: float = 1.0,
+) -> Bound:
     """Every term, with T evaluations of the net; x_t is drawn once for each t. Ho et al. 2020, Eq. 5."""
     T = schedule.num_timesteps
-    t = torch.arange(1, T).expand(len(x_0), T - 1)
-    return estimate(denoise, schedule, x_0, noise, variance, t, share=1.0)
+    every = Timesteps(torch.arange(1, T).expand(len(x_0), T - 1), 1.0)
+    return estimate(denoise, schedule, x_0, noise, variance, every, x_0_max)
 
 
 @torch.no_grad()
@@ -74,14 +91,10 @@ def estimate(
     x_0: Tensor,
     noise: Noise,
     variance: Tensor | None,
-    t: Tensor,
-    share: Tensor | float,
+    timesteps: Timesteps,
+    x_0_max: float = 1.0,
 ) -> Bound:
     """Every term, with the sum over t estimated from K timesteps of each image: sum_k KL_{t_k} / share_k.
-
-    Args:
-        t: [B, K] int64 in 1..T-1, from `draw_timesteps`.
-        share: [B, K], K times the probability of each t.
 
     Source: Nichol & Dhariwal 2021, Sec. 3.3.
     """
@@ -94,19 +107,20 @@ def estimate(
             log_variance = fixed[t.cpu()]
         else:
             log_variance = learned_log_variance(schedule, t, denoised.variance_mix)
-        return denoised.x_0_hat.clamp(-1, 1), log_variance
+        return clip(denoised.x_0_hat, x_0_max), log_variance
 
     x_0_hat, log_variance = p(same_t(0, x_0))
-    decoder = decoder_nll(x_0, x_0_hat, log_variance)
+    decoder = decoder_nll(x_0, x_0_hat, log_variance, x_0_max)
     kl = []
-    for t_k in t.to(x_0.device).unbind(1):
+    for t_k in timesteps.t.to(x_0.device).unbind(1):
         x_0_hat, log_variance = p(t_k)
         kl.append(posterior_kl(schedule, x_0, t_k, x_0_hat, log_variance))
-    return Bound(prior_kl(schedule, x_0), torch.stack(kl, 1) / share if kl else t.double(), decoder)
+    each = torch.stack(kl, 1) / timesteps.share if kl else timesteps.t.double()
+    return Bound(prior_kl(schedule, x_0), each, decoder)
 
 
-def draw_timesteps(schedule: Schedule, proposal: Tensor, u: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
-    """The t and share of `estimate`, t distributed as the proposal.
+def draw_timesteps(schedule: Schedule, proposal: Tensor, u: Tensor, num_draws: int) -> Timesteps:
+    """The timesteps of `estimate`, distributed as the proposal.
 
     The timesteps of an image are spread evenly over the proposal, beginning at u: the estimate stays unbiased, and its
     error is smaller.
@@ -126,7 +140,7 @@ def draw_timesteps(schedule: Schedule, proposal: Tensor, u: Tensor, num_draws: i
         )
     strata = (torch.arange(num_draws) + u[:, None].double().cpu()) / num_draws
     t = torch.searchsorted(proposal.cumsum(0), strata, right=True).clamp(1, T - 1)
-    return t, num_draws * proposal[t]
+    return Timesteps(t, num_draws * proposal[t])
 
 
 @torch.no_grad()
@@ -137,6 +151,7 @@ def x_0_errors(
     noise: Noise,
     *,
     num_measured: int = MEASURED_TIMESTEPS,
+    x_0_max: float = 1.0,
 ) -> Tensor:
     """The squared error of x_0_hat at every t, each image's mean over its dimensions; [B, T] float64.
 
@@ -149,7 +164,7 @@ def x_0_errors(
     level = schedule.log_snr
     wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
     measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
-    errors = [_x_0_error_at(denoise, schedule, x_0, t, noise()) for t in measured.tolist()]
+    errors = [_x_0_error_at(denoise, schedule, x_0, t, noise(), x_0_max) for t in measured.tolist()]
     if len(errors) == 1:
         return errors[0][:, None]
     logs = torch.stack(errors, 1).clamp(min=TINY).log()
@@ -159,11 +174,13 @@ def x_0_errors(
     return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
 
 
-def _x_0_error_at(denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps: Tensor) -> Tensor:
+def _x_0_error_at(
+    denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps: Tensor, x_0_max: float
+) -> Tensor:
     """The squared error of x_0_hat, clipped, at t: each image's mean over its dimensions."""
     t_batch = same_t(t, x_0)
     x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, t_batch, eps), t_batch).x_0_hat
-    return _mean((x_0 - x_0_hat.clamp(-1, 1)).square())
+    return _mean((x_0 - clip(x_0_hat, x_0_max)).square())
 
 
 def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:
@@ -212,16 +229,18 @@ def posterior_kl(schedule: Schedule, x_0: Tensor, t: Tensor, x_0_hat: Tensor, lo
     return kl.reshape(len(t), -1).mean(1) / math.log(2)
 
 
-def decoder_nll(x_0: Tensor, x_0_hat: Tensor, log_variance: Tensor) -> Tensor:
+def decoder_nll(x_0: Tensor, x_0_hat: Tensor, log_variance: Tensor, x_0_max: float = 1.0) -> Tensor:
     """-log p(x_0 | x_t) at t = 0, of 8-bit images only. Ho et al. 2020, Eq. 13."""
-    level = (x_0.cpu().double() + 1) * (LEVELS - 1) / 2
+    level = (x_0.cpu().double() / x_0_max + 1) * (LEVELS - 1) / 2
     if bool(((level - level.round()).abs() > 1e-3).any()) or level.min() < -0.5 or level.max() > LEVELS - 0.5:
         raise ValueError(
-            f"x_0 is not made of {LEVELS} grey levels in [-1, 1]; bits/dim are those of 8-bit images"
+            f"x_0 is not made of {LEVELS} grey levels in [-{x_0_max:g}, {x_0_max:g}]; bits/dim are those of 8-bit "
+            "images"
         )
     std = (0.5 * log_variance.cpu().double()).exp()
     std = broadcast(std, x_0) if std.ndim == 1 else std
-    return -_mean(log_prob_of_level(level.round(), x_0_hat.cpu().double(), std)) / math.log(2)
+    mean = x_0_hat.cpu().double() / x_0_max
+    return -_mean(log_prob_of_level(level.round(), mean, std / x_0_max)) / math.log(2)
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Objective(Protocol):
         """Corrupt `x_0`, and score the prediction of `model`.
 
         Args:
-            x_0: [B, C, H, W] float32, clean images in [-1, 1].
+            x_0: [B, C, H, W] float32, clean images.
             label: [B] int64 in 0..num_classes-1; ignored by an unconditional objective.
             generator: on the device of x_0; all randomness comes from it.
             progress: the share of training that is done, in [0, 1].
@@ -138,7 +138,7 @@ class Gaussian:
 
     With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1. The loss is
     L_hybrid: the squared error plus BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the prediction of
-    the mean is detached, so that only the variance learns from it.
+    the mean is detached, so that only the variance learns from it. The bound needs `x_0_max`, the largest grey level.
 
     Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4; Nichol & Dhariwal 2021, Sec. 3.1.
     """
@@ -150,6 +150,7 @@ class Gaussian:
     learns_variance: bool = False
     sigma_data: float = 0.5
     log_sigma: tuple[float, float] | None = None
+    x_0_max: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("min_snr_gamma", "sigma_data"):
@@ -172,7 +173,7 @@ class Gaussian:
         if variance_mix is not None:
             x_0_hat = self._read(prediction.detach(), x_t, t).x_0_hat
             log_variance = reverse.learned_log_variance(self.schedule, t, variance_mix)
-            bits = reverse.step_bits(self.schedule, x_0, x_0_hat, t, log_variance)
+            bits = reverse.step_bits(self.schedule, x_0, x_0_hat, t, log_variance, self.x_0_max)
             loss = loss + BOUND_WEIGHT * T * bits.mean()
         return Loss(loss, error.detach(), 4 * t // T)
 
@@ -382,7 +383,11 @@ u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table
 
 
 def gaussian(
-    config: "ObjectiveConfig", schedule: Schedule, labels: LabelConditioning, prediction: type[Gaussian]
+    config: "ObjectiveConfig",
+    schedule: Schedule,
+    labels: LabelConditioning,
+    prediction: type[Gaussian],
+    x_0_max: float = 1.0,
 ) -> Gaussian:
     """The objective of the class `prediction` that `config` describes."""
     log_sigma = None
@@ -401,6 +406,7 @@ def gaussian(
         learns_variance=config.variance == "learned",
         sigma_data=config.sigma_data,
         log_sigma=log_sigma,
+        x_0_max=x_0_max,
     )
 
 

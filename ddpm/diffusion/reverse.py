@@ -34,17 +34,20 @@ from ddpm.diffusion.schedules import Schedule
 LEVELS = 256
 """Grey levels of an image."""
 ROUNDING = (2 / (LEVELS - 1)) ** 2 / 12
-"""Variance of the rounding to grey levels."""
+"""Variance of the rounding to grey levels in [-1, 1]."""
 
 ReverseVariance = Literal["beta", "beta_tilde", "measured", "learned"]
 
 
-def fixed_variance(schedule: Schedule, variance: str, x_0_error: Tensor | None = None) -> Tensor:
+def fixed_variance(
+    schedule: Schedule, variance: str, x_0_error: Tensor | None = None, x_0_max: float = 1.0
+) -> Tensor:
     """The variance of p at every t, [T] float64, above 0.
 
     Args:
         variance: a `ReverseVariance`, not "learned".
         x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat over images and dimensions.
+        x_0_max: the largest grey level.
 
     Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of this net in place of that of the
     best one.
@@ -56,7 +59,7 @@ def fixed_variance(schedule: Schedule, variance: str, x_0_error: Tensor | None =
             return _beta_tilde(schedule)
         case "measured" if x_0_error is not None:
             measured = schedule.posterior_variance + schedule.x_0_weight**2 * x_0_error
-            return torch.cat([measured[:1].clamp(min=ROUNDING), measured[1:]])
+            return torch.cat([measured[:1].clamp(min=ROUNDING * x_0_max**2), measured[1:]])
         case "measured":
             raise ValueError("variance is 'measured'; that needs the error of x_0_hat, measured with the net")
     raise ValueError(f"variance is {variance!r}; it must be beta, beta_tilde or measured")
@@ -79,11 +82,18 @@ def gaussian_kl(log_q: Tensor, log_p: Tensor, squared_difference: Tensor) -> Ten
     return 0.5 * (difference.exp() - 1 - difference + squared_difference * (-log_p).exp())
 
 
-def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_variance: Tensor) -> Tensor:
+def step_bits(
+    schedule: Schedule,
+    x_0: Tensor,
+    x_0_hat: Tensor,
+    t: Tensor,
+    log_variance: Tensor,
+    x_0_max: float = 1.0,
+) -> Tensor:
     """The term of the bound that belongs to step t [B]: KL(q || p), and at t = 0 -log p(x_0 | x_1); [B] in bits/dim.
 
-    It is differentiable: everything is on the device and in the dtype of x_0, 8-bit images in [-1, 1]. x_0_hat and
-    log_variance, of p, are [B, C, H, W].
+    It is differentiable: everything is on the device and in the dtype of x_0, 8-bit images in [-x_0_max, x_0_max].
+    x_0_hat and log_variance, of p, are [B, C, H, W].
 
     Source: Ho et al. 2020, Eqs. 5 and 13; Nichol & Dhariwal 2021, Eqs. 4 to 7.
     """
@@ -94,12 +104,13 @@ def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_v
     is_first = broadcast(t == 0, x_0)
     mean = torch.where(is_first, x_0_hat, x_0)
     std = torch.where(is_first, 0.5 * log_variance, 0).exp()
-    nll = -log_prob_of_level(((x_0 + 1) * (LEVELS - 1) / 2).round(), mean, std)
+    level = ((x_0 / x_0_max + 1) * (LEVELS - 1) / 2).round()
+    nll = -log_prob_of_level(level, mean / x_0_max, std / x_0_max)
     return torch.where(is_first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the mass that N(mean, std^2) has on a grey level, a whole number in 0..255; in nats.
+    """log of the mass that N(mean, std^2) has on a grey level, a whole number in 0..255, of images in [-1, 1]; in nats.
 
     Level i is the interval of width 2 / 255 around i / 127.5 - 1; the outermost two extend to infinity. Far from the
     mean, where the difference of two distribution functions would be 0, it is computed from their logarithms.

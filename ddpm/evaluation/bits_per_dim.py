@@ -80,10 +80,11 @@ def measure_errors(trained: TrainedNet, batch: LabelledImages, variance: BoundVa
     chosen = bound_variance(trained.config, variance)
     schedule = build_schedule(trained.config.schedule)
     denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.MEASURE))
-    errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
+    x_0_max = trained.config.data.x_0_max
+    errors = likelihood.x_0_errors(denoise, schedule, x_0, noise, x_0_max=x_0_max)
     x_0_error = errors.mean(0)
     # A learned variance uses the proposal of the measured one, which is similar; any proposal is unbiased.
-    fixed = fixed_variance(schedule, "measured" if chosen == "learned" else chosen, x_0_error)
+    fixed = fixed_variance(schedule, "measured" if chosen == "learned" else chosen, x_0_error, x_0_max)
     proposal = likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed))
     return NetErrors(chosen, x_0_error, proposal)
 
@@ -108,16 +109,17 @@ def bound_terms(
     indices = range(start, start + len(batch.image))
     denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
     schedule = build_schedule(trained.config.schedule)
+    x_0_max = trained.config.data.x_0_max
     if errors.variance == "learned":
         fixed = None
     else:
-        fixed = fixed_variance(schedule, errors.variance, errors.x_0_error)
+        fixed = fixed_variance(schedule, errors.variance, errors.x_0_error, x_0_max)
     if num_draws == 0 or schedule.num_timesteps == 1:
-        bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
+        bound = likelihood.exact(denoise, schedule, x_0, noise, fixed, x_0_max)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
-        t, share = likelihood.draw_timesteps(schedule, errors.proposal, torch.stack(quantiles), num_draws)
-        bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, t, share)
+        drawn = likelihood.draw_timesteps(schedule, errors.proposal, torch.stack(quantiles), num_draws)
+        bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, drawn, x_0_max)
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
 
 

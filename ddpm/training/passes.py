@@ -82,8 +82,9 @@ def masks(
 
 
 def inputs(part: Pass, config: Config, noise: Rng, to_device: HostToDevice) -> tuple[Tensor, Tensor | None]:
-    """x_0 [B, C, H, W] in [-1, 1], flipped at random if configured, and the labels if the net takes them."""
-    x_0 = images.to_model(to_device(np.concatenate([each.image for each in part.micro_batches])[part.rows]))
+    """x_0 [B, C, H, W], flipped at random if configured, and the labels if the net takes them."""
+    stored = to_device(np.concatenate([each.image for each in part.micro_batches])[part.rows])
+    x_0 = images.to_model(stored, config.data.x_0_max)
     if config.data.horizontal_flip:
         mirrored = noise.uniform([len(x_0)]) < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)

@@ -1,8 +1,8 @@
-"""Images in and out: uint8 <-> [-1, 1], grids, strips, PNG and GIF.
+"""Images in and out: uint8 <-> x_0, grids, strips, PNG and GIF.
 
 An image outside the net is uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB). The net sees float32
-[N, C, H, W] in [-1, 1]. Grids for viewing are RGB, enlarged by nearest neighbour so that 8x8 digits
-are visible.
+[N, C, H, W] in [-1, 1]; the latents of an autoencoder have other C, and a range of their own. Grids
+for viewing are RGB, enlarged by nearest neighbour so that 8x8 digits are visible.
 
 Axes: N or B images, F frames, H W height and width, C channels.
 """
@@ -36,14 +36,15 @@ FRAME_MS = 80
 """Milliseconds that a GIF shows a frame; the format counts in hundredths of a second."""
 
 
-def to_model(image: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] in 0..255 to float32 [B, C, H, W] in [-1, 1].
+def to_model(image: Tensor, x_0_max: float = 1.0) -> Tensor:
+    """uint8 [B, H, W, C] in 0..255 to float32 [B, C, H, W] in [-x_0_max, x_0_max].
 
-    x = image / 127.5 - 1. The result keeps the order of the bytes, which is torch's channels_last.
+    x = x_0_max (image / 127.5 - 1). The result keeps the order of the bytes, which is torch's channels_last.
     """
     if image.dtype != torch.uint8 or image.ndim != 4:
         raise ValueError(f"image is {image.dtype} {tuple(image.shape)}; it must be uint8 [B, H, W, C]")
-    return image.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    x = image.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    return x if x_0_max == 1 else x_0_max * x
 
 
 def to_uint8(x: Tensor) -> Tensor:

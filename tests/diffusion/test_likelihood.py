@@ -33,7 +33,7 @@ def some_denoiser(x_t, t):
 def estimated(denoise, schedule, x_0, drawn, seed=0, variance="beta_tilde"):
     """The estimate from the result of `draw_timesteps`."""
     table = fixed_variance(schedule, variance)
-    return estimate(denoise, schedule, x_0, normal(x_0.shape, seed), table, *drawn)
+    return estimate(denoise, schedule, x_0, normal(x_0.shape, seed), table, drawn)
 
 
 def sums_by_t(t, kl):
@@ -161,8 +161,9 @@ def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
     right = exact(some_denoiser, LINEAR, x_0, normal(x_0.shape, 2), variance)
     chosen = proposal(exact(some_denoiser, LINEAR, x_0[:8], normal(x_0[:8].shape, 3), variance).kl)
     u = torch.rand(len(x_0), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    t, share = draw_timesteps(LINEAR, chosen, u, num_draws)
-    got = estimated(some_denoiser, LINEAR, x_0, (t, share), 5, variance)
+    drawn = draw_timesteps(LINEAR, chosen, u, num_draws)
+    got = estimated(some_denoiser, LINEAR, x_0, drawn, 5, variance)
+    t = drawn.t
     assert t.shape == got.kl.shape == (600, num_draws)
     assert t.min() >= 1 and t.max() <= 99
     difference = got.kl.sum(1) - right.kl.sum(1)
@@ -186,9 +187,9 @@ def test_the_average_estimate_over_all_u_is_the_exact_bound():
     x_0 = torch.full((5_000, 1, 1, 1), -1.0, dtype=torch.float64)
     right = exact(denoise, LINEAR, x_0[:2], normal((2, 1, 1, 1)))
     u = (torch.arange(len(x_0)) + 0.5).double() / len(x_0)
-    t, share = draw_timesteps(LINEAR, proposal(right.kl), u, 3)
-    got = estimated(denoise, LINEAR, x_0, (t, share))
-    torch.testing.assert_close(sums_by_t(t, got.kl)[1:], right.kl[0], rtol=0.08, atol=0)
+    drawn = draw_timesteps(LINEAR, proposal(right.kl), u, 3)
+    got = estimated(denoise, LINEAR, x_0, drawn)
+    torch.testing.assert_close(sums_by_t(drawn.t, got.kl)[1:], right.kl[0], rtol=0.08, atol=0)
     torch.testing.assert_close(total(got).mean(), total(right).mean(), rtol=1e-4, atol=0)
 
 
@@ -244,3 +245,14 @@ def test_in_many_small_steps_the_sum_of_kl_is_that_of_continuous_time():
     noise = normal((64, 1, 8, 8), dtype=torch.float32)
     bound = exact(gaussian(fine, 0.0, 0.25), fine, x_0, noise)
     assert bound.kl.sum(1).mean().item() * math.log(2) == pytest.approx(known, rel=0.02)
+
+
+def test_the_decoder_of_images_in_another_range_is_that_of_images_in_minus_one_to_one():
+    x_0 = grey((6, 1, 4, 4), 0, 0.4)
+    x_0_hat = 0.9 * x_0 + 0.01
+    log_variance = torch.linspace(-9, -4, len(x_0), dtype=torch.float64)
+    right = likelihood.decoder_nll(x_0, x_0_hat, log_variance)
+    got = likelihood.decoder_nll(2.5 * x_0, 2.5 * x_0_hat, log_variance + 2 * math.log(2.5), 2.5)
+    torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"grey levels in \[-2.5, 2.5\]"):
+        likelihood.decoder_nll(x_0 + 1.7, x_0_hat, log_variance, 2.5)

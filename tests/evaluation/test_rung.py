@@ -131,9 +131,9 @@ def test_all_trials_are_evaluated_on_the_same_random_draws(
         return bound
 
     def spy_on_quantiles(schedule, proposal, u, num_draws):  # type: ignore[no-untyped-def]
-        t, share = draw_timesteps(schedule, proposal, u, num_draws)
-        quantiles.append((u, t))
-        return t, share
+        drawn = draw_timesteps(schedule, proposal, u, num_draws)
+        quantiles.append((u, drawn.t))
+        return drawn
 
     monkeypatch.setattr(likelihood, "estimate", spy)
     monkeypatch.setattr(likelihood, "draw_timesteps", spy_on_quantiles)

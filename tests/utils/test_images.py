@@ -33,6 +33,11 @@ def test_to_model():
     assert ends.flatten().tolist() == [-1, 1]
 
 
+def test_to_model_in_another_range():
+    image = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    torch.testing.assert_close(images.to_model(image, 1.75), 1.75 * images.to_model(image))
+
+
 def test_to_uint8_rounds_and_then_clips():
     levels = torch.tensor([-0.4, 0.4, 0.6, 99.4, 99.6, 254.4, 254.6, 255.4, 256.0, -1.0, 1e6, -1e6])
     x = (levels / 127.5 - 1).view(-1, 1, 1, 1)
