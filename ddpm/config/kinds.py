@@ -163,6 +163,8 @@ FEATURE_NETS = {
     "lite0": Kind("ddpm.evaluation.nets:Lite0"),
     "pixels": Kind("ddpm.evaluation.nets:PixelFeatures"),
 }
+AUTOENCODERS = {"diffusers": Kind("ddpm.latents.diffusers:load")}
+"""Targets load an autoencoder (ddpm/latents/autoencoder.py) from the text behind KIND:, such as a folder of weights."""
 
 TABLES: dict[str, Mapping[str, Kind]] = {
     "objective.process": OBJECTIVES,
@@ -174,6 +176,7 @@ TABLES: dict[str, Mapping[str, Kind]] = {
     "sample.spacing": SPACINGS,
     "model.net": NETS,
     "data.source": SOURCES,
+    "data.autoencoder": AUTOENCODERS,
     "features": FEATURE_NETS,
 }
 """The tables by the field that holds the name. A field stands after those whose kinds read it."""
@@ -183,6 +186,7 @@ GROUPS = {
     "sample.sampler": "ddpm.samplers",
     "model.net": "ddpm.nets",
     "data.source": "ddpm.sources",
+    "data.autoencoder": "ddpm.autoencoders",
     "features": "ddpm.feature_nets",
 }
 """The groups of entry points that add to a table."""
@@ -193,6 +197,7 @@ EXAMPLES: dict[str, Mapping[str, str]] = {
     "sample.sampler": {"multistep": "examples/consistency"},
     "model.net": {"dit": "examples/dit"},
     "data.source": {"glyphs": "examples/glyphs"},
+    "data.autoencoder": {"taef2": "examples/taef2"},
 }
 """Names of kinds that examples add, by field, and the folder of the example."""
 

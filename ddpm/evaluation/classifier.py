@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.data.reading import DataSet, PlanReader
-from ddpm.evaluation.features import Cache, digest_of, normalised
+from ddpm.evaluation.features import Cache, normalised
 from ddpm.utils import images
+from ddpm.utils.digests import digest_of
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Display
 

@@ -8,8 +8,7 @@ a trained feature net.
 Axes: N images, H W height and width, C channels, F features.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from ddpm.data.reading import DataSet, LabelledImages
 from ddpm.runs.storage import Location
 from ddpm.utils import images
+from ddpm.utils.digests import digest_of
 from ddpm.utils.progress import track
 from ddpm.utils.retry import as_user_error
 
@@ -64,15 +64,6 @@ def rgb(image: Tensor) -> Tensor:
 def normalised(values: Tensor) -> Tensor:
     """Rows of [N, F] scaled to the length sqrt(F), so that KID's kernel sees products of about 1 for any net."""
     return torch.nn.functional.normalize(values.float(), dim=1) * values.shape[1] ** 0.5
-
-
-def digest_of(tensors: Mapping[str, Tensor], recipe: str = "") -> str:
-    """SHA-256 of names, shapes, types and bytes, and of `recipe`, the version of their use."""
-    digest = hashlib.sha256(recipe.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

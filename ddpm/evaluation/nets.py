@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddpm.config import kinds
 from ddpm.data.reading import DataSet
-from ddpm.evaluation.features import Cache, FeatureNet, digest_of, normalised, rgb
+from ddpm.evaluation.features import Cache, FeatureNet, normalised, rgb
 from ddpm.utils import images
+from ddpm.utils.digests import digest_of
 from ddpm.utils.errors import UserError
 
 LITE0_RECIPE = "lite0/1"

@@ -10,8 +10,9 @@ import torch
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.features import Cache, digest_of, features_of, real_features
+from ddpm.evaluation.features import Cache, features_of, real_features
 from ddpm.evaluation.nets import Lite0, PixelFeatures
+from ddpm.utils.digests import digest_of
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import to_model
 
