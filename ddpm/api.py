@@ -13,8 +13,9 @@ from ddpm.cli import parsing
 from ddpm.config.json import override
 from ddpm.config.presets import PRESETS, PresetArguments
 from ddpm.config.tree import Config
+from ddpm.data import latents
 from ddpm.diffusion.samplers import Sampler
-from ddpm.runs import checkpoint, names
+from ddpm.runs import names
 from ddpm.sampling import generate, workers
 from ddpm.tracking import run_params
 from ddpm.training.launch import launch
@@ -33,7 +34,7 @@ class Run:
     def trained(self) -> TrainedNet:
         """The averaged net of the newest checkpoint, with its config."""
         with names.local_checkpoint(str(self.uri)) as folder:
-            return checkpoint.load_net(folder)
+            return latents.load_net(folder)
 
     def sample(
         self,

@@ -23,6 +23,7 @@ from ddpm.diffusion.objectives import LabelConditioning, Objective
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import Sampler
 from ddpm.diffusion.schedules import Schedule
+from ddpm.latents.scaling import Decoder
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
@@ -36,6 +37,8 @@ class TrainedNet:
     config: Config
     class_names: tuple[str, ...] = field(default=(), kw_only=True)
     """By label; empty: unknown, or the net has no classes."""
+    decoder: Decoder | None = field(default=None, kw_only=True)
+    """Makes images of latents; None: the net generates images."""
 
     @cached_property
     def objective(self) -> Objective:
@@ -53,6 +56,14 @@ class TrainedNet:
         """x_0 [N, C, H, W] of images [N, H, W, C], and their labels [N] if the net takes them, on its device."""
         x_0 = images.to_model(torch.tensor(image).to(self.device), self.config.data.x_0_max)
         return x_0, torch.tensor(label).to(self.device) if self.config.model.num_classes else None
+
+    def images(self, x: Tensor) -> Tensor:
+        """What the net generates, x_0 or an x_t [N, C, H, W], as images, uint8 [N, H, W, C]; latents are decoded."""
+        if self.decoder is not None:
+            return self.decoder.images(x)
+        if self.config.data.latents is not None:
+            raise UserError("the net generates latents, and their autoencoder was not loaded")
+        return images.to_uint8(x / self.config.data.x_0_max)
 
 
 def build_net(config: Config) -> nn.Module:

@@ -43,7 +43,7 @@ IMPORTS = {name_of(path): list(imported(ast.parse(path.read_text()))) for path i
     [
         # driver, controller and worker code
         ("ray.train", r"ddpm\.training\.(worker_group|failures|worker)"),
-        ("ray.data", r"ddpm\.data\.ray_stream"),
+        ("ray.data", r"ddpm\.data\.(ray_stream|encode)"),
         ("ray.tune", r"ddpm\.search\.(study|trainables|tune_callbacks)"),
     ],
 )

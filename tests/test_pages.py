@@ -16,6 +16,7 @@ ELSEWHERE = {
     "aws": "tests/infra/test_aws_cluster.py launches the cluster file, and submits jobs",
     "existing-cluster": "tests/jobs/test_cluster_jobs.py submits jobs",
     "kubernetes": "tests/infra/test_kubernetes.py validates the manifests",
+    "large-photos": "tests/latents runs its commands, with a small autoencoder",
     "notebooks": "it has Python alone, which is run below",
     "operate": "tests/infra starts MLflow, Prometheus and clusters with tokens",
     "own-machines": "tests/infra/test_onprem.py launches the cluster file, and submits jobs",

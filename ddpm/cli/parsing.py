@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from ddpm.config import kinds, presets
 from ddpm.config.json import check_values, from_json, override
 from ddpm.config.kinds import Choice
-from ddpm.config.presets import PresetArguments
+from ddpm.config.presets import Images, NetSize, PresetArguments
 from ddpm.config.tree import Config
 from ddpm.utils.errors import UserError
 from ddpm.utils.exits import leave
@@ -33,6 +33,8 @@ SHORT = {
     "run.name": "--name",
     "run.storage": "--storage",
     "data.shards": "--data",
+    "data.image_size": "--size",
+    "data.autoencoder": "--autoencoder",
     "schedule.kind": "--schedule",
     "optim.lr": "--lr",
     "train.total_images": "--total-images",
@@ -111,20 +113,29 @@ def chosen(
 
 
 def parse_preset(
-    kind: type[PresetArguments], description: str | None, of_folder: Callable[[str], Config]
+    kind: type[PresetArguments], description: str | None, of_folder: Callable[[Images], Config]
 ) -> Any:
     """Parse the command line PRESET [flags] as `kind`.
 
-    `folder PATH` is the config `of_folder` of that path.
+    `folder PATH` and `folder --data URI` are the config `of_folder` of those images, and of the flags --size, --net and
+    --autoencoder.
     """
     name = chosen("PRESET", presets.ABOUT, description, elsewhere=presets.EXAMPLES)
     words = sys.argv[2:]
     preset = presets.PRESETS[name]
-    if name == "folder" and words and not words[0].startswith("-"):
-        preset = of_folder(words.pop(0))
+    config = preset
+    if name == "folder" and not {*HELP, HELP_ALL} & {*words}:
+        path = words.pop(0) if words and not words[0].startswith("-") else None
+        images = _images(path, words)
+        if images.path is not None or images.shards is not None:
+            config = of_folder(images)
+            # What differs from the smallest choice is part of the run's name.
+            preset = of_folder(Images(images.path, images.shards))
     own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
-    default = kind(name, starting_point(preset))
+    default = kind(name, starting_point(config))
     arguments = parse(kind, presets.ABOUT[name], words, default, own, SHOWN_FIRST)
+    if arguments.net != "small" and name != "folder":
+        raise UserError(f"--net {arguments.net} chooses the net of the preset folder; {name} has its own")
     return replace(arguments, base=preset)
 
 
@@ -237,6 +248,21 @@ def _in_a_line(box: str) -> str:
     flags = dict.fromkeys(re.findall(r"^--[\w.-]+", more[0], re.MULTILINE))
     close = f" (did you mean {' or '.join([*flags][:2])}?)" if flags else ""
     return f"{line}{close}; {HELP_ALL} lists every flag"
+
+
+def _images(path: str | None, words: Sequence[str]) -> Images:
+    """The images of the preset `folder`, and its flags, which are parsed again with all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--data", "--data.shards", nargs="?", dest="shards")
+    parser.add_argument("--size", "--data.image-size", nargs="?")
+    parser.add_argument("--net", nargs="?")
+    parser.add_argument("--autoencoder", "--data.autoencoder", nargs="?")
+    typed = parser.parse_known_args(words)[0]
+    size = int(typed.size) if typed.size is not None and typed.size.isdecimal() else None
+    net: Any = (
+        typed.net if typed.net in typing.get_args(NetSize) else "small"
+    )  # a wrong one is an error of tyro's
+    return Images(path, None if path else typed.shards, size, net, typed.autoencoder)
 
 
 def starting_point(config: Config) -> Config:

@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "runs side by side on one page",
     "search": "search noise schedule and learning rate",
     "prepare": "make a data set of shards",
+    "encode": "make a data set of latents from one of images",
     "export": "export a net for diffusers",
     "card": "write a net's model card",
     "sync": "send a run to MLflow",

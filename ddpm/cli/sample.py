@@ -51,7 +51,7 @@ def main() -> None:
     from ddpm.build import with_sampler
     from ddpm.cluster import job_folder
     from ddpm.config.json import flatten
-    from ddpm.runs import checkpoint  # after parsing, so that --help and errors come at once
+    from ddpm.data import latents  # after parsing, so that --help and errors come at once
     from ddpm.runs.names import local_checkpoint, name_of
     from ddpm.runs.storage import resolve
     from ddpm.sampling import generate, workers
@@ -60,7 +60,7 @@ def main() -> None:
 
     job_folder.set_home()
     with local_checkpoint(arguments.checkpoint) as folder:
-        trained = checkpoint.load_net(folder)
+        trained = latents.load_net(folder)
         sample = arguments.changed(
             with_sampler(trained.config.sample, arguments.sampler, trained.config.objective),
             num_sample_steps=arguments.num_sample_steps,

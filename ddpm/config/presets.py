@@ -1,7 +1,7 @@
 """Configurations to start from."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -63,7 +63,7 @@ FOLDER = Config(
         SHORT_RUN,
         total_images=160_000,
         batch_size=32,
-        micro_batch_size=8,
+        micro_batch_size=4,
         sample_every_images=32_000,
         precision="bfloat16",
         compile=None,
@@ -103,7 +103,9 @@ ABOUT = {
     "fashion-mnist": (
         "32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes."
     ),
-    "folder": "8x8 to 32x32, grey or colour: your own pictures, `folder PATH`; 0.4 M weights. Nothing to tune.",
+    "folder": (
+        "your own pictures, `folder PATH`: 8x8 to 64x64, or up to 256x256 with --autoencoder. Nothing to tune."
+    ),
     "cifar10": "32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.",
     "celeba64": "64x64 colour: the same net, one resolution deeper. For GPUs.",
 }
@@ -111,6 +113,24 @@ ABOUT = {
 
 EXAMPLES = {"glyphs": "it is an example: examples/glyphs/README.md has the command"}
 """Presets that examples have, and how they are used."""
+
+
+NetSize = Literal["small", "medium"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of the preset `folder`, and the flags that choose its net."""
+
+    path: str | None = None
+    """A folder of images."""
+    shards: str | None = None
+    """A data set, if there is no `path`."""
+    size: int | None = None
+    """Side at which images are prepared; None: by the images."""
+    net: NetSize = "small"
+    autoencoder: str | None = None
+    """KIND:WEIGHTS; None: the net sees pixels."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,8 @@ class PresetArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
     """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
+    net: NetSize = "small"
+    """folder: small is for two cores, medium for a GPU and hours."""
     verbose: bool = False
     """Show Ray's messages, and tracebacks."""
     base: tyro.conf.Suppress[Any] = None

@@ -94,6 +94,13 @@ class DataConfig:
     augment: Annotated[Share, Affects.NOISE] = 0.0
     """Augmentation for few images: flip, scale, rotate and shift, each with this probability. The net is conditioned on
     it, and samples are not augmented (Karras et al. 2022, Appendix F.2)."""
+    autoencoder: Annotated[NonEmptyStr | None, Affects.EXECUTION] = None
+    """KIND:WEIGHTS, such as diffusers:FOLDER: `images` or `source`, prepared at `image_size`, is encoded in
+    {run.storage}/data/, and the net sees latents."""
+    image_size: Annotated[UpTo4096 | None, Affects.ORDER] = None
+    """Side of the images that an autoencoder encodes; model.image_size is the side of what the net sees."""
+    latents: Annotated[NonEmptyStr | None, Affects.NET | Affects.TASK] = None
+    """Digest of the autoencoder of latents, which the data set says; None: the net sees images."""
     x_0_max: Annotated[PositiveFloat, MEANING] = 1.0
     """The largest value of x_0 for the net: x_0 = x_0_max (stored / 127.5 - 1). 1 for images; a set of latents says its
     own, with which latents have a standard deviation of 0.5."""

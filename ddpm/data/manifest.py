@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
@@ -27,6 +27,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Enough for 2.6 million row groups; reading a manifest takes 5 times as much memory."""
 Encoding = Literal["raw", "encoded"]
 AtLeastOne = Annotated[int, Ge(1)]
+PositiveFloat = Annotated[float, Gt(0)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,38 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """What the images of a data set are, if they are the latents of other images (data/encode.py)."""
+
+    pixels: str
+    """Folder or URI of the data set that was encoded."""
+    pixels_fingerprint: str
+    autoencoder: str
+    """Its kind: "diffusers"; its configuration and weights are in the folder `autoencoder` beside the shards."""
+    digest: str
+    """SHA-256 of the autoencoder's configuration and weights."""
+    factor: AtLeastOne
+    """An image's side divided by a latent's."""
+    mean: tuple[float, ...]
+    """By channel."""
+    std: tuple[PositiveFloat, ...]
+    """By channel: the standard deviation."""
+    limit: PositiveFloat
+    """Latents are clipped to that many standard deviations."""
+    clipped_share: float
+    """The share of numbers that was clipped."""
+    loss_db: float
+    """What clipping and rounding to uint8 take from the PSNR of decoded images, in dB."""
+    mirrored: bool
+    """Whether training images are followed by their mirror images."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the numbers mean, wherever the images and the weights are stored."""
+        return [self.pixels_fingerprint, self.digest, self.mean, self.std, self.limit, self.mirrored]
+
+
+@dataclass(frozen=True)
 class _Header:
     format: str
 
@@ -75,13 +108,15 @@ class Manifest:
     """Hash of everything requested from `prepare`; equal hashes mean equal data."""
     height: AtLeastOne
     width: AtLeastOne
-    channels: Annotated[int, Interval(ge=1, le=3)]
+    channels: Annotated[int, Interval(ge=1, le=4096)]
     encoding: Encoding
     class_names: tuple[str, ...]
     """Empty: no labels."""
     splits: dict[str, Split]
     fingerprint: str
     """Hash of all fields."""
+    latents: Latents | None = None
+    """None: images, of 1 or 3 channels."""
     format: Literal["ddpm-shards/2"] = FORMAT
 
     @property
@@ -97,10 +132,13 @@ def make_manifest(
     class_names: Sequence[str],
     shards: Mapping[str, Sequence[Shard]],
     options: str,
+    latents: Latents | None = None,
 ) -> Manifest:
     """The manifest of shards that have been written, of images [H, W, C]; fingerprints are computed here."""
     height, width, channels = shape
-    kind = [height, width, channels, encoding, list(class_names)]
+    kind: list[Any] = [height, width, channels, encoding, list(class_names)]
+    if latents is not None:
+        kind.append(latents.identity)
     splits = {}
     for name, parts in sorted(shards.items()):
         content = [[shard.sha256, shard.row_groups, shard.row_group_sha256] for shard in parts]
@@ -116,6 +154,7 @@ def make_manifest(
         class_names=tuple(class_names),
         splits=splits,
         fingerprint=_digest([[name, split.fingerprint] for name, split in splits.items()]),
+        latents=latents,
     )
 
 
@@ -154,9 +193,12 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
         class_names=manifest.class_names,
         shards={name: split.shards for name, split in manifest.splits.items()},
         options=manifest.options,
+        latents=manifest.latents,
     )
     if manifest != expected:
         raise UserError(f"{where}: a fingerprint does not match its shards; the file was altered")
+    if manifest.latents is None and manifest.channels > 3:
+        raise UserError(f"{where}: channels is {manifest.channels}; images have 1 (grey) or 3 (colour)")
     return manifest
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -134,7 +134,7 @@ def prepare(
         manifest = find(location, options)
         if manifest is not None:
             return manifest
-        _begin(source, location, options)
+        begin(source.splits, location, options)
         with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
             results: Iterator[tuple[_Task, _Written]]
             if connect is None or len(tasks) == 1:
@@ -214,7 +214,7 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     return preview
 
 
-def _begin(source: Source, location: Location, options: str) -> None:
+def begin(splits: Iterable[str], location: Location, options: str) -> None:
     """Note what is being prepared, so that each shard at `location` is of these options; refuse shards of others."""
     with as_user_error(f"cannot write to {location.uri}"):
         note = location.child(NOTES).child(OPTIONS)
@@ -225,7 +225,7 @@ def _begin(source: Source, location: Location, options: str) -> None:
                     "that have changed; choose another folder, or remove that one first"
                 )
         else:
-            shards = _shards_at(source, location)
+            shards = _shards_at(splits, location)
             if shards:
                 raise UserError(
                     f"{shards[0].uri} is there already, without a manifest; choose another folder, or remove it first"
@@ -234,13 +234,13 @@ def _begin(source: Source, location: Location, options: str) -> None:
         for name in (UNREADABLE, duplicates.LISTED, duplicates.PICTURE, PREVIEW):
             location.child(name).unlink()  # of an earlier call, or of a data set that was removed
         location.sweep()
-        for name in (NOTES, *source.splits):
+        for name in (NOTES, *splits):
             location.child(name).sweep()
 
 
-def _shards_at(source: Source, location: Location) -> list[Location]:
+def _shards_at(splits: Iterable[str], location: Location) -> list[Location]:
     """The files there that have names of shards."""
-    folders = [location.child(split) for split in source.splits]
+    folders = [location.child(split) for split in splits]
     return [
         folder.child(name)
         for folder in folders
@@ -251,7 +251,7 @@ def _shards_at(source: Source, location: Location) -> list[Location]:
 
 def _remove(source: Source, location: Location) -> None:
     """Remove an unfinished data set."""
-    for shard in _shards_at(source, location):
+    for shard in _shards_at(source.splits, location):
         shard.unlink()
     for split in source.splits:
         location.child(split).delete_if_empty()

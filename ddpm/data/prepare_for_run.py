@@ -15,10 +15,11 @@ from typing import Any, Literal, cast
 from ddpm.config import kinds
 from ddpm.config.tree import Config
 from ddpm.data import duplicates, prepare
-from ddpm.data.manifest import Manifest
+from ddpm.data.manifest import Manifest, read_manifest
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.items import Items
 from ddpm.data.sources.sources import LEAST_HELD_OUT, MissingFiles, Source
+from ddpm.latents import autoencoder
 from ddpm.runs import storage
 from ddpm.runs.run_folder import RESERVED
 from ddpm.runs.storage import Location
@@ -55,16 +56,17 @@ def prepared(
         if config.data.images is not None:
             raise UserError("--data.images and --data.shards are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
-    channels = config.model.channels
+    size = config.data.image_size or config.model.image_size
+    channels = 3 if config.data.autoencoder else config.model.channels
     if (config.data.images is not None or items is not None) and channels not in (1, 3):
         raise UserError(f"images have 1 channel (grey) or 3 (colour), but model.channels is {channels}")
     name: str
     source: Source
     if items is not None:
         name = "items"
-        source = Items(items, config.model.image_size, channels)
+        source = Items(items, size, channels)
     elif config.data.images is not None:
-        name, source = _folder(config)
+        name, source = _folder(config, size, cast(Literal[1, 3], channels))
     else:
         name, source = _named(config, command)
     # With a digest in its name, the data set of other options or other images is another folder.
@@ -75,10 +77,30 @@ def prepared(
         _prepare(config, name, source, location, connect)
     if line := prepare.left_out(location):
         print(line, flush=True)
+    if config.data.autoencoder is not None:
+        location = _encoded(config, name, location, connect)
     data = replace(config.data, shards=location.uri)
     if items is not None or config.data.images is not None:
         data = replace(data, images=None, source=None)  # the shards are not of the preset's source
     return replace(config, data=data)
+
+
+def _encoded(config: Config, name: str, pixels: Location, connect: Callable[[], None] | None) -> Location:
+    """The data set of the latents of the images at `pixels`, encoded once."""
+    from ddpm.data import encode  # PyTorch
+
+    kind = str(config.data.autoencoder).partition(":")[0]
+    loaded = autoencoder.load(str(config.data.autoencoder))
+    images = read_manifest(pixels)
+    options = encode.options_of(images, loaded, mirror=False)
+    location = pixels.beside(f"{name}-{kind}-{options[:8]}".replace(":", "-"))
+    manifest = prepare.find(location, options)
+    if manifest is None:
+        if connect is not None:
+            connect()
+        manifest = encode.encode(pixels, images, location, loaded, kind)
+    print(encode.about(manifest)[-3])
+    return location
 
 
 def _prepare(
@@ -164,22 +186,21 @@ def _named(config: Config, command: str) -> tuple[str, Source]:
         ) from None
 
 
-def _folder(config: Config) -> tuple[str, Source]:
-    """Name and source for the folder data.images, at the net's image size."""
+def _folder(config: Config, size: int, channels: Literal[1, 3]) -> tuple[str, Source]:
+    """Name and source for the folder data.images, at that size."""
     folder = Path(str(config.data.images))
-    size = config.model.image_size
-    channels = config.model.channels
     if not folder.is_dir():
         raise UserError(
             f"--data.images {config.data.images} is not a folder on this machine; name a folder of images"
         )
-    source = Folder(folder, size, cast(Literal[1, 3], channels))
+    source = Folder(folder, size, channels)
     if config.run.tracking == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
         # MLflow's files go to the working folder.
         prepare.check_outside(source, Path(storage.absolute(".")))
     colours = "grey" if channels == 1 else "colour"
     shown = f"{printable(str(folder))}, as {size}x{size} {colours}"
-    print(f"images      {shown} (--model.image-size, --model.channels)", flush=True)
+    flags = "--size" if config.data.autoencoder else "--model.image-size, --model.channels"
+    print(f"images      {shown} ({flags})", flush=True)
     if config.data.augment:
         print(f"augmented   with probability {config.data.augment:g} (--data.augment)", flush=True)
     if source.skipped:

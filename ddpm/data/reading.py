@@ -223,6 +223,13 @@ def check_fits(manifest: Manifest, config: Config, where: str) -> None:
     """Raise UserError if the data set and the net differ in channels, size or classes."""
     size = config.model.image_size
     stored_size = size * scale_of(manifest, size)
+    net = (config.model.image_size, config.model.channels)
+    if manifest.latents is not None and net != (manifest.height, manifest.channels):
+        raise UserError(
+            f"{where} holds latents of {manifest.height}x{manifest.width} in {manifest.channels} channels, but the net "
+            f"sees {size}x{size} in {config.model.channels}; set --model.image-size {manifest.height} "
+            f"--model.channels {manifest.channels}"
+        )
     if (manifest.height, manifest.width) != (stored_size, stored_size):
         raise UserError(
             f"{where} holds images of {manifest.height}x{manifest.width}, but model.image_size is {size}; set "

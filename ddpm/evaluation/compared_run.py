@@ -12,6 +12,7 @@ import torch
 
 from ddpm.build import build_net
 from ddpm.config.json import from_json
+from ddpm.data import latents
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import OtherFormat, Report
 from ddpm.runs import checkpoint, curves, names, run_folder, storage
@@ -170,7 +171,7 @@ def _with_checkpoint(
 def _sample(stored: Location) -> bytes:
     """A PNG of a grid, sampled from a checkpoint as training samples it."""
     with names.as_folder(stored) as folder:
-        job = workers.SampleJob(checkpoint.load_net(folder))
+        job = workers.SampleJob(latents.load_net(folder))
     return images.png_bytes(job.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, num_sample_steps, resolve_sample, with_sampler
 from ddpm.config.tree import Config, FeatureNetName, SampleConfig, SampleFlags
-from ddpm.data import prepare_for_run
+from ddpm.data import latents, prepare_for_run
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
@@ -26,6 +26,8 @@ from ddpm.tracking import run_params
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 
+MAX_CLASSIFIED = 64
+"""Side of the largest images for which a classifier is trained."""
 CACHE = "evaluation"
 """Folder beside the shards that caches features of the data set."""
 
@@ -50,7 +52,11 @@ class Reference:
     """The real images that all candidates are compared with."""
 
     train: DataSet
+    """What the nets were trained on: images, or their latents."""
     held_out: DataSet
+    train_images: DataSet
+    """The images themselves."""
+    held_out_images: DataSet
     feature_net: FeatureNet
     real: Features
     """Features of held-out images."""
@@ -97,9 +103,12 @@ def check_effect(configs: Iterable[Config], settings: Settings) -> None:
     run_params.check_effect(configs, given, run_params.flag)
 
 
-def feature_net_name(given: FeatureNetName | None, train: DataSet) -> FeatureNetName:
-    """The feature net `given`, or else the one that fits the data."""
-    return given or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
+def feature_net_name(given: FeatureNetName | None, images: DataSet) -> FeatureNetName:
+    """The feature net `given`, or else the one that fits the images: a classifier of small images in classes."""
+    if given is not None:
+        return given
+    is_small = max(images.shape[:2]) <= MAX_CLASSIFIED
+    return "classifier" if is_small and len(images.manifest.class_names) > 1 else "lite0"
 
 
 def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Reference:
@@ -116,35 +125,42 @@ def prepare_reference(candidates: Sequence[Candidate], settings: Settings) -> Re
             raise UserError(f"{has}; an evaluation needs at least {LEAST_IMAGES}")
     for candidate in candidates:
         _check_fits(candidate, train)
-    cache = Cache(storage.resolve(settings.cache) if settings.cache else train.location.child(CACHE))
-    name = feature_net_name(settings.features, train)
-    feature_net = nets.build(name, train, cache, settings.inception_weights)  # may train the classifier
-    num_held_out = min(settings.num_images, held_out.rows.num_rows)
-    num_other = min(settings.num_images, train.rows.num_rows)
-    num_train = min(settings.num_train_images, train.rows.num_rows)
+    train_images = latents.pixels_of(train)
+    held_out_images = _held_out(train_images)
+    cache = Cache(storage.resolve(settings.cache) if settings.cache else train_images.location.child(CACHE))
+    name = feature_net_name(settings.features, train_images)
+    feature_net = nets.build(
+        name, train_images, cache, settings.inception_weights
+    )  # may train the classifier
+    num_held_out = min(settings.num_images, held_out_images.rows.num_rows)
+    num_other = min(settings.num_images, train_images.rows.num_rows)
+    num_train = min(settings.num_train_images, train_images.rows.num_rows)
     num_train_features = 0 if feature_net.name == "pixels" else num_train
     device = devices.default()
-    real = real_features(held_out, feature_net, cache, num_held_out, device)
-    of_train = real_features(train, feature_net, cache, max(num_other, num_train_features), device)
+    real = real_features(held_out_images, feature_net, cache, num_held_out, device)
+    of_train = real_features(train_images, feature_net, cache, max(num_other, num_train_features), device)
     has_classes = any(candidate.config.model.num_classes for candidate in candidates)
     return Reference(
         train=train,
         held_out=held_out,
+        train_images=train_images,
+        held_out_images=held_out_images,
         feature_net=feature_net,
         real=real,
         other_real=of_train[:num_other],
         num_train=num_train,
         train_features=of_train[:num_train_features] if num_train_features else None,
-        label=real_labels(held_out, num_held_out) if has_classes else None,
+        label=real_labels(held_out_images, num_held_out) if has_classes else None,
     )
 
 
 def _read(uri: str) -> Candidate:
     with names.local_checkpoint(uri) as folder:
-        trained = checkpoint.load_net(folder)
+        trained = latents.load_net(folder)
         return Candidate(
             net=trained.net,
             config=trained.config,
+            decoder=trained.decoder,
             uri=uri,
             state=checkpoint.read_state(folder),
             weights_sha256=checkpoint.read_checksums(folder)["ema.safetensors"],

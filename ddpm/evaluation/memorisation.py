@@ -73,8 +73,8 @@ def search(
         blocks = (train_features[start : start + BLOCK_IMAGES] for start in starts)
         queries = [values[:MAX_PAIRWISE] for values in (reference.real, *features)]
         spaces[reference.feature_net.name] = nearest(queries, blocks)
-    held_out = images_of(reference.held_out, 0, min(len(reference.real), MAX_PAIRWISE)).image
-    train = reference.train.fixed_order()
+    held_out = images_of(reference.held_out_images, 0, min(len(reference.real), MAX_PAIRWISE)).image
+    train = reference.train_images.fixed_order()
     parts = train.parts(0, reference.num_train, BLOCK_IMAGES)
     tracked = track("training images searched", reference.num_train, parts, lambda part: len(part.image))
     spaces["pixels"] = nearest([held_out, *generated], (part.image for part in tracked))

@@ -16,6 +16,8 @@ DATA = "data"
 LENGTH = "train.total_images"
 """It is a run's own, too: the learning rate falls with it."""
 PATHS = ("data.images", "data.shards")
+OF_DATA = ("data.x_0_max",)
+"""Settings that follow from the data set, whose fingerprint or autoencoder is part of a run."""
 DIGITS = 8
 MAX_NAME = 60
 """Characters of a folder's name in the name of its run."""
@@ -33,7 +35,7 @@ def differences(config: Config, preset: Config, data_fingerprint: str = "") -> d
     keys = keys_that_affect(config, Affects.WEIGHTS | Affects.TASK) | {LENGTH}
     now = flatten(config)
     before = flatten(preset)
-    changed = {key: now[key] for key in keys if key not in PATHS and now[key] != before.get(key)}
+    changed = {key: now[key] for key in keys if key not in PATHS + OF_DATA and now[key] != before.get(key)}
     if data_fingerprint:
         changed[DATA] = data_fingerprint
     return dict(sorted(json.loads(json.dumps(changed)).items()))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import TrainedNet, build_objective, build_sampler, build_schedule
+from ddpm.build import TrainedNet, build_sampler, build_schedule
 from ddpm.config import kinds
 from ddpm.config.tree import Config
 from ddpm.diffusion import guidance
@@ -118,7 +118,7 @@ def draw(
     denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
     if sampler is None:
         sampler = build_sampler(config)
-    return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
+    return trained.images(sampler(denoise, _noise(config, indices, device), on_step))
 
 
 def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how: Any) -> Iterator[Pixels]:
@@ -133,7 +133,7 @@ def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how
         if closed:
             raise CancelledError
         if step % every == 0:
-            frames.put(images.to_uint8(x_t).cpu().numpy())
+            frames.put(trained.images(x_t).cpu().numpy())
 
     with ThreadPoolExecutor(1) as pool:
         drawn = pool.submit(draw, trained, indices, on_step=keep, **how)
@@ -147,13 +147,13 @@ def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how
 
 
 @torch.no_grad()
-def noising_strip(config: Config, x_0: Tensor) -> Pixels:
+def noising_strip(trained: TrainedNet, x_0: Tensor) -> Pixels:
     """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
-    objective = build_objective(config)
-    noise = _strip_noise(config, x_0)
+    objective = trained.objective
+    noise = _strip_noise(trained.config, x_0)
     columns = [objective.corrupt(x_0, i / (NOISING_COLUMNS - 1), noise) for i in range(1, NOISING_COLUMNS)]
     captions = ["x_0", *(_caption(t) for _, t in columns)]
-    return images.strip(_rows([x_0, *(x_t for x_t, _ in columns)]), captions)
+    return images.strip(_rows(trained, [x_0, *(x_t for x_t, _ in columns)]), captions)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = Non
         x_t, t = objective.corrupt(x_0, level, noise)
         frames += [x_t, objective.denoise(trained.net, x_t, t, label).x_0_hat]
         captions += [_caption(t), "x_0_hat"]
-    return images.strip(_rows(frames), captions)
+    return images.strip(_rows(trained, frames), captions)
 
 
 def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple[Pixels, bytes]:
@@ -175,7 +175,7 @@ def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple
     frames: list[Pixels] = []
 
     def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
-        frames.append(images.to_uint8(x_t).cpu().numpy())
+        frames.append(trained.images(x_t).cpu().numpy())
 
     drawn = draw(trained, indices, on_step=keep, **how)
     frames.append(drawn.cpu().numpy())
@@ -235,6 +235,6 @@ def _caption(t: Tensor) -> str:
     return f"{t[0].item():.0%}" if t.is_floating_point() else f"t={t[0].item()}"
 
 
-def _rows(frames: list[Tensor]) -> list[Pixels]:
+def _rows(trained: TrainedNet, frames: list[Tensor]) -> list[Pixels]:
     """F frames of [N, C, H, W] as N rows of uint8 [F, H, W, C]."""
-    return list(torch.stack([images.to_uint8(frame).cpu() for frame in frames], dim=1).numpy())
+    return list(torch.stack([trained.images(frame).cpu() for frame in frames], dim=1).numpy())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ddpm.config import kinds
 from ddpm.config.json import flatten, keys_that_affect
 from ddpm.config.tree import Affects, Config
-from ddpm.data import prepare_for_run, ray_stream, sorted_labels
+from ddpm.data import latents, prepare_for_run, ray_stream, sorted_labels
 from ddpm.evaluation import inputs
 from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.rung import Evaluator, Rungs
@@ -47,6 +47,7 @@ def prepare(arguments: Arguments) -> Setup:
     run_folder.check_writable(config)
     config = prepare_for_run.prepared(config)
     train = ray_stream.open_configured(config)
+    config = latents.configured(config, train.manifest, train.location.uri)
     if warning := sorted_labels.warning(train, config.data.window_rows):
         print(f"warning: {warning}", file=sys.stderr)
     held_out = train.held_out()
@@ -73,7 +74,7 @@ def prepare(arguments: Arguments) -> Setup:
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
-    kid = f"KID-{inputs.feature_net_name(arguments.features, train)}"
+    kid = f"KID-{inputs.feature_net_name(arguments.features, latents.pixels_of(train))}"
     return Setup(
         arguments=arguments,
         folder=folder,

@@ -49,7 +49,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> "Result":
     loop.check(arguments.config)
 
     from ddpm.cluster import job_folder, ray_init
-    from ddpm.data import prepare_for_run, ray_stream, sorted_labels
+    from ddpm.data import latents, prepare_for_run, ray_stream, sorted_labels
     from ddpm.runs import run_folder
 
     job_folder.set_home(arguments.verbose)
@@ -60,6 +60,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> "Result":
     connect = partial(ray_init.connect, arguments.verbose)
     config = prepare_for_run.prepared(config, command_line.typed(), connect, items)
     data_set = ray_stream.open_configured(config)
+    config = latents.configured(config, data_set.manifest, data_set.location.uri)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     if warning := sorted_labels.warning(data_set, config.data.window_rows):
         print(f"warning: {warning}", file=sys.stderr)

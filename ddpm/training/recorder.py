@@ -45,7 +45,9 @@ class Recorder:
         self._runtime = runtime
         self._store = runtime.store
         self._state = state
-        self._averaged = TrainedNet(state.ema.net, config, class_names=runtime.class_names)
+        self._averaged = TrainedNet(
+            state.ema.net, config, class_names=runtime.class_names, decoder=runtime.decoder()
+        )
         self._held_out = runtime.held_out()
         self._progress_at = 0.0
         self._images_per_s = 0.0
@@ -275,7 +277,7 @@ class Recorder:
         if self._held_out is not None:
             some = self._held_out[:STRIP_IMAGES]
             x_0, _ = self._averaged.inputs(some.image, some.label)
-            noising = generate.noising_strip(self._config, x_0)
+            noising = generate.noising_strip(self._averaged, x_0)
             self._store.publish(f"{run_folder.PICTURES}/forward_noising.png", images.png_bytes(noising))
         strip, gif = generate.trajectory(self._averaged, range(STRIP_IMAGES))
         self._store.publish(f"{run_folder.PICTURES}/reverse_trajectory.png", images.png_bytes(strip))

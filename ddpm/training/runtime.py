@@ -10,9 +10,11 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ddpm.config.tree import Config
+from ddpm.data import latents
 from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, LabelledImages, MicroBatch, cut
 from ddpm.evaluation.rung import Evaluation, Rungs
+from ddpm.latents.scaling import Decoder
 from ddpm.training.store import RunStore
 from ddpm.training.transfers import LateFlags
 from ddpm.utils import devices
@@ -70,6 +72,10 @@ class Runtime:
     def class_names(self) -> tuple[str, ...]:
         """The classes of the images; empty: they have no labels."""
         return self._train.manifest.class_names
+
+    def decoder(self) -> Decoder | None:
+        """What makes images of latents; None: the net sees images."""
+        return latents.decoder_of(self._train.location, self._train.manifest)
 
     def held_out(self) -> LabelledImages | None:
         """The first config.train.held_out_images held-out images, the same for every run; None: there are none."""

@@ -24,8 +24,8 @@ LATENT_CHANNELS = 32
 PARTS = ("encoder", "decoder")
 
 
-def conv(n_in: int, n_out: int, **settings: int | bool) -> nn.Conv2d:
-    return nn.Conv2d(n_in, n_out, 3, padding=1, **settings)
+def conv(n_in: int, n_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=bias)
 
 
 class Block(nn.Module):

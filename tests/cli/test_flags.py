@@ -60,6 +60,8 @@ def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None
         "run.name": "a",
         "run.storage": "s3://b/c",
         "data.shards": "d",
+        "data.image_size": 24,
+        "data.autoencoder": "diffusers:vae",
         "schedule.kind": "linear",
         "optim.lr": 0.5,
         "train.total_images": 100,
@@ -99,7 +101,7 @@ def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., A
         named = parsing.SHORT.get(key, flag)
         assert (f"│ {named} " in brief.stdout) == (key in parsing.SHOWN_FIRST), flag
     assert brief.stdout.endswith("--help-all lists every flag.\n")
-    assert len(brief.stdout.splitlines()) < 55
+    assert len(brief.stdout.splitlines()) < 70
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,31 @@ def test_the_preset_folder_has_the_size_and_colours_of_the_images(
     config = parsed(monkeypatch, presets.PresetArguments, *flags).config
     assert (config.model.image_size, config.model.channels) == (64, 1)
     assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
-    assert parsed(monkeypatch, presets.PresetArguments, "folder", "--data", "x").config.data.shards == "x"
+
+
+def test_the_preset_folder_has_the_size_colours_and_classes_of_a_data_set(
+    monkeypatch: pytest.MonkeyPatch, digits_uri: str
+) -> None:
+    config = parsed(monkeypatch, presets.PresetArguments, "folder", "--data", digits_uri).config
+    changes = {"model.image_size": 8, "model.channels": 1, "model.num_classes": 10, "data.augment": 0.12}
+    assert config == override(presets.FOLDER, changes | {"data.shards": digits_uri})
+    with pytest.raises(UserError, match="no data set at"):
+        parsed(monkeypatch, presets.PresetArguments, "folder", "--data", "x")
+
+
+@pytest.mark.parametrize(("size", "net"), [(8, "small"), (64, "small"), (16, "medium"), (64, "medium")])
+def test_every_size_has_a_net_and_eight_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int, net: str
+) -> None:
+    for i in range(2):
+        Image.new("RGB", (300, 300)).save(tmp_path / f"{i}.png")
+    words = ("folder", str(tmp_path), "--size", str(size), "--net", net)
+    config = parsed(monkeypatch, presets.PresetArguments, *words).config
+    assert config.data.image_size == config.model.image_size == size
+    assert config.train.batch_size // config.train.micro_batch_size >= 8
+    with torch.device("meta"):
+        net = build_net(config).eval()
+        assert net(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64)).shape[2] == size
 
 
 def test_the_preset_folder_has_the_classes_of_the_images(
