@@ -113,7 +113,7 @@ def fit(
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
             settings.check_same(card.changed, origin.changed, run.location.uri, version)
-        _claim(run, lock)
+        is_claimed = _claim(run, lock, unless_finished=config.train.total_images)
         seen = _begins_at(config, data_set, run, version, lock)
         if seen < 0 and card.config and not origin.is_named:
             began = from_json(json.dumps(card.config), f"{run.location.uri}/{run_folder.CARD}")
@@ -122,13 +122,13 @@ def fit(
         is_pushed = config.run.tracking == "mlflow" and origin.search is None
         pusher = Pusher(run) if is_pushed else NoPusher()
         if seen >= config.train.total_images:
-            store_status(
-                run, RunStatus.FINISHED, seen, lock.id
-            )  # its driver may have been killed before it did
+            store_status(run, RunStatus.FINISHED, seen, lock.id)  # its driver may have been killed before
             newest = run_folder.checkpoints(run.location)[-1].uri
             return Result(
                 run=run, images_seen=seen, checkpoint=newest, delivery=pusher.close(), was_finished=True
             )
+        if not is_claimed:  # the last checkpoint of a finished run is damaged
+            _claim(run, lock)
 
         def continues(values: Mapping[str, Any]) -> bool:
             lock.check()
@@ -142,13 +142,12 @@ def fit(
             ended, delivery = _drive(config, run, monitor, pusher, lock)
         find = partial(run_folder.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
-        stopped_by = monitor.signal if ended < config.train.total_images else None
         return Result(
             run=run,
             images_seen=ended,
             checkpoint=stored[-1].uri if stored else None,
             delivery=delivery,
-            signal=stopped_by,
+            signal=monitor.signal if ended < config.train.total_images else None,
         )
 
 
@@ -221,9 +220,17 @@ def _drive(
     return ended, delivery
 
 
-def _claim(run: RunFolder, lock: DriverLock) -> None:
-    """Claim the run: from now on workers of another driver, which had the lock before, store nothing that counts."""
-    with as_user_error(f"cannot write to {run.location.uri}"):
+def _claim(run: RunFolder, lock: DriverLock, unless_finished: int | None = None) -> bool:
+    """Claim the run: from now on workers of another driver, which had the lock before, store nothing that counts.
+
+    Args:
+        unless_finished: leave a run as it is that has finished with so many images, and return False.
+    """
+    with as_user_error(f"cannot read or write {run.location.uri}"):
+        status = run_folder.read_status(run.location)
+        finished = status.images_seen if status and status.status == RunStatus.FINISHED else 0
+        if unless_finished is not None and finished >= unless_finished:
+            return False
         is_exclusive = generations.Writer(run.location, lock.id, lock.id).claim()
     if not is_exclusive:
         log.warning(
@@ -231,6 +238,7 @@ def _claim(run: RunFolder, lock: DriverLock) -> None:
             "up beside its successor may damage the run",
             run.location.uri,
         )
+    return True
 
 
 def store_status(
