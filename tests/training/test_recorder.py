@@ -100,6 +100,9 @@ class Rank(Runtime):
     def held_out(self) -> None:
         return None
 
+    def decoder(self) -> None:
+        return None
+
     def mean(self, values: Tensor) -> Tensor:
         return self._ranks.mean(self.rank, values)
 
