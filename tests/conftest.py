@@ -89,6 +89,17 @@ def own_folder(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'mlflow.db'}")
 
 
+@pytest.fixture(autouse=True)
+def ray_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that joins a cluster in this process leaves it: the tests after it would be in it, too."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or "ray_here" in request.fixturenames:
+        return
+    ray.shutdown()
+    pytest.fail("Ray is still initialized in the process of the tests")
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
     with servers.S3Server(tmp_path_factory.mktemp("s3")) as server:

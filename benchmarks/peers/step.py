@@ -129,6 +129,9 @@ def train_ours(config: Config, batches: Iterator[MicroBatch]) -> None:
 
         class_names: Any = ()
 
+        def decoder(self) -> None:
+            return None
+
         def held_out(self) -> None:
             return None
 
