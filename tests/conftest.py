@@ -89,15 +89,14 @@ def own_folder(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'mlflow.db'}")
 
 
-@pytest.fixture(autouse=True)
-def ray_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that joins a cluster in this process leaves it: the tests after it would be in it, too."""
+@pytest.fixture(autouse=True, scope="module")
+def ray_is_left() -> Iterator[None]:
+    """Tests that join a cluster in this process leave it: those of other modules would be in it, too."""
     yield
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or "ray_here" in request.fixturenames:
-        return
-    ray.shutdown()
-    pytest.fail("Ray is still initialized in the process of the tests")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("Ray is still initialized in the process of the tests")
 
 
 @pytest.fixture(scope="session")
