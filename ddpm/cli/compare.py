@@ -1,9 +1,10 @@
 """Compare runs: ddpm compare RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
 
 RUN is the folder or s3:// URI of a run, models:/NAME@ALIAS in MLflow's registry, or builtin:NAME. The answer is
-printed: which run is better. The page is one HTML file that needs no network. It shows the answer, samples of equal
-seeds side by side, settings that differ, ranks with ties, and curves. It reads the runs' folders; a run without samples
-is sampled.
+printed: which net is better. Runs that differ in their seeds alone are one configuration; with three or more of each,
+the answer is which configuration is better. The page is one HTML file that needs no network. It shows the answer,
+samples of equal seeds side by side, settings that differ, ranks with ties, and curves. It reads the runs' folders; a
+run without samples is sampled.
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,6 @@ def main() -> None:
     location = save_results.output_location(arguments.out)
     runs = compared_run.read(arguments.runs, arguments.evaluations, sample=True)
     save_results.write(location, comparison_page.render(runs))
-    for line in comparison.lines(comparison.answer(runs)):
+    for line in comparison.lines(comparison.compare(runs)):
         print(printable(line))
     print(printable(f"comparison  {location.uri}"))

@@ -1,6 +1,7 @@
 """Runs to compare, each read from its folder: settings, facts, curves, grids, evaluations."""
 
 import io
+import json
 import logging
 import re
 import statistics
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from ddpm.build import build_net
-from ddpm.config.json import from_json
+from ddpm.config.json import from_json, keys_that_affect
+from ddpm.config.tree import Affects, Config
 from ddpm.data import latents
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import OtherFormat, Report
@@ -33,6 +35,7 @@ RATE = "train/images_per_s"
 ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
 """Metric -> the metric that holds its standard error."""
 CURVES = ("train/loss", "held_out/loss", "held_out/bits_per_dim")
+SEEDS = {"train.seed", "sample.seed"}
 VERSION = re.compile(r"version|git\.c")
 SAMPLED_IMAGES = 64
 """Images of a grid that is sampled for a run without one."""
@@ -53,6 +56,10 @@ class ComparedRun:
     """At its newest checkpoint."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Its flat config, without settings that have no effect."""
+    configuration: str = ""
+    """Everything that determines its weights and its samples, but the seeds."""
+    seed: int = 0
+    """Its seed of training."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """By title."""
     command: str = ""
@@ -162,10 +169,23 @@ def _with_checkpoint(
         run,
         images_seen=seen,
         settings={key: str(value) for key, value in run_params.params(config).items()},
+        configuration=_configuration(config, state.data_fingerprint),
+        seed=config.train.seed,
         facts=facts,
         data=state.data_fingerprint,
         grids=grids,
     )
+
+
+def _configuration(config: Config, data: str) -> str:
+    """Equal for runs that differ in their seeds, and in how they were carried out, alone.
+
+    Args:
+        data: fingerprint of the data set.
+    """
+    keys = keys_that_affect(config, Affects.WEIGHTS | Affects.SAMPLING | Affects.TASK) - SEEDS
+    determining = {key: value for key, value in run_params.params(config).items() if key in keys}
+    return json.dumps([data, determining], sort_keys=True)
 
 
 def _sample(stored: Location) -> bytes:

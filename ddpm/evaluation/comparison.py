@@ -1,11 +1,16 @@
-"""Comparison of runs: ranks with ties, and which run is better.
+"""Comparison of runs: ranks with ties, and which run, or which configuration, is better.
 
 Scores are compared among runs that were evaluated alike: the same held-out images, number of images, feature net and
 seed. Training losses are not ranked: losses of different schedules are not comparable.
+
+Runs that differ in their seeds alone are one configuration. With MIN_SEEDS runs of each, the verdict is about
+configurations, and its error has the spread between seeds; with fewer, it is about the trained nets.
 """
 
 import json
 import math
+import os.path
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +19,26 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.evaluation.compared_run import ERRORS, ComparedRun
-from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.evaluation.ranking import (
+    Rank,
+    configuration_difference,
+    configuration_ranks,
+    paired_ranks,
+    ranks,
+)
 from ddpm.evaluation.results import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
 
 RANKED = ("bits/dim", "KID", "FID")
 """Metrics that are ranked; lower is better."""
+OF_NETS = (
+    "Lower is better; ± is one standard error, without the spread between seeds of training: the verdict is about "
+    "these trained nets."
+)
+OF_CONFIGURATIONS = (
+    "Lower is better; ± is one standard error, with the spread between seeds of training: the verdict is about "
+    "configurations."
+)
 ANSWERS = {
     "bits/dim": "held-out bits/dim",
     "held_out/bits_per_dim": "bits/dim of a few held-out images, in training",
@@ -28,6 +47,13 @@ ANSWERS = {
 UNLIKE_LABELS = "A net with labels bounds log p(x | y), a net without them log p(x)."
 UNLIKE_DATA = "The runs were trained on different data, and each is judged by its own held-out images."
 
+MIN_SEEDS = 3
+"""Trainings of each configuration that a verdict about configurations needs."""
+
+TRAINS = re.compile(r"(ddpm train|(python3? )?\S*\btrain\.py) ")
+"""Commands of a shell that train a run."""
+REPLACED = ("--name", "--run.name", "--seed", "--train.seed")
+"""Flags that the command for another seed has anew."""
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 
 Results = Mapping[str, Mapping[int, CheckpointResult]]
@@ -68,11 +94,6 @@ class Ranking:
         """Whether this metric tells which run is better."""
         return self.title in ANSWERS or self.title.startswith("KID")
 
-    @property
-    def has_winner(self) -> bool:
-        """Whether one run is significantly better than each other one."""
-        return any(cell.rank == Rank(1, 1) for cell in self.cells.values())
-
     def difference(self, first: str, second: str) -> tuple[float, float]:
         """The second run's value minus the first one's, and the standard error: image by image, where possible."""
         a = self.cells[first]
@@ -84,23 +105,33 @@ class Ranking:
         return b.value - a.value, error
 
 
+class Configuration(NamedTuple):
+    """Runs that differ in their seeds alone."""
+
+    name: str
+    """As texts call it: "cosine (A, B, C)"; of a single run, the run's."""
+    runs: Sequence[ComparedRun]
+
+
 class Verdict(NamedTuple):
-    """Which run is better by one metric."""
+    """Which run, or which configuration, is better by one metric."""
 
     metric: str
     headline: str
     detail: str
     has_winner: bool
+    is_of_configurations: bool = False
 
 
-class Step(NamedTuple):
+class SuggestedCommand(NamedTuple):
     """What to do next."""
 
     text: str
     command: str
+    """One or several lines."""
 
 
-class Answer(NamedTuple):
+class Comparison(NamedTuple):
     """Which run is better, and what that rests on."""
 
     letters: Mapping[str, str]
@@ -110,11 +141,13 @@ class Answer(NamedTuple):
     results: Results
     rankings: Sequence[Ranking]
     verdicts: Sequence[Verdict]
-    step: Step | None
-    """The command that evaluates the runs; None: they are evaluated, or the rankings were given."""
+    remark: str
+    """What the errors of the verdicts include; empty: there is no verdict."""
+    steps: Sequence[SuggestedCommand]
+    """Those that evaluate the runs, and that train more seeds; empty if the rankings were given."""
 
 
-def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> Answer:
+def compare(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> Comparison:
     """Compare at most 20 runs.
 
     Args:
@@ -125,18 +158,53 @@ def answer(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
     results = results_alike(runs)
     letters = {run.key: letter for run, letter in zip(runs, LETTERS, strict=False)}
     names = {run.key: f"{letters[run.key]} ({run.name})" for run in runs}
-    step = None
+    found = configurations(runs, letters)
+    steps = list[SuggestedCommand]()
     if rankings is None:
         rankings = ranked(runs, results)
-        step = next_step(runs, results, names)
-    return Answer(
+        stated = list(verdicts(rankings, names, found))
+        steps += evaluation_step(runs, results, names)
+        steps += more_seeds(found, runs)
+    else:  # of a search, which compares configurations itself
+        stated = list(verdicts(rankings, names))
+    remark = ""
+    if stated:
+        is_of_configurations = all(verdict.is_of_configurations for verdict in stated)
+        remark = OF_CONFIGURATIONS if is_of_configurations else OF_NETS
+    return Comparison(
         letters=letters,
         names=names,
         results=results,
         rankings=rankings,
-        verdicts=list(verdicts(rankings, names)),
-        step=step,
+        verdicts=stated,
+        remark=remark,
+        steps=steps,
     )
+
+
+def configurations(runs: Sequence[ComparedRun], letters: Mapping[str, str]) -> list[Configuration]:
+    """The runs by configuration, in their order. A run whose configuration is unknown is alone."""
+    groups: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.configuration or run.key, []).append(run)
+    found = []
+    for group in groups.values():
+        if len(group) == 1:
+            (run,) = group
+            name = f"{letters[run.key]} ({run.name})"
+        else:
+            common = _beginning([run.name for run in group]).rstrip("-_.0123456789")
+            name = f"{common or group[0].name} ({', '.join(letters[run.key] for run in group)})"
+        found.append(Configuration(name, group))
+    return found
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """The characters with which all names begin."""
+    first = min(names)
+    last = max(names)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
 
 
 class _Alike(NamedTuple):
@@ -214,70 +282,174 @@ def _scored_in_training(runs: Sequence[ComparedRun]) -> dict[str, dict[str, tupl
     return scored
 
 
-def verdicts(rankings: Sequence[Ranking], names: Mapping[str, str]) -> Iterator[Verdict]:
-    """Which run is better by bits/dim and by KID.
+def verdicts(
+    rankings: Sequence[Ranking], names: Mapping[str, str], configurations: Sequence[Configuration] = ()
+) -> Iterator[Verdict]:
+    """Which run is better by bits/dim and by KID, or which configuration, if there are enough runs of each.
 
     Args:
         names: runs by key, as the text calls them.
+        configurations: of the runs; empty: the verdicts are about runs.
     """
     for ranking in rankings:
         if not ranking.is_answer or len(ranking.cells) < 2:
             continue
         if not ranking.is_comparable:
             yield Verdict(ranking.name, "Not comparable", ranking.note, False)
-            continue
-        yield _verdict(ranking, names)
+        elif _are_ranked(configurations, ranking):
+            yield _of_configurations(ranking, configurations)
+        else:
+            yield _of_runs(ranking, names)
 
 
-def _verdict(ranking: Ranking, names: Mapping[str, str]) -> Verdict:
+def _are_ranked(configurations: Sequence[Configuration], ranking: Ranking) -> bool:
+    """Whether enough runs of each configuration have a value, all at equal images seen."""
+    scored = [[run for run in each.runs if run.key in ranking.cells] for each in configurations]
+    has_seeds = all(len({run.seed for run in runs}) >= MIN_SEEDS for runs in scored)
+    return bool(scored) and has_seeds and len({cell.images_seen for cell in ranking.cells.values()}) == 1
+
+
+def _of_runs(ranking: Ranking, names: Mapping[str, str]) -> Verdict:
+    """Which of the trained nets is better."""
     cells = ranking.cells
-    order = sorted(cells, key=lambda key: cells[key].value)
-    first = order[0]
-    second = order[1]
-    if ranking.has_winner:
-        headline = f"{names[first]} is better than {names[second]}"
-        headline += " and all others" if len(order) > 2 else ""
-    else:
-        tied = [names[key] for key in order if cells[key].rank.best == 1]
-        headline = f"No winner: {' and '.join(tied)} are tied" if len(tied) > 1 else "No winner"
-    gap, error = ranking.difference(first, second)
-    where = "outside" if ranking.has_winner else "inside"
-    detail = (
-        f"{names[first]} has {cells[first].value:.4f}, {names[second]} has {cells[second].value:.4f}; "
-        f"they differ by {gap:.4f} ± {error:.4f}, {where} the errors."
-    )
+    competitors = [_Competitor(names[key], cell.value, cell.rank) for key, cell in cells.items()]
+    keys = sorted(cells, key=lambda key: cells[key].value)
+    verdict = _verdict(ranking.name, competitors, ranking.difference(keys[0], keys[1]))
     if len({cell.images_seen for cell in cells.values()}) > 1:
         seen = ", ".join(f"{names[key]} at {cell.images_seen:,}" for key, cell in cells.items())
-        detail += f" They were not evaluated at equal images seen: {seen}."
-    return Verdict(ranking.name, headline, detail, ranking.has_winner)
+        detail = f"{verdict.detail} They were not evaluated at equal images seen: {seen}."
+        verdict = verdict._replace(detail=detail)
+    return verdict
 
 
-def next_step(runs: Sequence[ComparedRun], results: Results, names: Mapping[str, str]) -> Step | None:
-    """The command that evaluates the runs alike; None: they are.
+def _of_configurations(ranking: Ranking, configurations: Sequence[Configuration]) -> Verdict:
+    """Which configuration is better, by the values of all of its trainings."""
+    values = []
+    for configuration in configurations:
+        cells = [ranking.cells[run.key] for run in configuration.runs if run.key in ranking.cells]
+        # [K, M]: image by image where that is known
+        values.append(np.array([cell.of_image or [cell.value] for cell in cells]))
+    spread = np.sqrt(np.mean([each.mean(1).var(ddof=1) for each in values]))
+    deviation = f"between seeds their standard deviation is {spread:.4f}"
+    if len(values) == 1:
+        (only,) = configurations
+        headline = f"One configuration: {only.name} differ in their seeds alone"
+        detail = f"The mean of {len(values[0])} trainings is {values[0].mean():.4f}; {deviation}."
+        return Verdict(ranking.name, headline, detail, False, is_of_configurations=True)
+    competitors = [
+        _Competitor(configuration.name, float(each.mean()), rank, f" on average of {len(each)} trainings")
+        for configuration, each, rank in zip(configurations, values, configuration_ranks(values), strict=True)
+    ]
+    first, second, *_ = sorted(values, key=np.mean)
+    gap, error, _ = configuration_difference(second, first)
+    verdict = _verdict(ranking.name, competitors, (gap, error))
+    detail = f"{verdict.detail[:-1]}; {deviation}."
+    return verdict._replace(detail=detail, is_of_configurations=True)
+
+
+class _Competitor(NamedTuple):
+    """A run or a configuration, and its place."""
+
+    name: str
+    value: float
+    rank: Rank
+    about: str = ""
+    """What the value is of."""
+
+
+def _verdict(metric: str, competitors: Sequence[_Competitor], difference: tuple[float, float]) -> Verdict:
+    """The best competitor, if it is significantly better than each other one.
+
+    Args:
+        difference: of the best two, and its standard error.
+    """
+    first, second, *others = sorted(competitors, key=lambda competitor: competitor.value)
+    has_winner = first.rank == Rank(1, 1)
+    tied = [each.name for each in (first, second, *others) if each.rank.best == 1]
+    if has_winner:
+        headline = f"{first.name} is better than {second.name}"
+        headline += " and all others" if others else ""
+    else:
+        headline = f"No winner: {' and '.join(tied)} are tied" if len(tied) > 1 else "No winner"
+    gap, error = difference
+    where = "outside" if has_winner else "inside"
+    detail = (
+        f"{first.name} has {first.value:.4f}{first.about}, {second.name} has {second.value:.4f}{second.about}; "
+        f"they differ by {gap:.4f} ± {error:.4f}, {where} the errors."
+    )
+    return Verdict(metric, headline, detail, has_winner)
+
+
+def evaluation_step(
+    runs: Sequence[ComparedRun], results: Results, names: Mapping[str, str]
+) -> Iterator[SuggestedCommand]:
+    """The command that evaluates the runs alike; none if they are.
 
     Args:
         names: as in `verdicts`.
     """
     runs = [run for run in runs if run.images_seen]
     late = [run for run in runs if max(results.get(run.key, {}), default=-1) < run.images_seen]
-    if not late:
-        return None
-    who = ", ".join(names[run.key] for run in late)
-    return Step(
-        f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:",
-        shlex.join(["ddpm", "evaluate", *(run.where for run in runs)]),
+    if late:
+        who = ", ".join(names[run.key] for run in late)
+        yield SuggestedCommand(
+            f"Not evaluated alike at the newest checkpoint: {who}. Run this, and compare again:",
+            shlex.join(["ddpm", "evaluate", *(run.where for run in runs)]),
+        )
+
+
+def more_seeds(
+    configurations: Sequence[Configuration], runs: Sequence[ComparedRun]
+) -> Iterator[SuggestedCommand]:
+    """The commands that train and evaluate as many seeds as a verdict about configurations needs; none if enough are.
+
+    Runs whose command is not known, such as built-in nets, get none.
+    """
+    commands = list[str]()
+    folders = list[str]()
+    for configuration in configurations:
+        seeds = {run.seed for run in configuration.runs}
+        newest = configuration.runs[-1]
+        if len(configurations) < 2 or not newest.configuration or not TRAINS.match(newest.command):
+            return
+        for seed in range(max(seeds) + 1, max(seeds) + 1 + MIN_SEEDS - len(seeds)):
+            name = f"{newest.name}-seed-{seed}"
+            commands.append(with_seed(newest.command, seed, name))
+            folders.append(f"{os.path.dirname(newest.where)}/{name}")
+    if not commands:
+        return
+    commands.append(shlex.join(["ddpm", "evaluate", *(run.where for run in runs), *folders]))
+    yield SuggestedCommand(
+        f"Another seed gives another net. With {MIN_SEEDS} seeds of each configuration the verdict is about "
+        "configurations. Run this, and compare them all:",
+        "\n".join(commands),
     )
 
 
-def lines(found: Answer) -> Iterator[str]:
-    """The answer for a terminal."""
+def with_seed(command: str, seed: int, name: str) -> str:
+    """The command that trains a run with another seed, under another name."""
+    words = list[str]()
+    is_value = False
+    for word in shlex.split(command):
+        flag, equals, _ = word.partition("=")
+        if flag in REPLACED:
+            is_value = not equals
+        elif is_value:
+            is_value = False
+        else:
+            words.append(word)
+    return shlex.join([*words, "--name", name, "--seed", str(seed)])
+
+
+def lines(found: Comparison) -> Iterator[str]:
+    """The comparison for a terminal."""
     for verdict in found.verdicts:
         yield f"{verdict.metric}: {verdict.headline}. {verdict.detail}"
-    if found.verdicts:
-        yield "Lower is better; ± is one standard error, without the spread between seeds of training."
-    if found.step is not None:
-        yield found.step.text
-        yield f"    {found.step.command}"
+    if found.remark:
+        yield found.remark
+    for step in found.steps:
+        yield step.text
+        yield from (f"    {line}" for line in step.command.splitlines())
 
 
 def _evaluation_key(report: Report, result: CheckpointResult) -> str:

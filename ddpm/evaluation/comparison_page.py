@@ -46,8 +46,8 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         runs: at most 20.
         rankings: those of a search; None: computed from the runs' evaluations.
     """
-    answer = comparison.answer(runs, rankings)
-    letters = answer.letters
+    found = comparison.compare(runs, rankings)
+    letters = found.letters
     differing = differences(runs) if any(run.settings for run in runs) else None
     positions = shared_positions(runs)
     environment = Environment(
@@ -60,16 +60,17 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         runs=runs,
         letters=letters,
         colours={key: to_hex(_look(letter)["color"]) for key, letter in letters.items()},
-        names=answer.names,
+        names=found.names,
         has_several_data=len({run.data for run in runs if run.data}) > 1,
-        verdicts=answer.verdicts,
-        step=answer.step,
+        verdicts=found.verdicts,
+        remark=found.remark,
+        steps=found.steps,
         positions=positions,
         grids={run.key: _grids(run, positions) for run in runs},
         facts=list(dict.fromkeys(title for run in runs for title in run.facts)),
         differing=differing,
-        rankings=answer.rankings,
-        curves=charts(runs, answer.results),
+        rankings=found.rankings,
+        curves=charts(runs, found.results),
         plot=partial(_plot, letters),
         plot_size=(round(WIDTH * PX), round(HEIGHT * PX)),
         script=Markup(script),

@@ -74,17 +74,24 @@ def configuration_ranks(values: Sequence[NDArray[np.float64]]) -> list[Rank]:
 def configuration_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
     """The mean of a - b, its standard error, and the degrees of freedom of that error.
 
-    The error has three parts: the spread of the trainings of either configuration, and that of the images, paired.
+    The error has the spread of the trainings of either configuration, and that of the images, paired, if there are
+    several.
 
     Args:
-        a, b: [K, M], K trainings of a configuration, at least 2; the same M images for both.
+        a, b: [K, M], K trainings of a configuration, at least 2; the same M images for both. M = 1: one number of each
+            training, such as KID.
 
     Source: Welch 1947, "The generalization of Student's problem when several different population variances are
-    involved".
+    involved". With three trainings of each, Welch's test claims a difference between equals in 3 % of all cases, and
+    in 6 % if one of them spreads four times as much; Student's test with a pooled spread in 5 % and 8 %, and in 20 %
+    if the one that spreads more was trained three times, and the other one six times (simulated).
     """
     of_image = a.mean(0) - b.mean(0)
-    parts = np.array([sample.var(ddof=1) / len(sample) for sample in (of_image, a.mean(1), b.mean(1))])
-    dof = np.array([len(of_image), len(a), len(b)]) - 1
+    samples = [a.mean(1), b.mean(1)]
+    if len(of_image) > 1:
+        samples.append(of_image)
+    parts = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
+    dof = np.array([len(sample) - 1 for sample in samples])
     with np.errstate(invalid="ignore"):  # identical trainings
         return of_image.mean(), parts.sum() ** 0.5, parts.sum() ** 2 / (parts**2 / dof).sum()
 

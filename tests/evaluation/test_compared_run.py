@@ -65,6 +65,22 @@ def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
     assert content_of(of_bucket) == content_of(of_folder)
 
 
+def test_runs_that_differ_in_seeds_and_execution_alone_are_one_configuration(tmp_path: Path) -> None:
+    execution = {"train.checkpoint_every_images": 640, "data.shards": "/elsewhere"}
+    configurations = [
+        read([make_run(str(tmp_path), f"run-{i}", changes=changes)[0]])[0].configuration
+        for i, changes in enumerate(
+            (
+                {},
+                {"train.seed": 1, "sample.seed": 2, **execution},
+                {"optim.lr": 0.5},
+                {"schedule.kind": "linear"},
+            )
+        )
+    ]
+    assert len(set(configurations)) == 3 and configurations[0] == configurations[1] != ""
+
+
 def test_a_run_without_a_checkpoint_has_no_settings(tmp_path: Path) -> None:
     new = run_folder.open_run("new", str(tmp_path), run_folder.Facts(command=COMMAND)).location
     new.child(f"samples/{1:012d}.png").write(images.png_bytes(grid(0)))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from support.reported import drawn, made, near, result
 
 from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import ComparedRun
-from ddpm.evaluation.comparison import Step, results_alike
+from ddpm.evaluation.comparison import SuggestedCommand, results_alike
 from ddpm.evaluation.plots import ChartPoint
 from ddpm.evaluation.results import Report, Score
 from ddpm.utils.errors import UserError
@@ -106,12 +107,12 @@ def scored(*levels: float, paired: bool = True) -> list[ComparedRun]:
     return [run(name, images_seen=2000, evaluations=[report]) for name in "abc"[: len(levels)]]
 
 
-def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], Step | None]:
-    """Headlines, and what to run next."""
+def answer(compared: Sequence[ComparedRun]) -> tuple[list[str], SuggestedCommand | None]:
+    """Headlines, and the command that evaluates the runs."""
     results = results_alike(compared)
     names = {run.key: run.name for run in compared}
     rankings = comparison.ranked(compared, results)
-    step = comparison.next_step(compared, results, names)
+    step = next(comparison.evaluation_step(compared, results, names), None)
     return [f"{verdict.metric}: {verdict.headline}" for verdict in comparison.verdicts(rankings, names)], step
 
 
@@ -176,12 +177,82 @@ def test_curves_over_images() -> None:
 
 def test_the_answer_as_lines_is_that_of_the_page() -> None:
     compared = scored(0.02, 0)
-    found = comparison.answer(compared)
+    found = comparison.compare(compared)
     (verdict, about) = comparison.lines(found)
     page = shown_text(compared)
     headline, _, detail = verdict.partition(": ")[2].partition(". ")
     assert headline == "B (b) is better than A (a)"
     assert headline in page and detail in page and "standard error" in about
     unevaluated = [run("a", images_seen=7), run("b", images_seen=7)]
-    *_, command = comparison.lines(comparison.answer(unevaluated))
+    *_, command = comparison.lines(comparison.compare(unevaluated))
     assert command.strip() == "ddpm evaluate runs/a runs/b"
+
+
+def of_seeds(*levels: float, **parts: Any) -> list[ComparedRun]:
+    """Trainings of the configurations "cosine" and "linear" in turn, with these levels of bits/dim."""
+    compared = []
+    for i, level in enumerate(levels):
+        name = f"{('cosine', 'linear')[i % 2]}-{i // 2}"
+        each = BITS + level
+        bits = Score("bits/dim", each.mean(), each.std() / 90**0.5, 90)
+        unscored = dataclasses.replace(drawn(2), scores=())
+        found = made(result(2, unscored, run=name, bits=bits, bits_of_image=tuple(each)))
+        facts = {"configuration": name.split("-")[0], "seed": i // 2, "images_seen": 2000, **parts}
+        command = f"ddpm train digits --name {name} --schedule {name.split('-')[0]} --seed {i // 2}"
+        compared.append(run(name, command=command, evaluations=[found], **facts))
+    return compared
+
+
+def test_three_seeds_of_each_configuration_are_compared_as_configurations() -> None:
+    """Known answers: the paired test of nets claims a difference that the spread between seeds explains."""
+    alike = comparison.compare(of_seeds(0.00, 0.01, 0.02, 0.03, 0.04, 0.05))
+    (verdict,) = alike.verdicts
+    assert verdict.is_of_configurations and not verdict.has_winner
+    assert verdict.headline == "No winner: cosine (A, C, E) and linear (B, D, F) are tied"
+    mean = BITS.mean()
+    assert f"cosine (A, C, E) has {mean + 0.02:.4f} on average of 3 trainings" in verdict.detail
+    # Welch: sqrt(2 * 0.02^2 / 3)
+    assert "they differ by 0.0100 ± 0.0163, inside the errors" in verdict.detail
+    assert "between seeds their standard deviation is 0.0200" in verdict.detail
+    assert alike.remark == comparison.OF_CONFIGURATIONS and alike.steps == []
+    (apart,) = comparison.compare(of_seeds(0.00, 0.21, 0.02, 0.23, 0.04, 0.25)).verdicts
+    assert apart.headline == "cosine (A, C, E) is better than linear (B, D, F)"
+    assert "0.2100 ± 0.0163, outside the errors" in apart.detail
+
+
+def test_fewer_seeds_give_a_verdict_about_nets_and_the_command_for_more() -> None:
+    found = comparison.compare(of_seeds(0.00, 0.01, 0.02, 0.03))
+    (verdict,) = found.verdicts
+    assert verdict.headline == "A (cosine-0) is better than B (linear-0) and all others"
+    assert "about these trained nets" in found.remark
+    (step,) = found.steps
+    assert step.command.splitlines() == [
+        "ddpm train digits --schedule cosine --name cosine-1-seed-2 --seed 2",
+        "ddpm train digits --schedule linear --name linear-1-seed-2 --seed 2",
+        "ddpm evaluate runs/cosine-0 runs/linear-0 runs/cosine-1 runs/linear-1 runs/cosine-1-seed-2 "
+        "runs/linear-1-seed-2",
+    ]
+    text = shown_text(of_seeds(0.00, 0.01, 0.02, 0.03))
+    assert "--name cosine-1-seed-2 --seed 2" in text and "about these trained nets" in text
+    seeds_twice = of_seeds(0.00, 0.21, 0.02, 0.23, 0.04, 0.25, seed=0)
+    assert not comparison.compare(seeds_twice).verdicts[0].is_of_configurations
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_configuration() -> None:
+    found = comparison.compare(of_seeds(0.00, 0.01, 0.02, 0.03, 0.04, 0.05)[::2])
+    (verdict,) = found.verdicts
+    assert verdict.headline == "One configuration: cosine (A, B, C) differ in their seeds alone"
+    assert "standard deviation is 0.0200" in verdict.detail and not verdict.has_winner and found.steps == []
+
+
+def test_kid_of_configurations_is_tested_by_its_values() -> None:
+    compared = []
+    for i, value in enumerate((0.10, 0.50, 0.12, 0.52, 0.14, 0.54)):
+        name = f"{('cosine', 'linear')[i % 2]}-{i // 2}"
+        score = Score("KID-pixels", value, 0.3, 90)
+        found = made(result(2, dataclasses.replace(drawn(2), scores=(score,)), run=name, bits=None))
+        facts = {"configuration": name.split("-")[0], "seed": i // 2, "images_seen": 2000}
+        compared.append(run(name, evaluations=[found], **facts))
+    (verdict,) = comparison.compare(compared).verdicts
+    assert verdict.headline == "cosine (A, C, E) is better than linear (B, D, F)"
+    assert "they differ by 0.4000 ± 0.0163" in verdict.detail

@@ -57,6 +57,7 @@ def test_a_difference_of_configurations_is_tested_as_by_welch() -> None:
     right = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
     difference, error, dof = configuration_difference(flat[0], flat[1])
     assert (difference / error, dof) == pytest.approx((right.statistic, right.df))
+    assert configuration_difference(a, b) == pytest.approx((difference, error, dof))  # one number of each
     image = rng.normal(0, 2, 200)
     _, larger, more = configuration_difference(flat[0] + image, flat[1])
     assert larger**2 == pytest.approx(error**2 + image.var(ddof=1) / 200) and more > 10 * dof

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,22 @@ def grid(level: int) -> np.ndarray:
 
 
 def make_run(
-    storage: str, name: str, level: int = 0, status: run_folder.RunStatus = run_folder.RunStatus.STOPPED
+    storage: str,
+    name: str,
+    level: int = 0,
+    status: run_folder.RunStatus = run_folder.RunStatus.STOPPED,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[str, str]:
-    """Write a run's folder as training does; returns its URI and its run key."""
+    """Write a run's folder as training does; returns its URI and its run key.
+
+    Args:
+        changes: settings that differ from the preset's.
+    """
     versions = {"version.torch": "2.13.0", "git.commit": "0123"}
     run = run_folder.open_run(
         name, storage, run_folder.Facts(preset="digits", command=COMMAND, versions=versions)
     )
-    config = override(DIGITS, {"run.name": name, "data.source": "digits"})
+    config = override(DIGITS, {"run.name": name, "data.source": "digits", **changes})
     state = {"step": NEWEST // 128, "images_seen": NEWEST, "best_held_out_loss": 0.1, "run_key": run.key}
     newest = run.location.child(checkpoint_name(NEWEST))
     newest.child("config.json").write(to_json(config).encode())
