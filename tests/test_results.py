@@ -1,4 +1,4 @@
-"""docs/results.md and README.md quote the tables of benchmarks/; findings of a notebook quote its own numbers."""
+"""docs/results.md and README.md quote the tables of benchmarks/; findings of a report quote its own numbers."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from harness import tables
 from support.processes import REPO
 
-NOTEBOOKS = sorted((REPO / "benchmarks").glob("*.md"))
+REPORTS = sorted((REPO / "benchmarks").glob("*.md"))
 RESULTS = REPO / "docs/results.md"
 LINK = re.compile(r"\]\((?:\.\./)?(benchmarks/[\w-]+\.md)\)")
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
@@ -41,7 +41,7 @@ def plain(label: str) -> str:
 
 
 def quoted_rows() -> Iterator[tuple[list[str], list[str]]]:
-    """Row and linked notebooks of each table of docs/results.md."""
+    """Row and linked reports of each table of docs/results.md."""
     for section in sections(RESULTS.read_text()):
         links = list(dict.fromkeys(LINK.findall(section)))
         yield from ((row, links) for row in rows(section))
@@ -54,19 +54,19 @@ def values(cells: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(("row", "links"), list(quoted_rows()))
-def test_a_quoted_row_is_in_a_table_of_a_notebook(row: list[str], links: list[str]) -> None:
-    """In the rows with its label, if any row of the notebooks has it."""
+def test_a_quoted_row_is_in_a_table_of_a_report(row: list[str], links: list[str]) -> None:
+    """In the rows with its label, if any row of the reports has it."""
     there = [found for link in links for found in rows((REPO / link).read_text())]
     alike = [found for found in there if plain(row[0]) in map(plain, found)]
     known = values([cell for found in alike or there for cell in found])
     assert values(row[1:]) - known == set()
 
 
-def test_numbers_in_the_text_of_results_are_in_the_notebooks() -> None:
+def test_numbers_in_the_text_of_results_are_in_the_reports() -> None:
     for section in sections(RESULTS.read_text()):
         links = LINK.findall(section)
         if section.startswith("Findings"):
-            links = [str(notebook.relative_to(REPO)) for notebook in NOTEBOOKS]
+            links = [str(report.relative_to(REPO)) for report in REPORTS]
         if links:
             known = " ".join((REPO / link).read_text() for link in links)
             text = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
@@ -88,10 +88,10 @@ def test_the_results_on_the_front_page_are_those_of_the_benchmark() -> None:
         assert f"| {' | '.join([shown, *quoted, ends])} |" in front
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda page: page.stem)
-def test_a_notebook_begins_with_findings_in_its_own_numbers(notebook: Path) -> None:
-    text = notebook.read_text()
-    assert text.split("\n\n")[1] == tables.NOTEBOOK
+@pytest.mark.parametrize("report", REPORTS, ids=lambda page: page.stem)
+def test_a_report_begins_with_findings_in_its_own_numbers(report: Path) -> None:
+    text = report.read_text()
+    assert text.split("\n\n")[1] == tables.REPORT
     findings = text.partition("## Findings\n")[2].partition(tables.MEASURED)[0].partition("\n## ")[0]
     assert findings.strip()
     rest = text.replace(findings, "")
@@ -107,7 +107,7 @@ def test_a_benchmark_keeps_what_is_written_by_hand(tmp_path: Path, monkeypatch: 
     tables.write("speed.py", "Speed", "new", raw=["new data"])
     parts = [
         "# Speed",
-        tables.NOTEBOOK,
+        tables.REPORT,
         "## Findings",
         "Fast.",
         tables.MEASURED,

@@ -11,9 +11,9 @@ from ddpm.utils.tables import Table
 
 folder: Path | None = None
 """Where results go instead of to their own places; None: they do not."""
-NOTEBOOK = (
-    "A measurement notebook: findings first, then what was measured, and how. "
-    "[Results](../docs/results.md) has the findings of all notebooks."
+REPORT = (
+    "A report of measurements: findings first, then what was measured, and how. "
+    "[Results](../docs/results.md) has the findings of all reports."
 )
 MEASURED = "<!-- written by the program from here on -->"
 BY_HAND = "<!-- by hand from here on -->"
@@ -59,7 +59,7 @@ def write(script: str, title: str, *lines: str, raw: Sequence[str] = ()) -> None
     """
     file = result(Path(script).with_suffix(".md"))
     findings, notes = by_hand(file.read_text() if file.exists() else "")
-    parts = [f"# {title}", NOTEBOOK, findings, MEASURED, "\n".join(lines)]
+    parts = [f"# {title}", REPORT, findings, MEASURED, "\n".join(lines)]
     if notes:
         parts += [BY_HAND, notes]
     if raw:
@@ -71,6 +71,6 @@ def write(script: str, title: str, *lines: str, raw: Sequence[str] = ()) -> None
 def by_hand(page: str) -> tuple[str, str]:
     """What is written by hand in a page: its findings and its notes; either may be empty."""
     before, is_marked, after = page.partition(MEASURED)
-    findings = before.partition(NOTEBOOK)[2] if is_marked else ""
+    findings = before.partition(REPORT)[2] if is_marked else ""
     _, _, notes = (after or before).partition(BY_HAND)
     return findings.strip(), notes.partition(RAW)[0].strip()

@@ -184,6 +184,7 @@ def _configuration(config: Config, data: str) -> str:
         data: fingerprint of the data set.
     """
     keys = keys_that_affect(config, Affects.WEIGHTS | Affects.SAMPLING | Affects.TASK) - SEEDS
+    keys.add("train.total_images")  # the learning rate may depend on it
     determining = {key: value for key, value in run_params.params(config).items() if key in keys}
     return json.dumps([data, determining], sort_keys=True)
 

@@ -31,7 +31,7 @@ FOLDER = "rungs"
 RANKING = slice(0, None, 2)
 """The held-out images, by position in the plan's order, that rank trials."""
 REPORTING = slice(1, None, 2)
-"""Those that report the best trial. Its value on the images that ranked it is too low: selection bias."""
+"""Those that report the best trial. Its value on the images that ranked it is optimistic: selection bias."""
 LOSS_IMAGES = 2 * bits_per_dim.PIECE_IMAGES
 """Images of a batch of which every second one is measured."""
 
