@@ -20,6 +20,13 @@ COMMANDS = {
     "sync": "send a run to MLflow",
     "ui": "show the runs in MLflow",
 }
+DESCRIPTION = """Train, sample and compare denoising diffusion models on Ray.
+
+    ddpm train digits               a data set that is built in
+    ddpm train folder PHOTOS        a folder of images
+
+The pages are in the folder docs of the repository; docs/quickstart.md is the first.
+"""
 EXAMPLES = {"demo": "it is an example: python examples/demo/demo.py RUN"}
 """Programs that are no commands, and how they are run."""
 
@@ -40,8 +47,7 @@ def script(name: str) -> NoReturn:
 
 def _command() -> int | None:
     sys.argv[0] = "ddpm"
-    description = "Train, sample and compare denoising diffusion models on Ray.\n"
-    name = parsing.chosen("COMMAND", COMMANDS, description, elsewhere=EXAMPLES)
+    name = parsing.chosen("COMMAND", COMMANDS, DESCRIPTION, elsewhere=EXAMPLES)
     sys.argv[:2] = [f"ddpm {name}"]
     code: int | None = importlib.import_module(f"ddpm.cli.{name}").main()
     return code
