@@ -123,16 +123,19 @@ def bound_terms(
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
 
 
-def bound_score(terms: NDArray[np.float64]) -> Score:
+def bound_score(terms: NDArray[np.float64], autoencoder: str | None = None) -> Score:
     """The bound in bits/dim; the error is over images, noise and t.
 
     Args:
         terms: [N, 3], from `bound_terms`.
+        autoencoder: digest of what made the latents that the net generates, which is part of the score's name: bits of
+            latents compare with those of the same latents alone. None: the net generates images.
     """
     bits = terms.sum(axis=1)
     n = len(bits)
     error = float(bits.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-    return Score("bits/dim", float(bits.mean()), error, n)
+    name = "bits/dim" if autoencoder is None else f"bits/dim-latents-{autoencoder[:8]}"
+    return Score(name, float(bits.mean()), error, n)
 
 
 def _prepared(

@@ -39,11 +39,7 @@ OF_CONFIGURATIONS = (
     "Lower is better; ± is one standard error, with the spread between seeds of training: the verdict is about "
     "configurations."
 )
-ANSWERS = {
-    "bits/dim": "held-out bits/dim",
-    "held_out/bits_per_dim": "bits/dim of a few held-out images, in training",
-}
-"""Metrics besides KID that tell which run is better, and their names for people."""
+IN_TRAINING = "held_out/bits_per_dim"
 UNLIKE_LABELS = "A net with labels bounds log p(x | y), a net without them log p(x)."
 UNLIKE_DATA = "The runs were trained on different data, and each is judged by its own held-out images."
 
@@ -58,6 +54,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRST"
 
 Results = Mapping[str, Mapping[int, CheckpointResult]]
 """Results of evaluations with the same settings, by run key and images seen."""
+
+
+def is_bound(name: str) -> bool:
+    """Whether a metric is a bound in bits/dim, of images or of latents."""
+    return name == IN_TRAINING or name.startswith("bits/dim")
 
 
 class Cell(NamedTuple):
@@ -87,12 +88,14 @@ class Ranking:
     @property
     def name(self) -> str:
         """The metric's name for people."""
-        return ANSWERS.get(self.title, self.title)
+        if self.title == IN_TRAINING:
+            return "bits/dim of a few held-out images, in training"
+        return f"held-out {self.title}" if is_bound(self.title) else self.title
 
     @property
     def is_answer(self) -> bool:
         """Whether this metric tells which run is better."""
-        return self.title in ANSWERS or self.title.startswith("KID")
+        return is_bound(self.title) or self.title.startswith("KID")
 
     def difference(self, first: str, second: str) -> tuple[float, float]:
         """The second run's value minus the first one's, and the standard error: image by image, where possible."""
@@ -260,8 +263,8 @@ def ranked(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
     for name, cells in scored.items():
         if len(cells) < 2:
             continue
-        ranking = _ranking(name, cells, of_image if name == "bits/dim" else {})
-        if has_unlike_labels and name in ANSWERS:
+        ranking = _ranking(name, cells, of_image if is_bound(name) else {})
+        if has_unlike_labels and is_bound(name):
             ranking = replace(ranking, note=UNLIKE_LABELS, is_comparable=False)
         if has_unlike_data and name in ERRORS:
             ranking = replace(ranking, note=UNLIKE_DATA, is_comparable=False)

@@ -249,7 +249,7 @@ def _result(
         run_key=state.get("run_key", ""),
         images_seen=state["images_seen"],
         saw_this_data=state.get("data_fingerprint") == train.rows.fingerprint,
-        bits=None if terms is None else bound_score(terms),
+        bits=None if terms is None else bound_score(terms, candidate.config.data.latents),
         drawn=drawn,
         bits_of_image=() if terms is None else tuple(terms.sum(axis=1).round(6).tolist()),
     )
@@ -258,7 +258,7 @@ def _result(
 def _settings(reference: Reference, settings: Settings) -> dict[str, Any]:
     """Everything that the results depend on, except for the checkpoints and the sampling configurations."""
     net = reference.feature_net
-    held_out = reference.held_out
+    held_out = reference.held_out_images
     return {
         "num_images": settings.num_images,
         "seed": settings.seed,

@@ -114,7 +114,14 @@ def test_a_run_on_latents_killed_and_resumed_is_the_run_that_was_not(place: Path
         assert image.size == (SIZE, SIZE) and image.mode == "RGB"
     options = ("--num-images", "20", "--features", "pixels", "--num-sample-steps", "2")
     output = done("evaluate", "runs/undisturbed", *options, cwd=place).stdout
-    assert "KID-pixels" in output and "bits/dim" in output
+    assert "KID-pixels" in output and f"bits/dim-latents-{config['data']['latents'][:8]}" in output
+
+    # A net that sees the pixels is judged by the same images, and its bits are of something else.
+    words = ("folder", "--data", str(place / "pixels"), *FLAGS, "--data.augment", "0")
+    done("train", *words, "--total-images", "64", "--name", "pixels", cwd=place)
+    done("evaluate", "runs/pixels", *options, cwd=place)
+    verdicts = done("compare", "runs/undisturbed", "runs/pixels", cwd=place).stdout
+    assert "KID-pixels: " in verdicts and "bits/dim: " not in verdicts, verdicts
     # The images are gone, which metrics need; sampling does not.
     shutil.move(place / "pixels", place / "moved")
     try:
