@@ -30,10 +30,10 @@ from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.evaluation import bits_per_dim, evaluate, inputs
 from ddpm.evaluation.features import images_of
 from ddpm.evaluation.inputs import Candidate
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluator
 from ddpm.evaluation.settings import Settings
 from ddpm.runs import run_folder, storage
+from ddpm.runs.evaluations import Score
 from ddpm.search.trials import Trials, best
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator

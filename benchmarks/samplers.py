@@ -26,8 +26,8 @@ from ddpm.config.tree import FeatureNetName
 from ddpm.evaluation import inputs
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.settings import Settings
+from ddpm.runs.evaluations import Score
 from ddpm.sampling.pool import WorkerPool
 from ddpm.sampling.workers import SampleJob, SampleWorker
 from ddpm.training.state import parameter_count

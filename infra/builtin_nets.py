@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from ddpm.config.json import to_json
 from ddpm.config.tree import RunConfig
-from ddpm.evaluation.results import Report
 from ddpm.export import card
 from ddpm.runs import checkpoint, names
+from ddpm.runs.evaluations import Report
 
 NAMES = ("digits", "fashion-mnist")
 STORAGE = Path("runs/builtin")

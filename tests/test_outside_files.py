@@ -33,10 +33,10 @@ from ddpm.data.sources.huggingface import HuggingFace
 from ddpm.data.sources.image_folder import Folder
 from ddpm.data.sources.torchvision import FashionMnist
 from ddpm.evaluation import compared_run, rung
-from ddpm.evaluation.results import Report
 from ddpm.evaluation.rung import Evaluation
 from ddpm.runs import checkpoint, curves, generations, run_folder
 from ddpm.runs.curves import CurveRow
+from ddpm.runs.evaluations import Report
 from ddpm.runs.storage import resolve
 from ddpm.search.trials import read_search, read_trial
 from ddpm.training.state import State

@@ -10,7 +10,7 @@ In the order in which to read it:
     metrics          FID, KID, precision, recall; jackknife: their standard errors
     feature_scores   all of these with one feature net, beside real images against real images
     memorisation     the share of generated images that are near training images
-    results          what was found, as JSON; results_table: on the terminal; save_results: in files and MLflow
+    results_table    what was found (ddpm.runs.evaluations) on the terminal; save_results: in files and MLflow
 
     ranking          ranks with ties
     compared_run     a run as its folder tells of it

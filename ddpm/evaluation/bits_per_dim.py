@@ -23,7 +23,7 @@ from ddpm.diffusion.guidance import Denoise
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import ReverseVariance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
-from ddpm.evaluation.results import Score
+from ddpm.runs.evaluations import Score
 from ddpm.sampling.pool import check_cancelled
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator, generator

@@ -16,10 +16,10 @@ from ddpm.config.json import from_json, keys_that_affect
 from ddpm.config.tree import Affects, Config
 from ddpm.data import latents
 from ddpm.evaluation.plots import ChartPoint
-from ddpm.evaluation.results import OtherFormat, Report
 from ddpm.runs import checkpoint, curves, names, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
 from ddpm.runs.curves import Point
+from ddpm.runs.evaluations import OtherFormat, Report
 from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.sampling import workers

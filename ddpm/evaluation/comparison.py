@@ -26,7 +26,7 @@ from ddpm.evaluation.ranking import (
     paired_ranks,
     ranks,
 )
-from ddpm.evaluation.results import CheckpointResult, Report, Score
+from ddpm.runs.evaluations import CheckpointResult, Report, Score
 from ddpm.utils.errors import UserError
 
 RANKED = ("bits/dim", "KID", "FID")

@@ -31,8 +31,8 @@ from ddpm.evaluation.inputs import (
     sampling_config,
 )
 from ddpm.evaluation.memorisation import Memorised
-from ddpm.evaluation.results import CheckpointResult, Report, SampledScores
 from ddpm.evaluation.settings import Settings
+from ddpm.runs.evaluations import CheckpointResult, Report, SampledScores
 from ddpm.sampling import generate
 from ddpm.sampling.pool import WorkerPool
 from ddpm.utils.images import Pixels

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ddpm.evaluation.features import Features
 from ddpm.evaluation.jackknife import GROUPS, Rows, error_of_groups
 from ddpm.evaluation.metrics import Distances, Estimate, Manifold, Moments, fid, kid, projection
-from ddpm.evaluation.results import Score
+from ddpm.runs.evaluations import Score
 from ddpm.utils.errors import UserError
 
 MAX_PAIRWISE = 10_000

@@ -19,9 +19,9 @@ from ddpm.data.reading import DataSet, scale_of
 from ddpm.evaluation import nets
 from ddpm.evaluation.feature_scores import LEAST_IMAGES
 from ddpm.evaluation.features import Cache, FeatureNet, Features, real_features, real_labels
-from ddpm.evaluation.results import SETTINGS
 from ddpm.evaluation.settings import Settings
 from ddpm.runs import checkpoint, names, storage
+from ddpm.runs.evaluations import SETTINGS
 from ddpm.tracking import run_params
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError

@@ -20,7 +20,7 @@ from ddpm.evaluation.feature_scores import MAX_PAIRWISE
 from ddpm.evaluation.features import Features, images_of
 from ddpm.evaluation.inputs import Reference
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.results import NearerShare
+from ddpm.runs.evaluations import NearerShare
 from ddpm.utils import images
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddpm.evaluation.ranking import Z
-from ddpm.evaluation.results import Score
+from ddpm.runs.evaluations import Score
 
 GREY = "0.5"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ddpm.evaluation.results import NearerShare, Report, Score, nearest_pictures
+from ddpm.runs.evaluations import NearerShare, Report, Score, nearest_pictures
 from ddpm.utils.progress import printable, shortened
 from ddpm.utils.tables import Table, estimate
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpm.evaluation.results import CheckpointResult, Report, curve_values, nearest_pictures
 from ddpm.runs import run_folder, storage
+from ddpm.runs.evaluations import CheckpointResult, Report, curve_values, nearest_pictures
 from ddpm.runs.run_folder import RunFolder
 from ddpm.runs.storage import Location
 from ddpm.tracking.evaluations import EvaluationPoints

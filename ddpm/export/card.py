@@ -6,8 +6,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ddpm.evaluation import compared_run, results_table
-from ddpm.evaluation.results import Report
 from ddpm.runs import names
+from ddpm.runs.evaluations import Report
 from ddpm.utils.progress import printable
 
 

@@ -1,1 +1,1 @@
-"""Runs: folders and buckets, the checkpoint format, a run folder with its curves, its lock, and names of runs."""
+"""Runs: folders and buckets, checkpoints, a run folder with its curves and evaluations, its lock, names of runs."""

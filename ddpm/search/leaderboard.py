@@ -17,9 +17,9 @@ from ddpm.config.json import override
 from ddpm.evaluation import evaluate, inputs
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING
 from ddpm.evaluation.settings import Settings
+from ddpm.runs.evaluations import Score
 from ddpm.runs.run_folder import RunStatus
 from ddpm.search.config import Arguments
 from ddpm.search.trials import Trial, Trials, best

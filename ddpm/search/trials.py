@@ -23,8 +23,8 @@ from ddpm.config.json import from_json, override, to_json
 from ddpm.config.tree import Config
 from ddpm.evaluation import rung
 from ddpm.evaluation.metrics import Estimate
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation
+from ddpm.runs.evaluations import Score
 from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.utils import strict_json

@@ -15,7 +15,7 @@ from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import ComparedRun
 from ddpm.evaluation.comparison import SuggestedCommand, results_alike
 from ddpm.evaluation.plots import ChartPoint
-from ddpm.evaluation.results import Report, Score
+from ddpm.runs.evaluations import Report, Score
 from ddpm.utils.errors import UserError
 
 

@@ -23,9 +23,9 @@ from ddpm.evaluation.bits_per_dim import bound_score
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import features_of, images_of
 from ddpm.evaluation.nets import PixelFeatures
-from ddpm.evaluation.results import NearerShare, Report
 from ddpm.evaluation.settings import Settings
 from ddpm.runs import names, storage
+from ddpm.runs.evaluations import NearerShare, Report
 from ddpm.runs.run_folder import RunFolder
 from ddpm.sampling import generate
 from ddpm.utils.errors import UserError

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from ddpm.evaluation import feature_scores
 from ddpm.evaluation.feature_scores import score_features
 from ddpm.evaluation.features import Features
-from ddpm.evaluation.results import Score
+from ddpm.runs.evaluations import Score
 from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]

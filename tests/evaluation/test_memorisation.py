@@ -16,10 +16,10 @@ from ddpm.data.shards import write_shard
 from ddpm.data.sources.sources import Digits
 from ddpm.evaluation import evaluate, inputs, memorisation
 from ddpm.evaluation.memorisation import Nearest, nearer_share, nearest
-from ddpm.evaluation.results import NearerShare
 from ddpm.evaluation.results_table import remarks
 from ddpm.evaluation.settings import Settings
 from ddpm.runs import storage
+from ddpm.runs.evaluations import NearerShare
 from ddpm.runs.run_folder import open_run
 from ddpm.utils import images
 

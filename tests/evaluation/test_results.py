@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from support.reported import METRICS, drawn, made, near, result
 
-from ddpm.evaluation import results, results_table
-from ddpm.evaluation.results import CheckpointResult, Report, Score
+from ddpm.evaluation import results_table
+from ddpm.runs.evaluations import CheckpointResult, Report, Score, curve_values, nearest_pictures
 
 ONE = made(result(1, drawn(1)))
 SEVERAL = made(
@@ -59,7 +59,7 @@ def test_run_names_cannot_inject_markup() -> None:
 
 
 def test_metric_names_say_how_they_were_measured() -> None:
-    points = results.curve_values(result(1, drawn(1)))
+    points = curve_values(result(1, drawn(1)))
     right = {
         "eval/bits_per_dim": pytest.approx(4.4678901),
         "eval_error/bits_per_dim": 0.05,
@@ -68,12 +68,12 @@ def test_metric_names_say_how_they_were_measured() -> None:
     }
     assert {name: points[name] for name in right} == right
     assert len(points) == 2 + 3 * len(METRICS)
-    other = results.curve_values(result(1, drawn(1, 10, own=False, eta=0.5)))
+    other = curve_values(result(1, drawn(1, 10, own=False, eta=0.5)))
     assert other["eval/ddim-10 eta 0.5/KID-pixels"] == drawn(1, 10).scores[1].value
     assert other["eval/bits_per_dim"] == points["eval/bits_per_dim"]
     nothing = replace(drawn(1), scores=())
     broken = result(1, nothing, bits=Score("bits/dim", float("nan"), float("inf"), 90))
-    assert results.curve_values(broken) == {}
+    assert curve_values(broken) == {}
     score = json.loads(made(broken).to_json())["checkpoints"][0]["bits"]
     assert (score["value"], score["error"], score["n"]) == (None, None, 90)
 
@@ -109,7 +109,7 @@ def test_memorisation_is_reported_with_its_interval() -> None:
     assert set(sampling) == {"sample", "is_own", "scores"}  # the picture is a separate file
     (score,) = sampling["scores"]
     assert score.items() >= {"low": 0.03, "high": 0.07, "n": 500, "n_real": 1000}.items()
-    points = results.curve_values(reported.results[0])
+    points = curve_values(reported.results[0])
     groups = [points[f"{group}/nearer_than_held_out-pixels"] for group in ("eval", "eval_low", "eval_high")]
     assert groups == [score["value"], 0.03, 0.07]
 
@@ -127,7 +127,7 @@ def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> Non
 
 def test_each_picture_of_nearest_images_has_its_own_name() -> None:
     def names(*found: CheckpointResult) -> list[str]:
-        return [name for name, _ in results.nearest_pictures(made(*found), "s3://b.c/d/out.json")]
+        return [name for name, _ in nearest_pictures(made(*found), "s3://b.c/d/out.json")]
 
     assert names(result(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]
     several = result(1, near(0.0)), result(2, drawn(2)), result(3, near(0.0))

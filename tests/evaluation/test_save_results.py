@@ -12,9 +12,9 @@ from support import compared, servers, tracked
 from support.reported import drawn, made, near, result
 
 from ddpm.evaluation import save_results
-from ddpm.evaluation.results import CheckpointResult, Report
 from ddpm.runs import run_folder
 from ddpm.runs import storage as locations
+from ddpm.runs.evaluations import CheckpointResult, Report
 from ddpm.runs.run_folder import RunFolder
 from ddpm.tracking.push import push
 from ddpm.utils.errors import UserError

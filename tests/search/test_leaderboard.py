@@ -18,9 +18,9 @@ from ddpm.config.presets import DIGITS
 from ddpm.config.tree import Config
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation
 from ddpm.runs import storage
+from ddpm.runs.evaluations import Score
 from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.search import leaderboard, plots, publish, results, space

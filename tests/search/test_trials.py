@@ -9,9 +9,9 @@ from support import searches
 
 from ddpm.config.json import override
 from ddpm.config.presets import DIGITS
-from ddpm.evaluation.results import Score
 from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.runs import storage
+from ddpm.runs.evaluations import Score
 from ddpm.runs.run_folder import RunStatus
 from ddpm.runs.storage import Location
 from ddpm.search import trials

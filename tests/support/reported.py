@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ddpm.config.tree import SampleConfig
-from ddpm.evaluation.results import CheckpointResult, NearerShare, Report, SampledScores, Score
+from ddpm.runs.evaluations import CheckpointResult, NearerShare, Report, SampledScores, Score
 
 METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall"))
 
