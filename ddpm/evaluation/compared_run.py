@@ -19,7 +19,7 @@ from ddpm.evaluation.plots import ChartPoint
 from ddpm.runs import checkpoint, curves, names, run_folder, storage
 from ddpm.runs.checkpoint import StateFile
 from ddpm.runs.curves import Point
-from ddpm.runs.evaluations import OtherFormat, Report
+from ddpm.runs.evaluations import Report, read_reports
 from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
 from ddpm.runs.storage import Location
 from ddpm.sampling import workers
@@ -106,7 +106,7 @@ def _read(folder: RunFolder, sample: bool) -> ComparedRun:
         command=card.command,
         curves=_shown(logged),
         grids={images_seen: file.read for images_seen, file in grids.items()},
-        evaluations=_evaluations(location.child(run_folder.EVALUATIONS)),
+        evaluations=list(read_reports(location.child(run_folder.EVALUATIONS), log.warning).values()),
     )
     stored = run_folder.checkpoints(location)
     if not stored:
@@ -205,24 +205,6 @@ def _shown(logged: Mapping[str, Sequence[Point]]) -> dict[str, list[ChartPoint]]
         if finite:
             shown[name] = [ChartPoint(p.images_seen, p.value, errors.get(p.images_seen, 0.0)) for p in finite]
     return shown
-
-
-def _evaluations(folder: Location) -> list[Report]:
-    """The reports in a run's folder, without those of other versions, which the log names."""
-    reports = []
-    left_out = []
-    for name in folder.files():
-        if not name.endswith(".json"):
-            continue
-        file = folder.child(name)
-        try:
-            reports.append(_report_in(file, file.uri))
-        except OtherFormat:
-            left_out.append(name)
-    if left_out:
-        which = printable(f"{folder.uri}: {', '.join(left_out)}")
-        log.warning("%s: left out, since another version's ddpm evaluate wrote it; evaluate again", which)
-    return reports
 
 
 def _report_in(file: Location, where: str) -> Report:

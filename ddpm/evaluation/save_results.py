@@ -3,19 +3,18 @@
 The file and the folders may be in any storage. If MLflow is unreachable, the folders still have all results.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from ddpm.runs import run_folder, storage
-from ddpm.runs.evaluations import CheckpointResult, Report, curve_values, nearest_pictures
+from ddpm.runs.evaluations import CheckpointResult, Report, nearest_pictures
 from ddpm.runs.run_folder import RunFolder
 from ddpm.runs.storage import Location
-from ddpm.tracking.evaluations import EvaluationPoints
+from ddpm.tracking.evaluations import rows_of
 from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
 from ddpm.tracking.push import is_in_mlflow
 from ddpm.tracking.pusher import push_patiently
@@ -74,7 +73,9 @@ def _to_run(of_run: Report, result: CheckpointResult, timeout_s: float) -> Itera
     try:
         for name, pictured in nearest_pictures(of_run, Path(file.path).name):
             write(file.beside(name), pictured.drawn.nearest)
-        write(file, _with_points(of_run, file))  # last, so that a file of results has its pictures
+        write(
+            file, _dated(of_run, file).to_json().encode()
+        )  # last, so that a file of results has its pictures
     except UserError as error:
         yield f"run         {result.run} does not keep its results: {error}"
         return
@@ -84,17 +85,13 @@ def _to_run(of_run: Report, result: CheckpointResult, timeout_s: float) -> Itera
     yield _push(RunFolder(Path(folder.path).name, folder, result.run_key), timeout_s)
 
 
-def _with_points(report: Report, file: Location) -> bytes:
-    """The report's JSON with the points that MLflow shows; a report that is in `file` already keeps its time."""
-    values = {str(result.images_seen): curve_values(result) for result in report.results}
-    points = EvaluationPoints(int(time.time() * 1000), values)
-    with suppress(OSError, ValueError, KeyError, UserError):
-        before = json.loads(file.read())["points"]
-        if before["values"] == values:
-            points = EvaluationPoints(before["time_ms"], values)
-    content = json.loads(report.to_json())
-    content["points"] = asdict(points)
-    return (json.dumps(content, indent=2) + "\n").encode()
+def _dated(report: Report, file: Location) -> Report:
+    """The report with the time at which `file` first had these results: now, or the file's own time."""
+    with suppress(OSError, UserError):
+        before = Report.from_json(file.read(), file.uri)
+        if rows_of([replace(before, time_ms=0)]) == rows_of([report]):
+            return replace(report, time_ms=before.time_ms)
+    return replace(report, time_ms=int(time.time() * 1000))
 
 
 def _push(run: RunFolder, timeout_s: float) -> str:

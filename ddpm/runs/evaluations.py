@@ -1,26 +1,24 @@
-"""Results of an evaluation as data: written as JSON, read back, and as points of MLflow's curves."""
+"""Results of an evaluation, from the measuring to tables, pages and MLflow: as data, and as JSON in a run's folder."""
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, WrapValidator
 
 from ddpm.config.tree import SampleConfig
+from ddpm.runs.storage import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
+from ddpm.utils.progress import printable
 
-FORMAT = "ddpm-evaluation/2"
+FORMAT = "ddpm-evaluation/3"
 """Of the JSON of a report."""
 SETTINGS = ("spacing", "sigma_min", "eta", "guidance_scale", "guidance_interval", "mean", "variance")
 """Settings of a sampler, besides its number of steps."""
-
-
-class OtherFormat(UserError):
-    """A report of another version's ddpm evaluate."""
 
 
 def _number(value: Any, parse: Any) -> float:
@@ -131,6 +129,8 @@ class Report:
 
     settings: Mapping[str, Any]
     results: tuple[CheckpointResult, ...]
+    time_ms: int = field(default=0, compare=False)
+    """When these results were first written to the run's folder; 0: they were not."""
 
     @property
     def key(self) -> str:
@@ -141,11 +141,11 @@ class Report:
 
     def of_run(self, run_key: str) -> "Report":
         """The results of one run."""
-        return Report(self.settings, tuple(v for v in self.results if v.run_key == run_key))
+        return replace(self, results=tuple(v for v in self.results if v.run_key == run_key))
 
     def to_json(self) -> str:
         """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
-        saved = _Saved(FORMAT, dict(self.settings), self.results)
+        saved = _Saved(FORMAT, self.time_ms, dict(self.settings), self.results)
         pictures = {"checkpoints": {"__all__": {"drawn": {"nearest"}}}}
         return TypeAdapter(_Saved).dump_json(saved, indent=2, exclude=pictures).decode() + "\n"
 
@@ -154,14 +154,14 @@ class Report:
         """The report that `to_json` wrote, without pictures.
 
         Raises:
-            OtherFormat: another version wrote it.
+            UserError: it is damaged, or another version wrote it.
         """
         wrong = f"{where} is not a result of this version's ddpm evaluate"
         stored = strict_json.parse(_Format, text, wrong, extra="ignore").format
         if stored != FORMAT:
-            raise OtherFormat(f"{wrong}: its format is {stored[:40]!r}, not {FORMAT!r}; evaluate again")
+            raise UserError(f"{wrong}: its format is {stored[:40]!r}, not {FORMAT!r}; evaluate again")
         saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
-        return cls(saved.settings, saved.checkpoints)
+        return cls(saved.settings, saved.checkpoints, saved.time_ms)
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ class _Format:
 class _Saved(_Format):
     """A report's JSON."""
 
+    time_ms: int
     settings: dict[str, Any]
     checkpoints: tuple[CheckpointResult, ...]
 
@@ -192,26 +193,15 @@ def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Checkpoint
         yield f"{stem}{suffix}.png", result
 
 
-def curve_values(result: CheckpointResult) -> dict[str, float]:
-    """Values at this checkpoint of MLflow's curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
-
-    MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
-    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A sampling configuration
-    other than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0.
-    """
-    values: dict[str, float] = {}
-    for score in result.scores:
-        if score is result.bits:
-            name = "bits_per_dim"
-        elif result.drawn.is_own:
-            name = score.name
-        else:
-            name = f"{result.drawn.name}/{score.name}"
-        values[f"eval/{name}"] = score.value
-        values[f"eval_error/{name}"] = score.error
-        if isinstance(score, NearerShare):
-            values[f"eval_low/{name}"] = score.low
-            values[f"eval_high/{name}"] = score.high
-        if score.floor is not None:
-            values[f"eval_floor/{name}"] = score.floor
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def read_reports(folder: Location, warn: Callable[[str], object]) -> dict[str, Report]:
+    """The reports in a folder by file name; what cannot be read is left out, with a line to `warn`."""
+    reports = {}
+    for name in folder.files():
+        if not name.endswith(".json"):
+            continue
+        file = folder.child(name)
+        try:
+            reports[name] = Report.from_json(file.read(), file.uri)
+        except UserError as error:
+            warn(printable(str(error)))
+    return reports

@@ -6,7 +6,7 @@ generations.json         which checkpoints and points count (generations.py)
 checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
 samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
 pictures/      pictures of the finished run
-evaluations/   results of ddpm evaluate, with the points that MLflow shows
+evaluations/   results of ddpm evaluate
 """
 
 import contextlib

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from ddpm.config.json import from_json, to_json
 from ddpm.config.tree import Config
 from ddpm.runs import curves, run_folder
+from ddpm.runs.evaluations import read_reports
 from ddpm.runs.run_folder import Card, RunFolder, RunStatus, Status
 from ddpm.tracking import evaluations, mlflow_client, mlflow_pages, mlflow_run, run_params
 from ddpm.tracking.mlflow_client import Connection
@@ -245,12 +246,12 @@ class _Push:
         """Results of ddpm evaluate: points, and the files with everything."""
         folder = self._location.child(run_folder.EVALUATIONS)
         names = folder.files()
-        points = evaluations.read_points(folder, self._warn)
-        times = {name: of_file.time_ms for name, of_file in points.items()}
+        reports = read_reports(folder, self._warn)
+        times = {name: report.time_ms for name, report in reports.items()}
         digest = _digest(names, times)
         if digest == self._sent.evaluations or not names:
             return
-        rows = evaluations.rows_of(points)
+        rows = evaluations.rows_of(reports.values())
         for start in range(0, len(rows), METRICS_PER_CALL):
             self._mlflow.log_metrics(rows[start : start + METRICS_PER_CALL])
         for name in names:

@@ -8,7 +8,8 @@ import pytest
 from support.reported import METRICS, drawn, made, near, result
 
 from ddpm.evaluation import results_table
-from ddpm.runs.evaluations import CheckpointResult, Report, Score, curve_values, nearest_pictures
+from ddpm.runs.evaluations import CheckpointResult, Report, Score, nearest_pictures
+from ddpm.tracking.evaluations import curve_values
 
 ONE = made(result(1, drawn(1)))
 SEVERAL = made(
@@ -24,7 +25,7 @@ def printed(reported: Report, width: int = 250) -> str:
 @pytest.mark.parametrize("reported", [ONE, SEVERAL], ids=["one", "several"])
 def test_table_and_json_agree_on_any_terminal(reported: Report) -> None:
     parsed = json.loads(reported.to_json())
-    assert parsed["format"] == "ddpm-evaluation/2"
+    assert parsed["format"] == "ddpm-evaluation/3"
     wide = printed(reported)
     narrow = printed(reported, 80)
     assert max(map(len, narrow.splitlines())) <= 80

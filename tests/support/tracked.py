@@ -13,9 +13,10 @@ import pytest
 from mlflow import MlflowClient, entities
 
 from ddpm.config.json import override, to_json
-from ddpm.config.tree import Config
+from ddpm.config.tree import Config, SampleConfig
 from ddpm.runs import curves, run_folder
 from ddpm.runs.curves import CurveRow
+from ddpm.runs.evaluations import CheckpointResult, Report, SampledScores, Score
 from ddpm.runs.run_folder import Data, Facts, RunFolder, RunStatus, Search, Status
 from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.tracking.push import SENT_TAG
@@ -30,7 +31,12 @@ DATA = Data("digits", "4f" * 32, "s3://bucket/digits", "train", 1500, (8, 8, 1),
 COMMAND = "python jobs/train.py digits --run.name a-run"
 BEGAN_MS = 1_700_000_000_000
 PICTURE = png_bytes(np.full((6, 6, 3), 7, np.uint8))
-EVALUATED = {"eval/bits_per_dim": 4.0, "eval_error/bits_per_dim": 0.1, "eval/KID-pixels": 0.03}
+EVALUATED = {
+    "eval/bits_per_dim": 4.0,
+    "eval_error/bits_per_dim": 0.1,
+    "eval/KID-pixels": 0.03,
+    "eval_error/KID-pixels": 0.002,
+}
 
 
 # A run's folder.
@@ -104,11 +110,22 @@ def finish(run: RunFolder, images_seen: int = 128) -> None:
     set_status(run, RunStatus.FINISHED, images_seen)
 
 
-def evaluate(run: RunFolder, images_seen: int = 128, name: str = "at-128", **values: float) -> None:
+def evaluate(run: RunFolder, images_seen: int = 128, name: str = "at-128", bits: float = 4.0) -> None:
     """Write an evaluation with its picture."""
+    drawn = SampledScores(SampleConfig(num_sample_steps=50), True, (Score("KID-pixels", 0.03, 0.002, 500),))
+    result = CheckpointResult(
+        checkpoint=f"{run.location.uri}/checkpoint",
+        weights_sha256="",
+        run=run.name,
+        run_key=run.key,
+        images_seen=images_seen,
+        saw_this_data=True,
+        bits=Score("bits/dim", bits, 0.1, 90),
+        drawn=drawn,
+    )
+    report = Report({}, (result,), time_ms=time_at(images_seen) + 2)
     folder = run.location.child(run_folder.EVALUATIONS)
-    points = {"time_ms": time_at(images_seen) + 2, "values": {str(images_seen): values or EVALUATED}}
-    folder.child(f"{name}.json").write(json.dumps({"results": [], "points": points}).encode())
+    folder.child(f"{name}.json").write(report.to_json().encode())
     folder.child(f"{name}.png").write(PICTURE)
 
 

@@ -166,7 +166,7 @@ def test_each_push_sends_what_is_new(uri: str, tmp_path: Path) -> None:
     assert tracked.run_with_key(uri, run.key).info.status == "RUNNING"
     tracked.finish(run)
     tracked.evaluate(run)
-    tracked.evaluate(run, 128, "again", **{"eval/bits_per_dim": 3.9})
+    tracked.evaluate(run, 128, "again", bits=3.9)
     assert push(run).num_points == 0
     assert content(uri, run) == reference(run)
 
@@ -386,7 +386,7 @@ def test_a_damaged_evaluation_is_one_line(
     database: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = run.location.child(f"{run_folder.EVALUATIONS}/a-broken.json")
-    damaged.write(b'{"points": [')
+    damaged.write(b'{"checkpoints": [')
     push(run)
     assert all(damaged.uri in line for line in warnings_of(caplog))
     found = content(tracking_uri(), run)
