@@ -104,21 +104,24 @@ def _ranks(
     Args:
         distribution: of difference / error between equals.
     """
+    first, second = np.triu_indices(n, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = difference / error
     t[np.isnan(t)] = 0  # equal for every image, or unknown
-    rejected = _rejected(2 * distribution.sf(abs(t)))
-    better = np.zeros((n, n), bool)  # the row is significantly better than the column
-    better[np.triu_indices(n, 1)] = rejected & (t < 0)
-    better.T[np.triu_indices(n, 1)] = rejected & (t > 0)
-    worse_than = better.sum(0)
-    better_than = better.sum(1)
-    return [Rank(1 + int(w), n - int(b)) for w, b in zip(worse_than, better_than, strict=True)]
+    is_significant = _rejected(2 * distribution.sf(abs(t)))
+    better = np.where(t < 0, first, second)[is_significant]
+    worse = np.where(t < 0, second, first)[is_significant]
+    num_better = np.bincount(worse, minlength=n)  # of each competitor: how many are significantly better
+    num_worse = np.bincount(better, minlength=n)
+    return [Rank(1 + int(b), n - int(w)) for b, w in zip(num_better, num_worse, strict=True)]
 
 
 def _rejected(p: NDArray[np.float64]) -> NDArray[np.bool_]:
     """[P]: the hypotheses that Holm's procedure rejects at LEVEL, given their p-values."""
     order = np.argsort(p)
-    rejected = np.empty(len(p), bool)
-    rejected[order] = np.logical_and.accumulate(p[order] <= LEVEL / np.arange(len(p), 0, -1))
+    bounds = LEVEL / np.arange(len(p), 0, -1)  # LEVEL / P for the smallest p-value, LEVEL for the largest
+    is_above = p[order] > bounds
+    num_rejected = int(is_above.argmax()) if is_above.any() else len(p)
+    rejected = np.zeros(len(p), bool)
+    rejected[order[:num_rejected]] = True
     return rejected

@@ -125,7 +125,10 @@ def test_a_run_has_a_description(database: Path, tmp_path: Path) -> None:
     tracked.evaluate(run)
     tracked.set_status(run, RunStatus.FAILED, 128)
     push(run)
-    assert "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300 ± 0.0020." in description(run)
+    assert (
+        "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300 ± 0.0020."
+        in description(run)
+    )
 
 
 def description(run: RunFolder) -> str:
