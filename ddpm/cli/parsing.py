@@ -46,6 +46,18 @@ SHORT = {
 """The flags of a config that people change first, and their short names."""
 SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_size", "model.num_classes"}
 """The flags of a config that --help shows."""
+OTHER_NAMES = {
+    "--epochs": "--total-images, which counts images, not passes",
+    "--num-epochs": "--total-images, which counts images, not passes",
+    "--learning-rate": "--lr",
+    "--resolution": "--size",
+    "--prediction-type": "--objective.predict",
+    "--output-dir": "--storage, the folder of all runs, and --name",
+    "--mixed-precision": "--train.precision",
+    "--held-out-images": "--train.held-out-images, those measured in training; `ddpm prepare --test-images` holds out",
+    "--data.held-out-images": "`ddpm prepare --test-images`, which holds images out",
+}
+"""Flags of a config that other trainers have, or that people expect, and those that exist."""
 MAX_LINE = 500
 """Characters of an error's line; what is in the middle of a longer one is left out."""
 
@@ -168,7 +180,7 @@ def parse(
             )
     except SystemExit as end:
         if end.code:
-            raise UserError(_in_a_line(stderr.getvalue())) from None
+            raise UserError(_in_a_line(stderr.getvalue(), {} if shown is None else OTHER_NAMES)) from None
         if only:
             print(f"{HELP_ALL} lists every flag.")
         raise
@@ -237,16 +249,22 @@ def _metavar(kind: Any) -> str | None:
     return found
 
 
-def _in_a_line(box: str) -> str:
-    """tyro's error message as one line, with the flags that it suggests. tyro has no errors but frames of text."""
+def _in_a_line(box: str, other_names: Mapping[str, str]) -> str:
+    """tyro's error message as one line, with the flags that it suggests. tyro has no errors but frames of text.
+
+    Args:
+        other_names: flags that do not exist, and what is suggested instead.
+    """
     rows = [row.strip("│| ") for row in box.splitlines()[1:-1]]
     parts = re.split(r"^[─-]+$", "\n".join(rows), flags=re.MULTILINE)
     message, *more = filter(str.strip, parts)
     line = " ".join(message.split()).removeprefix("Error parsing ").removesuffix(".")
     if not line.startswith("Unrecognized"):
         return line
-    flags = dict.fromkeys(re.findall(r"^--[\w.-]+", more[0], re.MULTILINE))
-    close = f" (did you mean {' or '.join([*flags][:2])}?)" if flags else ""
+    typed = line.removeprefix("Unrecognized options: ").partition(",")[0].partition("=")[0].replace("_", "-")
+    flags = dict.fromkeys(re.findall(r"^--[\w.-]+", more[0], re.MULTILINE)) if more else ()
+    meant = other_names.get(typed) or " or ".join([*flags][:2])
+    close = f" (did you mean {meant}?)" if meant else ""
     return f"{line}{close}; {HELP_ALL} lists every flag"
 
 

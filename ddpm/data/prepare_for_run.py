@@ -54,7 +54,7 @@ def prepared(
     """
     if items is None and config.data.shards is not None:
         if config.data.images is not None:
-            raise UserError("--data.images and --data.shards are two data sets; give one of them")
+            raise UserError("--data.images and --data are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
     size = config.data.image_size or config.model.image_size
     channels = 3 if config.data.autoencoder else config.model.channels
@@ -158,7 +158,7 @@ def _report_duplicates(
 def source_named(name: str | None) -> Source:
     """The source for data.source: NAME with default options, or torchvision:DATASET."""
     if name is None:
-        raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
+        raise UserError("no images are given: --data.images FOLDER, or a data set as --data URI")
     key, _, dataset = name.partition(":")
     options = {"dataset": dataset} if dataset else {}
     kind = kinds.find("data.source", key).load()
@@ -167,7 +167,7 @@ def source_named(name: str | None) -> Source:
     except TypeError:
         raise UserError(
             f"data.source is {name!r}, and {key} needs other options; make a data set with `ddpm prepare "
-            f"{key} URI`, and give it as --data.shards URI"
+            f"{key} URI`, and give it as --data URI"
         ) from None
     source: Source = kind(**options)
     return source
@@ -182,7 +182,7 @@ def _named(config: Config, command: str) -> tuple[str, Source]:
         kind, _, dataset = str(name).partition(":")
         shards = f"shards/{dataset or kind}"
         raise UserError(
-            f"{error}: `ddpm prepare {kind} {shards} {error.flags}`, then `{command} --data.shards {shards}`"
+            f"{error}: `ddpm prepare {kind} {shards} {error.flags}`, then `{command} --data {shards}`"
         ) from None
 
 

@@ -175,13 +175,13 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> DataSet:
         if len({candidate.state.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
                 "the checkpoints were trained on different data; name the data set to evaluate all of them on with "
-                "--data.shards"
+                "--data"
             )
         if known is not None and storage.resolve(known).child(MANIFEST).exists():
             shards = known
         elif config.data.source is None:
             where = f"is no longer at {known}" if known else "is not known"
-            raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data.shards")
+            raise UserError(f"the data of {candidates[0].uri} {where}; name it with --data")
     config = prepare_for_run.prepared(
         replace(config, data=replace(config.data, shards=shards), run=replace(config.run, storage="runs"))
     )
@@ -197,7 +197,7 @@ def _held_out(train: DataSet) -> DataSet:
     if held_out is None:
         raise UserError(
             f"{train.location.uri} has no held-out images: it needs a split named test besides the training split "
-            f"{train.split}; name a data set that has one with --data.shards"
+            f"{train.split}; name a data set that has one with --data"
         )
     return held_out
 
@@ -206,7 +206,7 @@ def _check_fits(candidate: Candidate, data_set: DataSet) -> None:
     """Raise UserError unless the net's images have the shape and classes of the data set."""
     model = candidate.config.model
     uri = data_set.location.uri
-    remedy = "name the data it was trained on with --data.shards"
+    remedy = "name the data it was trained on with --data"
     height, width, channels = data_set.shape
     generated = f"{model.image_size}x{model.image_size} in {model.channels} channel(s)"
     real = f"{height}x{width} in {channels} channel(s)"

@@ -38,7 +38,7 @@ class Settings(SampleFlags):
     """bits/dim: timesteps per image at which KL_t is measured, by importance sampling. 0: all timesteps."""
     seed: Seed = 0
     """Seed of generated images and of the bound's noise."""
-    shards: Annotated[NonEmptyStr | None, tyro.conf.arg(name="data.shards")] = None
+    shards: Annotated[NonEmptyStr | None, tyro.conf.arg(name="data.shards", aliases=["--data"])] = None
     """Folder or s3:// URI of the data set to compare with. None: the training data set."""
     cache: NonEmptyStr | None = None
     """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ next to the shards."""

@@ -81,10 +81,10 @@ JOBS = {
     "search digits --lr -1": "optim.lr is -1.0; it must be greater than 0",
     "sample a --num-images 0": "num_images is 0; it must be at least 1",
     "evaluate a --num-sample-steps 0": "num_sample_steps is 0; it must be at least 1",
-    "evaluate a --data.shards=": "shards is ''; it must have at least 1 character",
+    "evaluate a --data=": "shards is ''; it must have at least 1 character",
     "sync a --timeout-s 0": "timeout_s is 0.0; it must be greater than 0",
     "compare a --out=": "out is ''; it must have at least 1 character",
-    "prepare digits a --held-out-images 0": "held_out_images is 0; it must be at least 1",
+    "prepare digits a --test-images 0": "test_images is 0; it must be at least 1",
 }
 
 

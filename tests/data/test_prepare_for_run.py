@@ -1,4 +1,4 @@
-"""A run without --data.shards: its source, or a folder of images, is prepared once, beside the runs."""
+"""A run without --data: its source, or a folder of images, is prepared once, beside the runs."""
 
 import os
 import re
@@ -174,7 +174,7 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
     for images, changes, message in (
         ("nowhere", {}, "--data.images nowhere is not a folder"),
         ("s3://b/c", {}, "--data.images s3://b/c is not a folder"),
-        (tmp_path / "pets", {"data.shards": "x"}, "--data.images and --data.shards"),
+        (tmp_path / "pets", {"data.shards": "x"}, "--data.images and --data"),
         (tmp_path / "pets", {"model.channels": 2}, "model.channels is 2"),
         (tmp_path / "empty", {}, f"{tmp_path}/empty holds no images"),
         (tmp_path / "pets", {}, "1 of 4 images cannot be read ("),

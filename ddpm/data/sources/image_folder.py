@@ -51,13 +51,13 @@ class ImageFiles(Square, InParts, ABC):
     """encoded: keep files that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
     seed: DataSeed = 0
     """Seed of the order of images, and of those that are held out if there is no test or validation split."""
-    held_out_images: PositiveInt | None = None
-    """Number of held-out images if there is no such split. None: 5 %, or of fewer than 2,000 images a tenth, at least
-    20."""
+    test_images: PositiveInt | None = None
+    """Images that are held out as the split test, if there is no split test or validation. None: 5 %, or of fewer than
+    2,000 images a tenth, at least 20."""
 
     def identity(self) -> dict[str, Any]:
         identity = asdict(self) | {"files": digest_of_files(self._top, self._all_files)}
-        del identity["path"], identity["held_out_images"]  # the sizes of the splits imply held_out_images
+        del identity["path"], identity["test_images"]  # the sizes of the splits imply test_images
         return identity
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:

@@ -30,8 +30,8 @@ class Items(InParts):
     """A data set, or a mapping of them: {"train": ..., "test": ...}."""
     height: int = 32
     channels: int = 3
-    held_out_images: int | None = None
-    """Number of held-out images; None: as of a folder."""
+    test_images: int | None = None
+    """Images that are held out as the split test; None: as of a folder."""
     seed: int = field(default=0, init=False)
     name: str = field(default="items", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)

@@ -118,7 +118,7 @@ class InParts(Source, Protocol):
     """A source whose images are in parts, such as "train" and "test", of which `divide` makes the splits."""
 
     seed: int
-    held_out_images: int | None
+    test_images: int | None
 
     @property
     def splits(self) -> dict[str, int]:
@@ -127,7 +127,7 @@ class InParts(Source, Protocol):
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
         """The part of each split, and its rows in it."""
-        return divide(self._part_sizes, self.seed, self.held_out_images)
+        return divide(self._part_sizes, self.seed, self.test_images)
 
     @property
     @abstractmethod
@@ -159,8 +159,8 @@ class Digits(Loaded):
     class_names: ClassVar = tuple("0123456789")
     seed: DataSeed = 0
     """Seed that decides which images are held out."""
-    held_out_images: Annotated[int, Interval(ge=1, le=1796)] = 297
-    """Number of held-out images; more than usual, since scores against few real images are uncertain."""
+    test_images: Annotated[int, Interval(ge=1, le=1796)] = 297
+    """Images that are held out as the split test; many, since scores against few real images are uncertain."""
     name: str = field(default="digits", init=False)
     height: int = field(default=8, init=False)
     width: int = field(default=8, init=False)
@@ -178,7 +178,7 @@ class Digits(Loaded):
         # Pixel values are 0..16.
         images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
         labels = digits.target.astype(np.int64)
-        splits = held_out(len(labels), self.seed, self.held_out_images)
+        splits = held_out(len(labels), self.seed, self.test_images)
         return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
 
 
@@ -219,7 +219,7 @@ def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels
     if n < 2:
         raise UserError(f"the source has {n} image(s); at least 2 are needed, to hold one out")
     if num_test is not None and num_test >= n:
-        raise UserError(f"held_out_images is {num_test}, but the source has {n} images; hold out fewer")
+        raise UserError(f"test_images is {num_test}, but the source has {n} images; hold out fewer")
     # RandomState, since numpy guarantees its streams: the same rows with every numpy.
     order = np.random.RandomState(seed).permutation(n).astype(np.int64)
     if num_test is None:

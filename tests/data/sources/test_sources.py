@@ -93,7 +93,7 @@ def test_held_out_images_depend_only_on_the_seed() -> None:
     assert rows["test"].tolist() != held_out(100, seed=1, num_test=5)["test"].tolist()
     with pytest.raises(UserError, match="1 image"):
         held_out(1, seed=0)
-    with pytest.raises(UserError, match="held_out_images is 3"):
+    with pytest.raises(UserError, match="test_images is 3"):
         held_out(3, seed=0, num_test=3)
 
 
@@ -286,7 +286,7 @@ def test_training_on_missing_files_says_how_to_prepare_them(
         prepare_for_run.prepared(config, "ddpm train preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
-    assert train == f"ddpm train preset --data.shards {words[3]}"
+    assert train == f"ddpm train preset --data {words[3]}"
     refused = processes.run_job("prepare", *(word.replace("FOLDER", "absent") for word in words[2:]))
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: absent")
