@@ -384,7 +384,7 @@ def configuration() -> str:
             ],
         ),
         "The number of workers may change, too (`cluster.num_workers`): the global batches, their images "
-        "and their noise stay the same.",
+        "and their noise stay the same; sums of floats, and so the weights, differ in the last bits.",
     ]
     groups = typing.get_type_hints(Config)
     for group, cls in groups.items():
@@ -419,17 +419,24 @@ def preset_row(name: str, config: Config) -> list[str]:
     takes = footprint(replace(config, cluster=replace(config.cluster, num_workers=1)))
     assert takes.memory is not None, "our nets run on the meta device"
     model = config.model
-    train = config.train
     return [
         f"`{name}`",
         f"{model.image_size}x{model.image_size}, {'grey' if model.channels == 1 else 'colour'}",
         count(takes.weights),
+        size(takes.checkpoint),
+        size(takes.memory),
+    ]
+
+
+def length_row(name: str, config: Config) -> list[str]:
+    """A row of the table of lengths."""
+    train = config.train
+    return [
+        f"`{name}`",
         f"{train.batch_size} = {train.batch_size // train.micro_batch_size} x {train.micro_batch_size}",
         train.precision,
         count(train.total_images),
         f"{math.ceil(train.total_images / train.batch_size):,}",
-        size(takes.checkpoint),
-        size(takes.memory),
     ]
 
 
@@ -497,17 +504,7 @@ def preset_page() -> str:
         "a preset needs, `ddpm train folder PATH` for your own images.",
         "## Size",
         table(
-            [
-                "preset",
-                "images",
-                "weights",
-                "batch = micro-batches",
-                "precision",
-                "images in all",
-                "steps",
-                "a checkpoint",
-                "memory of one worker",
-            ],
+            ["preset", "images", "weights", "a checkpoint", "memory of one worker"],
             [preset_row(name, config) for name, config in found.items()],
         ),
         "- `folder` chooses 8x8, 16x16 or 32x32 and grey or colour from the images; the row is 32x32 in "
@@ -516,8 +513,13 @@ def preset_page() -> str:
         "are kept, and the best one.\n"
         "- The memory is computed: state, gradients and activations of one worker that takes the whole batch in one "
         "pass, in float32. bfloat16, several workers and `--train.forward-images` lower it. PyTorch and Ray take "
-        "several hundred MB more.\n"
-        "- A run has at most as many workers as a batch has micro-batches.",
+        "several hundred MB more.",
+        "## Length",
+        table(
+            ["preset", "batch = micro-batches", "precision", "images in all", "steps"],
+            [length_row(name, config) for name, config in found.items()],
+        ),
+        "A run has at most as many workers as a batch has micro-batches.",
         "## Recipe",
         table(
             [

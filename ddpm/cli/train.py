@@ -17,7 +17,7 @@ class TrainArguments(PresetArguments):
     """A preset and its changes, and whether to train."""
 
     dry_run: bool = False
-    """Print the size of training and the configuration; start nothing."""
+    """Print the size of training, how long it takes and the configuration; start nothing."""
 
 
 def main() -> int:
@@ -29,9 +29,11 @@ def main() -> int:
         result = launch(arguments)
         return 128 + result.signal if result.signal else 0
     config = checked(arguments)
+    from ddpm.training import duration
     from ddpm.training.footprint import footprint
 
     print(f"net         {footprint(config)}")
+    print(f"time        {duration.about(config)}", flush=True)
     for key, value in flatten(config).items():
         print(f"{key} = {value}")
     return 0

@@ -98,7 +98,7 @@ PRESETS = {
 
 ABOUT = {
     "digits": (
-        "8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits."
+        "8x8 grey, built in (scikit-learn), 0.6 M weights. Two minutes on two cores, after the start."
     ),
     "fashion-mnist": (
         "32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes."

@@ -181,7 +181,7 @@ class ModelConfig:
     net: str
     """unet, or a net of an installed package; together with --help-all it lists the flags of that net."""
     image_size: Annotated[UpTo4096, Affects.NET | Affects.TASK] = 32
-    """Height and width of the images, in pixels."""
+    """Height and width of what the net sees: pixels, or latents."""
     channels: Annotated[UpTo4096, Affects.NET | Affects.TASK] = 3
     """Image channels."""
     num_classes: NonNegativeInt = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray.exceptions
 
-from ddpm.cluster import resources
+from ddpm.cluster import ray_init, resources
 from ddpm.config.json import from_json, to_json
 from ddpm.config.tree import Config
 from ddpm.data.plan import uneven_share
@@ -30,7 +30,7 @@ from ddpm.runs.run_folder import Facts, RunFolder, RunStatus, Search, Status
 from ddpm.tracking import mlflow_pages, run_params
 from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.pusher import PATIENCE_S, Delivery, NoPusher, Pusher
-from ddpm.training import checkpoint_manager
+from ddpm.training import checkpoint_manager, duration
 from ddpm.training.failures import TrainingFailed, last_line
 from ddpm.training.footprint import footprint
 from ddpm.training.monitor import DriverMonitor, ShouldContinue
@@ -156,7 +156,8 @@ def _announce(config: Config, per_worker: dict[str, float]) -> None:
     cpus = per_worker["CPU"]
     gpus = per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
-    for warning in (resources.crowding(config, per_worker), uneven_share(config)):
+    long = None if gpus else duration.warning(config, ray_init.resources().get("CPU", 1.0))
+    for warning in (resources.crowding(config, per_worker), uneven_share(config), long):
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
     print(f"net         {footprint(config)}", flush=True)

@@ -206,8 +206,12 @@ def test_a_dry_run_prints_the_configuration_and_starts_nothing(
     words = ("digits", "--lr", "0.5", "--train.forward-images", "32", "--dry-run")
     done = run_job("train", *words, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and not re.findall(r"\| +ray$", done.stderr, re.MULTILINE)
-    first, *lines = done.stdout.splitlines()
+    first, second, *lines = done.stdout.splitlines()
     assert "627,433 weights" in first and "2 micro-batches" in first and "a pass of 32 images" in first
+    took = (
+        r"time        0.055 GFLOP an image; [\d.]+ (s|min) on .* \([\d,]+ images/s, measured for a second\)"
+    )
+    assert re.fullmatch(took, second)
     shown = dict(line.split(" = ") for line in lines)
     assert shown.keys() == flatten(DIGITS).keys()
     assert (shown["optim.lr"], shown["cluster.num_workers"]) == ("0.5", "auto")
