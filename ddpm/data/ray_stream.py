@@ -45,7 +45,7 @@ BYTES_PER_WORKER = 256 << 20
 OBJECT_STORE_SHARE = 0.25
 """Reading ahead of training may take this share of the object store in all."""
 READING_PRIORITY = 10
-"""The nice value of reading, which is ahead of training: on CPUs, training that does not wait goes first."""
+"""The least nice value of reading, which is ahead of training: on CPUs, training that does not wait goes first."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
 TaskRange = tuple[int, int]
@@ -208,6 +208,13 @@ class _SchedulingPause:
         self._step_at = time.monotonic()
 
 
+def step_back() -> None:
+    """Raise this process's nice value to READING_PRIORITY. Ray's workers may have a larger one, 15 on most clusters,
+    and only root may lower it."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, max(own, READING_PRIORITY))
+
+
 class _ReadTask:
     """The function of a reading task, created by the process that calls `split`, run where Ray has a free CPU.
 
@@ -222,7 +229,7 @@ class _ReadTask:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Yield one row per rank for each part, and also for an error: the splitter deals rows by number."""
-        os.setpriority(os.PRIO_PROCESS, 0, READING_PRIORITY)
+        step_back()
         start = int(batch["start"][0])
         stop = int(batch["stop"][0])
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
 WARN_AFTER_S = 2.0
-"""Seconds of failed tries after which `warn` is called, at the latest ten seconds later."""
+"""Seconds of failed tries after which `warn` is called; until then no wait is longer."""
 MAX_ERROR = 400
 """Characters of an error of storage that a message shows."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -41,7 +41,7 @@ def retry_io(
     Args:
         where: the bucket or folder, for the error: "s3://bucket/runs".
         timeout_s: when the last try begins; 0: one try.
-        warn: called once with a line when tries have failed for WARN_AFTER_S.
+        warn: called once with a line when tries have failed for WARN_AFTER_S to twice as long.
 
     Raises:
         StorageError: the time-out has passed; the message has the time tried and the last answer.
@@ -51,7 +51,8 @@ def retry_io(
     )
 
     def wait(state: tenacity.RetryCallState) -> float:
-        return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
+        longest = LONGEST_WAIT_S if has_warned else WARN_AFTER_S
+        return max(0.0, min(backoff(state), longest, timeout_s - (state.seconds_since_start or 0.0)))
 
     has_warned = False
 

@@ -151,7 +151,10 @@ def test_a_spot_machine_sees_the_notice_of_its_end(aws: AwsServer, monkeypatch: 
 
 
 def test_permissions_of_a_worker_on_the_real_bucket(aws: AwsServer, stack: Stack) -> None:
-    """With credentials of the role, on a server that now enforces IAM."""
+    """With credentials of the role, on a server that now enforces IAM.
+
+    Nothing is listed: moto 5.2.6 asks for s3:ListObjectsV2, which is no permission of IAM; s3:ListBucket is tested above.
+    """
     arn = stack.role("WorkerRole")["Arn"]
     keys = stack.client("sts").assume_role(RoleArn=arn, RoleSessionName="worker")["Credentials"]
     _, options = aws_client(aws.endpoint, keys["AccessKeyId"], keys["SecretAccessKey"])
@@ -161,7 +164,6 @@ def test_permissions_of_a_worker_on_the_real_bucket(aws: AwsServer, stack: Stack
         worker = boto3.client("s3", **options, aws_session_token=keys["SessionToken"])
         worker.put_object(**file, Body=b"{}")
         assert worker.get_object(**file)["Body"].read() == b"{}"
-        assert worker.list_objects_v2(Bucket=stack.bucket, Prefix="runs/")["KeyCount"] == 1
         worker.delete_object(**file)
         with pytest.raises(ClientError, match="AccessDenied"):
             worker.delete_bucket(Bucket=stack.bucket)
