@@ -102,10 +102,9 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, request: pytest.
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_the_python_of_the_notebook_page_runs(tmp_path: Path) -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (RECIPES / "notebooks.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+@pytest.mark.parametrize("page", [REPO / "README.md", RECIPES / "notebooks.md"], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     script = tmp_path / "page.py"
     script.write_text(re.sub(r"total_images=[\d_]+", "total_images=640", "".join(blocks)))
     done = processes.run([sys.executable, script], cwd=tmp_path, env=processes.python_path(REPO))
