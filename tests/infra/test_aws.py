@@ -153,7 +153,8 @@ def test_a_spot_machine_sees_the_notice_of_its_end(aws: AwsServer, monkeypatch: 
 def test_permissions_of_a_worker_on_the_real_bucket(aws: AwsServer, stack: Stack) -> None:
     """With credentials of the role, on a server that now enforces IAM.
 
-    Nothing is listed: moto 5.2.6 asks for s3:ListObjectsV2, which is no permission of IAM; s3:ListBucket is tested above.
+    Nothing is listed: moto 5.2.6 asks for s3:ListObjectsV2, which is no permission of IAM. The test above covers
+    s3:ListBucket.
     """
     arn = stack.role("WorkerRole")["Arn"]
     keys = stack.client("sts").assume_role(RoleArn=arn, RoleSessionName="worker")["Credentials"]
