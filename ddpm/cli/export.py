@@ -1,7 +1,7 @@
 """Export a net: ddpm export CHECKPOINT DIR
 
 CHECKPOINT is a checkpoint, a run (its newest checkpoint), models:/NAME@ALIAS or builtin:NAME. DIR is a new folder: a
-pipeline for DDPMPipeline.from_pretrained, with a run's model card.
+pipeline for DDPMPipeline.from_pretrained, with a run's model card; a net of latents has a script instead.
 
     ddpm export PIPELINE DIR --format checkpoint
 
@@ -61,8 +61,9 @@ def main() -> None:
         raise UserError("--label has an effect with --format diffusers only; leave it out")
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
+    from ddpm.data import latents
     from ddpm.export import card, export
-    from ddpm.runs import checkpoint, names
+    from ddpm.runs import names
     from ddpm.tracking import registry
 
     with ExitStack() as stack:
@@ -74,10 +75,12 @@ def main() -> None:
         else:
             folder = stack.enter_context(names.local_checkpoint(arguments.checkpoint))
             exported = {kind: out}
-            trained = checkpoint.load_net(folder, ema=arguments.ema)
+            trained = latents.load_net(folder, ema=arguments.ema)
             export.to_diffusers(trained, out, _class_of(trained, arguments.label))
             steps = trained.config.schedule.num_timesteps
             use = f"DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})"
+            if trained.decoder is not None:
+                use = f"python {out / export.SCRIPT} 0 1 2 3"
             print(f"pipeline    {out}")
             print(f"draw        {use}")
             with suppress(UserError):  # not a run

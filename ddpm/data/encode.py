@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -347,9 +347,20 @@ class _Pool:
             for row in batches:
                 yield tasks[int(row["number"][0])], row
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError | OSError):  # without the worker's traceback
-                raise error.cause from None
-            raise
+            raise _told(error) from None
+
+
+def _told(error: Any) -> BaseException:
+    """The user's error in a chain of causes, without the worker's traceback; if there is none, `error` itself.
+
+    Ray Data wraps what a function raises in an exception of its own.
+    """
+    cause = error.cause
+    while cause is not None:
+        if isinstance(cause, UserError | OSError):
+            return cause
+        cause = cause.__cause__
+    return error
 
 
 class _ReadTask:
@@ -366,14 +377,23 @@ class _ReadTask:
 
 
 class _Encoder:
-    """An actor with the autoencoder."""
+    """An actor with the autoencoder.
+
+    The first task loads it, not the constructor: Ray Data starts an actor whose constructor fails again, for minutes.
+    """
 
     def __init__(self, location: Location, kind: str, digest: str, scaling: Scaling | None) -> None:
         torch.set_num_threads(1)
         self._device = devices.default()
-        self._autoencoder: Autoencoder = latents.load(location, kind, digest).to(self._device)
+        self._kind = kind
+        self._digest = digest
         self._location = location
         self._scaling = scaling
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder:
+        loaded: Autoencoder = latents.load(self._location, self._kind, self._digest).to(self._device)
+        return loaded
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

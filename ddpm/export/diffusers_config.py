@@ -87,6 +87,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[config.objective.predict],
         "variance_type": VARIANCES[sample.variance],
         "clip_sample": sample.mean == "clipped",
+        "clip_sample_range": config.data.x_0_max,
         "timestep_spacing": "linspace",  # with fewer than T steps both ends matter, as in timesteps.uniform
     }
 

@@ -1,6 +1,9 @@
 """Export of nets to a diffusers pipeline folder, and import of such a folder.
 
     DIR/model_index.json  unet/  scheduler/     DDPMPipeline.from_pretrained(DIR) draws the same images
+    DIR/sample.py  unet/  scheduler/  vae/      of a net of latents: python DIR/sample.py draws the same images
+
+No pipeline of diffusers scales latents by channel, as ours are, so a net of latents gets a script.
 
 What diffusers cannot express directly is translated or refused; nothing is left out silently:
 
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from ddpm.build import TrainedNet, build_net
@@ -40,6 +44,8 @@ from ddpm.export.diffusers_config import (
     unet_config,
     unet_of,
 )
+from ddpm.latents.diffusers import DiffusersAutoencoder
+from ddpm.latents.scaling import STD, Decoder, Scaling
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, sinusoids
 from ddpm.runs import checkpoint
 from ddpm.utils import files
@@ -49,12 +55,15 @@ from ddpm.utils.seeding import GENERATOR
 
 TIME_TABLE = "time_proj.weight"
 """Diffusers' name for the [T, E] embedding of t, where it is a table."""
+SCRIPT = "sample.py"
+"""The file that samples an exported net of latents."""
 
 
 def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> None:
     """Write the new folder `out`, from which `DDPMPipeline.from_pretrained(out)` draws what `ancestral` draws.
 
-    Sample with num_inference_steps = T and one torch.Generator per image.
+    Sample with num_inference_steps = T and one torch.Generator per image. From a net of latents, `python out/sample.py`
+    draws.
 
     Args:
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
@@ -67,12 +76,20 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
             f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use examples/torch_export"
         )
     unet_of(config)
+    vae = _vae(trained.decoder)
     weights, config = _without_labels(trained.net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
     unet.load_state_dict(to_their_names(weights, config, unet.state_dict()))
-    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler_config(config)))
+    scheduler = diffusers.DDPMScheduler(**scheduler_config(config))
     with _new_folder(out) as folder:
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        if vae is None:
+            diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
+        else:
+            unet.save_pretrained(folder / "unet", safe_serialization=True)
+            scheduler.save_pretrained(folder / "scheduler")
+            files.make_folder(folder / "vae")
+            vae.save(folder / "vae")
+            (folder / SCRIPT).write_text(_script(trained.decoder.scaling, vae, config))
 
 
 def from_diffusers(source: Path, out: Path) -> None:
@@ -95,6 +112,29 @@ def from_diffusers(source: Path, out: Path) -> None:
     }
     with _new_folder(out) as folder:
         checkpoint.write_net(TrainedNet(net, config), state, folder)
+
+
+def _vae(decoder: Decoder | None) -> DiffusersAutoencoder | None:
+    """The autoencoder of a net of latents."""
+    if decoder is None:
+        return None
+    if not isinstance(decoder.autoencoder, DiffusersAutoencoder):
+        raise UserError(
+            "the autoencoder of this net is no class of diffusers, which could not decode what the net generates; use "
+            "examples/torch_export"
+        )
+    return decoder.autoencoder
+
+
+def _script(scaling: Scaling, vae: DiffusersAutoencoder, config: Config) -> str:
+    """The content of SCRIPT."""
+    environment = Environment(loader=PackageLoader("ddpm.export"), undefined=StrictUndefined)
+    return environment.get_template("sample.py.jinja").render(
+        autoencoder=vae.class_name,
+        num_timesteps=config.schedule.num_timesteps,
+        mean=list(scaling.mean),
+        scale=[std / STD for std in scaling.std],
+    )
 
 
 def _diffusers() -> Any:

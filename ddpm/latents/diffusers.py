@@ -31,8 +31,13 @@ class DiffusersAutoencoder:
     def __init__(self, net: Any) -> None:
         self._net = net.eval().requires_grad_(False)
         config = {key: value for key, value in net.config.items() if not key.startswith("_")}
-        recipe = json.dumps([type(net).__name__, config], sort_keys=True, default=list)
+        recipe = json.dumps([self.class_name, config], sort_keys=True, default=list)
         self.digest = digest_of(net.state_dict(), recipe)
+
+    @property
+    def class_name(self) -> str:
+        """One of CLASSES."""
+        return type(self._net).__name__
 
     def encode(self, x: Tensor) -> Tensor:
         encoded = self._net.encode(x)

@@ -1,14 +1,19 @@
 """An export to diffusers computes the same, and importing it restores the net."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import processes
+from support.autoencoders import CHANNELS, write_autoencoder
 from support.tiny import TINY_NET
 from torch import Tensor
 
@@ -18,6 +23,9 @@ from ddpm.config.presets import CIFAR10
 from ddpm.config.tree import Config
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.export import diffusers_config, export
+from ddpm.latents.autoencoder import Autoencoder
+from ddpm.latents.diffusers import load as load_autoencoder
+from ddpm.latents.scaling import Decoder, Scaling
 from ddpm.runs import checkpoint
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -92,15 +100,19 @@ def make_net(config: Config) -> TrainedNet:
 
 
 def our_images(trained: TrainedNet, label: int | None = None) -> Tensor:
-    """[B, C, H, W] in [0, 1], as the sampler that `config` describes draws them."""
+    """[B, C, H, W] in [0, 1], of a net of images."""
+    return (our_x_0(trained, label) / 2 + 0.5).clamp(0, 1)
+
+
+def our_x_0(trained: TrainedNet, label: int | None = None) -> Tensor:
+    """[B, C, H, W], as the sampler that `config` describes draws them."""
     net = trained.net
     config = trained.config
     objective = trained.objective
     labels = None if label is None else torch.full((len(SEEDS),), label)
     generators = [TorchGenerator(seed, device=torch.device("cpu")) for seed in SEEDS]
     noise = PerImageNoise(generators, (config.model.channels, 8, 8))
-    x = build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, labels), noise)
-    return (x / 2 + 0.5).clamp(0, 1)
+    return build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, labels), noise)
 
 
 def their_images(folder: Path, num_inference_steps: int) -> Tensor:
@@ -164,6 +176,42 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
     assert (our_images(trained, label) - theirs).abs().max() < 1e-3
     assert (our_images(trained, 0) - theirs).abs().max() > 1e-2
     assert trained.net.label_embedding.weight.shape == (4, 32), "the net itself is left as it was"
+
+
+def latents_net(autoencoder: Autoencoder) -> TrainedNet:
+    """A net of the autoencoder's latents, with three classes."""
+    changes = {"schedule.num_timesteps": 20, "model.channels": CHANNELS, "model.num_classes": 3}
+    of_latents = {"data.latents": autoencoder.digest, "data.x_0_max": 1.5}
+    scaling = Scaling(mean=(0.1, -0.2, 0.3, 0.0), std=(0.5, 0.7, 0.9, 1.1), limit=3.0)
+    trained = make_net(override(TINY, changes | of_latents))
+    return replace(trained, decoder=Decoder(autoencoder, scaling))
+
+
+def test_a_net_of_latents_is_exported_with_a_script(tmp_path: Path) -> None:
+    trained = latents_net(load_autoencoder(str(write_autoencoder(tmp_path / "vae"))))
+    export.to_diffusers(trained, tmp_path / "out", label=1)
+    seeds = [torch_seed(seed) for seed in SEEDS]
+    done = processes.run([sys.executable, tmp_path / "out/sample.py", *seeds], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = np.stack([np.asarray(Image.open(tmp_path / f"{seed}.png")) for seed in seeds]).astype(int)
+    ours = trained.images(our_x_0(trained, 1)).numpy()
+    assert ours.std() > 20
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(trained.images(our_x_0(trained, 0)).numpy() - theirs).max() > 1
+    scheduler_config = json.loads((tmp_path / "out" / SCHEDULER).read_text())
+    assert scheduler_config["clip_sample_range"] == 1.5
+
+
+def test_an_autoencoder_that_diffusers_does_not_have_is_refused(tmp_path: Path) -> None:
+    class Other:
+        """An autoencoder of another package."""
+
+        digest = "other"
+
+    trained = latents_net(cast(Autoencoder, Other()))
+    with pytest.raises(UserError, match="no class of diffusers"):
+        export.to_diffusers(trained, tmp_path / "out", label=1)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def job_command(job: str) -> list[str]:
     return [sys.executable, str(REPO / ("tune" if job == "search" else "jobs") / f"{job}.py")]
 
 
+def write_checkout(folder: Path) -> Path:
+    """Write the new folder with what a submitted job needs of this checkout."""
+    for name in ("ddpm", "jobs", "tune"):
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / ".gitignore", folder)  # Ray does not upload what it names
+    return folder
+
+
 def kill_tree(process: subprocess.Popen[Any], grace_s: float = 0, first: int = signal.SIGTERM) -> None:
     """Kill `process`, its descendants and the rest of its session; with a grace period, `first` is sent first.
 

@@ -227,11 +227,8 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     at = command.index("--run.storage")
     command = (*command[:at], *command[at + 2 :])
     env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
-    checkout = tmp_path / "checkout"
+    checkout = processes.write_checkout(tmp_path / "checkout")
     client = JobSubmissionClient(ray_head.dashboard)
-    for folder in ("ddpm", "jobs"):
-        shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPO / ".gitignore", checkout)  # Ray does not upload what it names
     no_wait = ("--no-wait", "--submission-id", "stopped")
     ray_head.submit(*command, env=env, cwd=checkout, options=no_wait)
     before = processes.wait_for(run.images_seen)
