@@ -76,20 +76,21 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
             f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use examples/torch_export"
         )
     unet_of(config)
-    vae = _vae(trained.decoder)
+    decoder = trained.decoder
+    vae = None if decoder is None else _vae(decoder)
     weights, config = _without_labels(trained.net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
     unet.load_state_dict(to_their_names(weights, config, unet.state_dict()))
     scheduler = diffusers.DDPMScheduler(**scheduler_config(config))
     with _new_folder(out) as folder:
-        if vae is None:
+        if decoder is None or vae is None:
             diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
         else:
             unet.save_pretrained(folder / "unet", safe_serialization=True)
             scheduler.save_pretrained(folder / "scheduler")
             files.make_folder(folder / "vae")
             vae.save(folder / "vae")
-            (folder / SCRIPT).write_text(_script(trained.decoder.scaling, vae, config))
+            (folder / SCRIPT).write_text(_script(decoder.scaling, vae, config))
 
 
 def from_diffusers(source: Path, out: Path) -> None:
@@ -114,10 +115,8 @@ def from_diffusers(source: Path, out: Path) -> None:
         checkpoint.write_net(TrainedNet(net, config), state, folder)
 
 
-def _vae(decoder: Decoder | None) -> DiffusersAutoencoder | None:
+def _vae(decoder: Decoder) -> DiffusersAutoencoder:
     """The autoencoder of a net of latents."""
-    if decoder is None:
-        return None
     if not isinstance(decoder.autoencoder, DiffusersAutoencoder):
         raise UserError(
             "the autoencoder of this net is no class of diffusers, which could not decode what the net generates; use "
