@@ -1,22 +1,26 @@
 """From photographs to a trained net of latents, through the command line; the promises of a run hold on latents."""
 
+import io
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from ray.job_submission import JobSubmissionClient
 from support import local
 from support.autoencoders import CHANNELS, SIZE, write_autoencoder, write_photos
-from support.processes import Job, kill_tree, run_job
-from support.servers import RayHead
+from support.processes import Job, kill_tree, members, run_job, wait_for, write_checkout
+from support.servers import RayHead, S3Server
+from torch import Tensor
 
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.ray_stream import open_data_set
-from ddpm.runs import run_folder, storage
+from ddpm.runs import names, run_folder, storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_ray_head")]
 
@@ -125,14 +129,83 @@ def test_a_run_on_latents_killed_and_resumed_is_the_run_that_was_not(place: Path
     # The images are gone, which metrics need; sampling does not.
     shutil.move(place / "pixels", place / "moved")
     try:
-        refused = run_job(
-            "evaluate", "runs/undisturbed", "--num-images", "20", "--features", "pixels", cwd=place
-        )
+        refused = run_job("evaluate", "runs/undisturbed", *options, cwd=place)
         assert refused.returncode == 2 and "no data set at" in refused.stderr, refused.stderr
         assert "Traceback" not in refused.stderr
         done("sample", "runs/undisturbed", "--num-images", "1", "--out", "one", cwd=place)
     finally:
         shutil.move(place / "moved", place / "pixels")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with `photos` and the autoencoder `vae`."""
+    folder = write_checkout(tmp_path / "checkout")
+    write_photos(folder / "photos")
+    write_autoencoder(folder / "vae")
+    return folder
+
+
+@pytest.fixture
+def submit(s3_server: S3Server, s3_bucket: str, ray_head: RayHead, checkout: Path) -> Callable[..., str]:
+    """`ray job submit -- python ...` from the checkout, which Ray copies; returns the output."""
+    env = s3_server.client_env | {"OMP_NUM_THREADS": "1"}
+    env["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_TRACKING_URI"]
+
+    def submit(*command: object, options: Sequence[str] = ()) -> str:
+        submitted = ray_head.submit("python", *command, env=env, cwd=checkout, options=options)
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        return submitted.stdout
+
+    return submit
+
+
+@pytest.mark.long
+def test_from_photographs_to_verdicts_in_a_bucket(
+    submit: Callable[..., str], s3_bucket: str, ray_head: RayHead, checkout: Path, tmp_path: Path
+) -> None:
+    """Every stage is a submitted job; what the next one needs is in the bucket alone."""
+    pixels, latents, runs = (f"{s3_bucket}/{name}" for name in ("photos", "photos-latents", "runs"))
+    submit("jobs/prepare.py", "folder", pixels, "--path", "photos", "--size", SIZE)
+    submit("jobs/encode.py", pixels, latents, "--autoencoder", "diffusers:vae")
+    shutil.rmtree(checkout / "photos")
+    shutil.rmtree(checkout / "vae")
+    of_latents = ("folder", "--data", latents, "--storage", runs, *FLAGS)
+    train = ("jobs/train.py", *of_latents, "--total-images", 256)
+    submit(*train, "--name", "undisturbed")
+    submit(*train, "--name", "killed", options=("--no-wait", "--submission-id", "killed"))
+    run = storage.resolve(f"{runs}/killed")
+    wait_for(lambda: run_folder.checkpoints(run))
+    (driver,) = (p for p in members(ray_head.process.pid, "python") if "jobs/train.py" in p.cmdline())
+    driver.kill()
+    client = JobSubmissionClient(ray_head.dashboard)
+    wait_for(lambda: client.get_job_status("killed").is_terminal())
+    assert client.get_job_status("killed") == "FAILED"
+    submit(*train, "--name", "killed")
+    local.assert_same(tensors_of(f"{runs}/killed"), tensors_of(f"{runs}/undisturbed"))
+
+    judges = ("--num-images", 20, "--features", "pixels")
+    trials = "--num-trials 4 --num-rungs 1 --finalists 0 --searcher grid --max-concurrent 1".split()
+    space = ("--space", "schedule.kind=cosine|linear", "optim.lr=1e-3|4e-3", "--total-images", 128)
+    found = submit("tune/search.py", *of_latents, "--name", "search", *trials, *judges, *space)
+    assert "searched    4 trials" in found and found.count(" finished") >= 4, found
+    drawn = f"{s3_bucket}/drawn"
+    submit("jobs/sample.py", f"{runs}/killed", "--num-images", 2, "--label", "dark", "--out", drawn)
+    file = storage.resolve(drawn).child("images").child("000001.png")
+    with Image.open(io.BytesIO(file.read())) as image:
+        assert image.size == (SIZE, SIZE)
+    for name in ("undisturbed", "killed"):
+        assert "KID-pixels" in submit("jobs/evaluate.py", f"{runs}/{name}", *judges, "--num-sample-steps", 2)
+    verdicts = submit("jobs/compare.py", f"{runs}/undisturbed", f"{runs}/killed")
+    assert "KID-pixels: " in verdicts and "bits/dim-latents-" in verdicts, verdicts
+    submit("jobs/export.py", f"{runs}/killed", tmp_path / "exported", "--label", "dark")
+    assert (tmp_path / "exported/sample.py").exists()
+
+
+def tensors_of(run: str) -> dict[str, Tensor]:
+    """The tensors of a run's newest checkpoint."""
+    with names.local_checkpoint(run) as folder:
+        return local.stored(folder)
 
 
 def test_photographs_to_latents_in_one_command(place: Path) -> None:
