@@ -43,8 +43,9 @@ from PIL import Image
 
 from ddpm.build import bind_sampler, build_schedule
 from ddpm.config.json import to_json
-from ddpm.config.tree import SampleConfig
-from ddpm.data.sources import folder_preset as folder_preset
+from ddpm.config.presets import Images
+from ddpm.config.tree import Config, ModelConfig, SampleConfig
+from ddpm.data.sources import folder_preset
 from ddpm.diffusion import samplers
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
@@ -52,6 +53,7 @@ from ddpm.diffusion.schedules import Schedule
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.evaluation.nets import Lite0
+from ddpm.latents.scaling import Decoder
 from ddpm.runs import checkpoint, run_folder
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
@@ -140,45 +142,72 @@ def write(name: str, folder: Path) -> Path:
 
 
 class Judge:
-    """Two distances of drawn images to the held-out images of a folder, at the nets' size."""
+    """Two distances of drawn images to held-out ones.
 
-    def __init__(self, folder: Path, size: int, channels: int, num_images: int) -> None:
-        from ddpm.data.sources.conversion import fitted
+    Args:
+        real: the held-out images, uint8 [N, H, W, C].
+        config: its model has the shape of what the nets generate, and its data say the range.
+        num_images: images to draw from each net.
+        decoder: makes images of latents.
+    """
 
-        real = [fitted(Image.open(file), size, channels) for file in sorted((folder / "test").iterdir())]
-        pixels = torch.from_numpy(
-            np.stack([np.asarray(image).reshape(size, size, channels) for image in real])
-        )
-        self.shape = (channels, size, size)
+    def __init__(
+        self, real: torch.Tensor, config: Config, num_images: int, decoder: Decoder | None = None
+    ) -> None:
+        self._config = config
         self._num_images = num_images
+        self._decoder = decoder
         self._net = Lite2()
-        self._features = features_of(self._net, pixels)
-        self._colours = Moments.of(coarse(pixels))
-        self.shown = pixels[:SHOWN].numpy()
+        self._features = features_of(self._net, real)
+        self._colours = Moments.of(coarse(real))
+        self.shown = real[:SHOWN].numpy()
         """Some of the images that were judged last."""
 
     def __call__(
         self, minutes: float, images_seen: int, net: Model, objective: Objective, schedule: Schedule
     ) -> Point:
-        drawn = draw(net, objective, schedule, self.shape, self._num_images)
+        drawn = self._draw(net, objective, schedule)
         value, _ = kid(features_of(self._net, drawn), self._features)
         self.shown = drawn[:SHOWN].numpy()
         return Point(minutes, images_seen, value, fid(Moments.of(coarse(drawn)), self._colours))
 
+    @torch.no_grad()
+    def _draw(self, net: Model, objective: Objective, schedule: Schedule) -> torch.Tensor:
+        """Images uint8 [N, H, W, C], drawn from the same noise for every net."""
+        model = self._config.model
+        x_0_max = self._config.data.x_0_max
+        shape = (model.channels, model.image_size, model.image_size)
+        sampler = bind_sampler(samplers.dpmpp_2m, SAMPLER, schedule, math.prod(shape), x_0_max)
+        drawn = []
+        for start in range(0, self._num_images, BATCH_SIZE):
+            indices = range(start, min(start + BATCH_SIZE, self._num_images))
+            noise = PerImageNoise([PhiloxGenerator(0, Purpose.SAMPLE, i) for i in indices], shape)
+            x_0 = sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
+            drawn.append(self._decoder.images(x_0) if self._decoder else images.to_uint8(x_0 / x_0_max))
+        return torch.cat(drawn)
 
-@torch.no_grad()
-def draw(
-    net: Model, objective: Objective, schedule: Schedule, shape: tuple[int, int, int], n: int
-) -> torch.Tensor:
-    """Images uint8 [N, H, W, C], drawn from the same noise for every net."""
-    sampler = bind_sampler(samplers.dpmpp_2m, SAMPLER, schedule, math.prod(shape))
-    drawn = []
-    for start in range(0, n, BATCH_SIZE):
-        generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
-        noise = PerImageNoise(generators, shape)
-        x_0 = sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
-        drawn.append(images.to_uint8(x_0))
-    return torch.cat(drawn)
+
+@dataclass(frozen=True)
+class Race:
+    """What the trainers race on."""
+
+    name: str
+    words: Sequence[str]
+    """Of our command, after `folder`: the images, and their settings."""
+    config: Config
+    """Ours; a peer has its net."""
+    source: Path
+    """What a peer trains on: a folder of PNG, or a file of latents."""
+    judge: Judge
+
+
+def held_out(folder: Path, model: ModelConfig) -> torch.Tensor:
+    """The images of FOLDER/test as a net sees them, uint8 [N, H, W, C]."""
+    from ddpm.data.sources.conversion import fitted
+
+    side = model.image_size
+    real = [fitted(Image.open(file), side, model.channels) for file in sorted((folder / "test").iterdir())]
+    return torch.from_numpy(np.stack([np.asarray(image).reshape(side, side, -1) for image in real]))
 
 
 def coarse(image: torch.Tensor) -> NDArray[np.float64]:
@@ -200,14 +229,12 @@ def train(command: Sequence[str], folder: Path, minutes: float) -> Callable[[Pat
     return lambda file: (file.stat().st_mtime - contestant.turns[0].began) / 60
 
 
-def ours(
-    data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
-) -> tuple[list[Point], Point]:
+def ours(race: Race, folder: Path, seed: int, until: float) -> tuple[list[Point], Point]:
     """Train ours; its averaged weights at MARKS, and its online weights at the end."""
     command = train_command("folder", folder, "run", CHECKPOINT_IMAGES)
-    command[3:3] = [str(data)]
+    command[3:3] = race.words
     command += ["--workers", "2", "--seed", str(seed)]
-    minutes = train(command, folder, arguments.minutes)
+    minutes = train(command, folder, until)
     checksums = folder.glob(f"run/{run_folder.PREFIX}*/{run_folder.CHECKSUMS}")
     saved = {minutes(file): file.parent for file in checksums}
 
@@ -215,29 +242,28 @@ def ours(
         trained = checkpoint.load_net(saved[at], ema=ema)
         trained.net.autocast_dtype = None  # all nets sample in float32
         seen = checkpoint.read_state(saved[at])["images_seen"]
-        return judge(at, seen, trained.net, trained.objective, build_schedule(trained.config.schedule))
+        return race.judge(at, seen, trained.net, trained.objective, build_schedule(trained.config.schedule))
 
-    times = nearest(saved, MARKS, arguments.minutes)
+    times = nearest(saved, MARKS, until)
     online = judged(times[-1], ema=False)
     return [judged(at, ema=True) for at in times], online
 
 
 def peer(
-    name: str, lr: float | None, data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
+    name: str, lr: float | None, race: Race, folder: Path, seed: int, until: float
 ) -> tuple[list[Point], Point]:
     """Train a peer; its averaged weights at PEERS_MARKS, and its online weights at the end."""
-    config = folder_preset.preset(str(data))
-    (folder / peers.CONFIG).write_text(to_json(config))
-    (folder / peers.IMAGES).symlink_to(data / "train")
+    (folder / peers.CONFIG).write_text(to_json(race.config))
+    (folder / (peers.IMAGES if race.source.is_dir() else peers.LATENTS)).symlink_to(race.source)
     command = [sys.executable, peers.__file__, name, str(folder), *([f"{lr:g}", str(seed)] if lr else [])]
-    minutes = train(command, folder, arguments.minutes)
+    minutes = train(command, folder, until)
     saved = {minutes(file): file for file in folder.glob(f"*{peers.AVERAGED}")}
 
     def judged(at: float, file: Path) -> Point:
         seen = int(saved[at].name.removesuffix(peers.AVERAGED))
-        return judge(at, seen, *peers.LOAD[name](file, config, lr is not None))
+        return race.judge(at, seen, *peers.LOAD[name](file, race.config, lr is not None))
 
-    times = nearest(saved, PEERS_MARKS, arguments.minutes)
+    times = nearest(saved, PEERS_MARKS, until)
     online = judged(times[-1], folder / peers.ONLINE)
     return [judged(at, saved[at]) for at in times], online
 
@@ -249,26 +275,35 @@ def nearest(saved: Mapping[float, Path], marks: Sequence[float], minutes: float)
     return sorted({min(saved, key=lambda at: abs(at - mark * minutes)) for mark in marks})
 
 
-def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
-    """All trainings on a set of images."""
+def on_images(name: str, top: Path, num_images: int) -> Race:
+    """The race on a set of images, which is written to TOP/images."""
     data = write(name, top / "images")
+    config = folder_preset.preset(Images(path=str(data)))
+    return Race(
+        name=name,
+        words=[str(data)],
+        config=config,
+        source=data / "train",
+        judge=Judge(held_out(data, config.model), config, num_images),
+    )
+
+
+def run_race(race: Race, top: Path, arguments: Arguments) -> list[Training]:
+    """All trainings of a race, in folders in `top`; writes quality-NAME.png."""
     trainings = list[Training]()
-    model = folder_preset.preset(str(data)).model
-    judge = Judge(data, model.image_size, model.channels, arguments.num_images)
-    rows = [judge.shown]
+    rows = [race.judge.shown]
 
     def run(who: str, lr: float | None, seed: int) -> None:
         folder = top / f"{len(trainings)}"
         folder.mkdir()
-        judged = (
-            ours(data, folder, seed, arguments, judge)
-            if who == OURS
-            else peer(who, lr, data, folder, seed, arguments, judge)
-        )
-        trainings.append(Training(name, who, lr, seed, *judged))
+        if who == OURS:
+            judged = ours(race, folder, seed, arguments.minutes)
+        else:
+            judged = peer(who, lr, race, folder, seed, arguments.minutes)
+        trainings.append(Training(race.name, who, lr, seed, *judged))
         print(trainings[-1], flush=True)
         if seed == 0:
-            rows.append(judge.shown)
+            rows.append(race.judge.shown)
 
     for who, lr in itertools.product(arguments.peers, (None, *arguments.lrs)):
         run(who, lr, 0)
@@ -276,7 +311,7 @@ def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
         run(OURS, None, seed)
         for who in arguments.peers if seed else ():
             run(who, best_lr(trainings, who), seed)
-    picture = tables.result(Path(__file__).with_name(f"quality-{name}.png"))
+    picture = tables.result(Path(__file__).with_name(f"quality-{race.name}.png"))
     picture.write_bytes(images.png_bytes(images.strip(rows)))
     print(f"picture     {picture}")
     return trainings
@@ -296,8 +331,19 @@ def reached(curve: Sequence[Point], goal: Point) -> float:
     )
 
 
-def report(trainings: Sequence[Training], arguments: Arguments) -> None:
-    """Write the tables."""
+class Tables(NamedTuple):
+    """Lines of Markdown."""
+
+    ends: list[str]
+    """What each trainer's nets score at the end."""
+    times: list[str]
+    """Minutes until ours is as good as a peer at its end."""
+    every: list[str]
+    """All that was judged."""
+
+
+def tables_of(trainings: Sequence[Training]) -> Tables:
+    """The tables of races."""
     nets = list[list[object]]()
     times = list[list[object]]()
     every = list[list[object]]()
@@ -330,6 +376,18 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
             every.append(
                 [t.images, t.trainer, rate, t.seed, weights, *at, f"{judged.kid:.3f}", f"{judged.colour:.2f}"]
             )
+    ends = "images, trainer, settings, KID, colour distance, KID online, colour online, images seen"
+    columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
+    return Tables(
+        tables.table(ends.split(", "), nets),
+        tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
+        tables.table(columns.split(", "), every),
+    )
+
+
+def report(trainings: Sequence[Training], arguments: Arguments) -> None:
+    """Write the page."""
+    found = tables_of(trainings)
     how = (
         f"After {arguments.minutes:g} minutes of training: KID-lite2 of {arguments.num_images} images (20 steps of "
         f"`dpmpp_2m`, eta 1, sigma_min 0.08, for all) and Frechet distance of 4x4 pixels to held-out images; mean and "
@@ -338,22 +396,20 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
     )
     sets = dict.fromkeys(t.images for t in trainings)
     shown = [line for name in sets for line in ("", f"![Rows of samples: {name}](quality-{name}.png)")]
-    ends = "images, trainer, settings, KID, colour distance, KID online, colour online, images seen"
-    columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
     tables.write(
         __file__,
         "Time to quality",
         how,
         "",
-        *tables.table(ends.split(", "), nets),
+        *found.ends,
         "",
         "Minutes until ours is as good as the peer at its end in both, seed by seed; how many times later a peer was:",
         "",
-        *tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
+        *found.times,
         "",
         "Images of the averaged weights of seed 0 at the end, below held-out ones, in the order of the last table:",
         *shown,
-        raw=["## All trainings", "", *tables.table(columns.split(", "), every)],
+        raw=["## All trainings", "", *found.every],
     )
 
 
@@ -363,7 +419,8 @@ def main() -> None:
     trainings = list[Training]()
     for name in arguments.sets:
         with tempfile.TemporaryDirectory() as folder:
-            trainings += race(name, Path(folder), arguments)
+            race = on_images(name, Path(folder), arguments.num_images)
+            trainings += run_race(race, Path(folder), arguments)
         report(trainings, arguments)
 
 

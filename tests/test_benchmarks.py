@@ -15,7 +15,8 @@ import pytest
 import scale
 from filelock import FileLock
 from harness import judged, turns
-from support.processes import REPO, python_path, run
+from support import autoencoders
+from support.processes import REPO, python_path, run, run_job
 
 from ddpm.config.presets import CIFAR10
 from ddpm.runs import curves, storage
@@ -30,6 +31,7 @@ SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num
 LIBRARIES = {"data_sets", "data_table"}
 INPUTS = {
     "honesty": ["learned", "{run}"],
+    "latents": ["{latents}"],
     "samplers": ["builtin:digits"],
     "search": ["{search}"],
 }
@@ -62,6 +64,22 @@ def search(common_folder: Path) -> Path:
     return folder / "runs/s"
 
 
+@pytest.fixture
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of latents."""
+    folder = tmp_path_factory.mktemp("latents")
+    autoencoders.write_photos(folder / "photos")
+    autoencoders.write_autoencoder(folder / "vae")
+    stages = (
+        ("prepare", "folder", "pixels", "--path", "photos", "--size", autoencoders.SIZE),
+        ("encode", "pixels", "latents", "--autoencoder", "diffusers:vae"),
+    )
+    for words in stages:
+        done = run_job(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder / "latents"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_a_benchmark_imports_exists(program: str) -> None:
     runpy.run_path(str(REPO / "benchmarks" / f"{program}.py"), run_name="imported")
@@ -80,7 +98,9 @@ def test_a_benchmark_runs(
     program: str, words: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     inputs = {}
-    if any("{" in word for word in words):
+    if "{latents}" in words:
+        inputs["latents"] = request.getfixturevalue("latents")
+    elif any("{" in word for word in words):
         folder: Path = request.getfixturevalue("search")
         inputs = {"search": folder, "run": min(folder.glob("*/trial.json")).parent}
     script = REPO / "benchmarks" / f"{program}.py"

@@ -2,10 +2,11 @@
 
     python benchmarks/peers/quality.py lucidrains|diffusers FOLDER [LR SEED]      # trains until it is stopped
 
-Both train on FOLDER/images, one PNG per image, a net with about as many weights as ours, at their own defaults: batch
-16, learning rate 1e-4, their schedule, prediction, optimizer and average of the weights. Only settings that would
-handicap them are changed: no mirrored images (a shoe points left), no samples or FID during training, and bfloat16 on
-a CPU with instructions for it, where it is faster for both. Averaged and online weights are saved every few seconds.
+Both train on FOLDER/images, one PNG per image (diffusers also on FOLDER/latents, safetensors), a net with about as many
+weights as ours, at their own defaults: batch 16, learning rate 1e-4, their schedule, prediction, optimizer and average
+of the weights. Only settings that would handicap them are changed: no mirrored images (a shoe points left), no samples
+or FID during training, and bfloat16 on a CPU with instructions for it, where it is faster for both. Averaged and online
+weights are saved every few seconds.
 
 With a learning rate they have our settings, as far as their flags go: batch 32, the cosine schedule, an average with
 decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps and as many epochs as our preset has, over which
@@ -47,7 +48,8 @@ HALF = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
 FOR_EVER = 10**9
 CONFIG = "config.json"
 IMAGES = "images"
-"""Names in FOLDER: our config, which sets the size of the net; the images."""
+LATENTS = "latents"
+"""Names in FOLDER: our config, which sets the size of the net; the images, or a file with the tensor x_0."""
 AVERAGED = ".safetensors"
 ONLINE = "online"
 """End of the name of averaged weights, which begins with the images seen; name of the newest online ones."""
@@ -166,22 +168,12 @@ def train_lucidrains(folder: Path, config: Config, settings: Settings) -> None:
     trainer.train()
 
 
-def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
-    from accelerate import Accelerator
+def images_of(folder: Path, config: Config) -> Any:
+    """FOLDER/images as the script reads images: rows {"input": x_0}."""
     from datasets import load_dataset
-    from diffusers import DDPMScheduler
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
     from torchvision import transforms as T
 
     size = config.model.image_size
-    accelerator = Accelerator(mixed_precision=HALF)
-    net = diffusers_net(config)
-    averaged = diffusers_net(config)
-    noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=settings.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
-    )
     to_model = T.Compose([T.Resize(size), T.CenterCrop(size), T.ToTensor(), T.Normalize([0.5], [0.5])])
     mode = "L" if config.model.channels == 1 else "RGB"
     data = load_dataset(
@@ -191,6 +183,28 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
         split="train",
     )
     data.set_transform(lambda rows: {"input": [to_model(image.convert(mode)) for image in rows["image"]]})
+    return data
+
+
+def latents_of(folder: Path) -> list[dict[str, Tensor]]:
+    """FOLDER/latents as rows {"input": x_0}."""
+    return [{"input": x_0} for x_0 in load_file(folder / LATENTS)["x_0"]]
+
+
+def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator(mixed_precision=HALF)
+    net = diffusers_net(config)
+    averaged = diffusers_net(config)
+    noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=settings.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
+    data = images_of(folder, config) if (folder / IMAGES).exists() else latents_of(folder)
     loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size, shuffle=True)
     num_epochs = max(1, round(settings.total_images / len(data))) if settings.total_images else 100
     lr_scheduler = get_scheduler(
