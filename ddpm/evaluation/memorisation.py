@@ -8,6 +8,7 @@ pairs are kept for inspection.
 Axes: N generated images, M held-out images, K training images, D numbers per image (pixels or features).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ from ddpm.utils.progress import track
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
-BLOCK_IMAGES = 4096
-"""Training images compared at a time."""
+BLOCK_BYTES = 128 << 20
+"""Bytes of the images, as float32, that are compared at a time: 682 colour images of 128x128."""
 NODES = 200
 """Quantiles of the threshold's rank over which the interval is integrated."""
 NUM_PAIRS = 16
@@ -69,13 +70,13 @@ def search(
     spaces: dict[str, list[Nearest]] = {}
     if reference.train_features is not None:
         train_features = reference.train_features
-        starts = range(0, len(train_features), BLOCK_IMAGES)
-        blocks = (train_features[start : start + BLOCK_IMAGES] for start in starts)
+        size = block_images(train_features.shape[1:])
+        blocks = (train_features[start : start + size] for start in range(0, len(train_features), size))
         queries = [values[:MAX_PAIRWISE] for values in (reference.real, *features)]
         spaces[reference.feature_net.name] = nearest(queries, blocks)
     held_out = images_of(reference.held_out_images, 0, min(len(reference.real), MAX_PAIRWISE)).image
     train = reference.train_images.fixed_order()
-    parts = train.parts(0, reference.num_train, BLOCK_IMAGES)
+    parts = train.parts(0, reference.num_train, block_images(reference.train_images.shape))
     tracked = track("training images searched", reference.num_train, parts, lambda part: len(part.image))
     spaces["pixels"] = nearest([held_out, *generated], (part.image for part in tracked))
     first = next(iter(spaces))
@@ -88,6 +89,11 @@ def search(
         shares = [nearer_share(space, of[i], of[0]) for space, of in spaces.items()]
         found.append(Memorised(tuple(shares), picture(spaces[first][i], image, train_at)))
     return found
+
+
+def block_images(shape: Sequence[int]) -> int:
+    """How many images of that shape are compared at a time."""
+    return max(1, BLOCK_BYTES // (math.prod(shape) * np.dtype(np.float32).itemsize))
 
 
 def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Nearest]:
@@ -104,8 +110,9 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
     for block in train:
         y = _flat(block)
         for query, best in zip(queries, nearest_of, strict=True):
-            for i in range(0, len(query), BLOCK_IMAGES):
-                x = _flat(query[i : i + BLOCK_IMAGES])
+            size = block_images(query.shape[1:])
+            for i in range(0, len(query), size):
+                x = _flat(query[i : i + size])
                 index = pairwise_distances_argmin(x, y)
                 # From the difference: |x|^2 - 2 x y + |y|^2 is imprecise at small distances, which matter most.
                 distance = np.sqrt(np.mean((x - y[index]) ** 2, axis=1, dtype=np.float64))

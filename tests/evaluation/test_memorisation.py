@@ -40,7 +40,8 @@ def test_the_nearest_is_found_for_any_block_size(monkeypatch: pytest.MonkeyPatch
         pairwise_distances(x.reshape(-1, 16).astype(float), train.reshape(-1, 16).astype(float)) for x in sets
     ]
     for size in (7, 300, 4096):
-        monkeypatch.setattr(memorisation, "BLOCK_IMAGES", size)
+        monkeypatch.setattr(memorisation, "BLOCK_BYTES", size * 16 * 4)
+        assert memorisation.block_images((4, 4, 1)) == size
         blocks = (train[i : i + size] for i in range(0, len(train), size))
         for found, expected in zip(nearest(sets, blocks), whole, strict=True):
             assert (found.index == expected.argmin(1)).all()
