@@ -52,8 +52,10 @@ def show_more(page: Any) -> None:
 
 
 def show_grids(page: Any) -> None:
+    """Close what is between the names of the runs and their grids."""
     page.get_by_text(mlflow_pages.GRID, exact=True).click()
-    page.get_by_text("Artifacts", exact=True).last.scroll_into_view_if_needed()
+    for section in ("Visualizations", "Parameters"):
+        page.get_by_text(section, exact=True).last.click()
 
 
 if __name__ == "__main__":
