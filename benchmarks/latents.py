@@ -26,6 +26,7 @@ from ddpm.config.presets import Images
 from ddpm.data import latents, ray_stream
 from ddpm.data.reading import HELD_OUT, DataSet
 from ddpm.data.sources import folder_preset
+from ddpm.runs import storage
 from ddpm.utils import images
 
 NAME = "latents"
@@ -76,7 +77,7 @@ def everything(data_set: DataSet) -> torch.Tensor:
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=1, lrs=(1e-3,), minutes=1.2, num_images=20)
     with tempfile.TemporaryDirectory() as folder:
-        race = on_latents(str(Path(arguments.shards).resolve()), Path(folder), arguments.num_images)
+        race = on_latents(storage.resolve(arguments.shards).uri, Path(folder), arguments.num_images)
         trainings = run_race(race, Path(folder), arguments)
     found = tables_of(trainings)
     how = (
@@ -95,7 +96,7 @@ def main() -> None:
         "",
         *found.times,
         "",
-        f"![Held-out photographs, and what each trainer draws after seed 0](quality-{NAME}.png)",
+        f"![Held-out photographs, then what each training of seed 0 draws](quality-{NAME}.png)",
         raw=["## All trainings", "", *found.every],
     )
 
